@@ -1,0 +1,273 @@
+"""The token store: every sample of a data set, tokenized once into memory-mapped files in a cache folder."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerFast
+
+from jaxllm.core.errors import UserError
+from jaxllm.data import source, template, tokenize
+from jaxllm.data.source import Record, SourceConfig
+from jaxllm.data.template import FORMATS, Segment
+from jaxllm.data.tokenize import Encoder, Sample
+
+VERSION = 1  # of the files' meaning; another version is another folder
+BATCH_RECORDS = 4096  # records tokenized in one call …
+BATCH_BYTES = 1 << 20  # … or fewer, once they take so many bytes of their file
+STALE_SECONDS = 24 * 3600.0  # a build that wrote nothing for so long was killed
+
+_DTYPES: dict[str, type[np.generic]] = {
+    "tokens": np.int32,  # uint16 when the vocabulary fits
+    "trained": np.bool_,
+    "ends": np.int64,  # where each sample ends in `tokens`
+    "first_trained": np.int64,
+    "splittable": np.bool_,
+    "file": np.int32,  # index into the list of files of meta.json
+    "record": np.int64,
+}
+
+
+@dataclass
+class Summary:
+    """What a store holds. `formats`: path of each source → its format, found or given. `untrained`: records
+    left out because nothing in them is trained."""
+
+    samples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    untrained: int = 0
+    formats: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        formats = ", ".join(f"{path} as {name}" for path, name in self.formats.items())
+        left_out = (
+            f"; {self.untrained:,} records left out: nothing in them is trained" if self.untrained else ""
+        )
+        return (
+            f"{self.samples:,} samples, {self.tokens:,} tokens, {self.trained_tokens:,} of them trained "
+            f"({formats}){left_out}"
+        )
+
+
+class Store:
+    """A finished token store, read through memory maps.
+
+    Attributes:
+        folder: where it is.
+        summary: counts and formats.
+        lengths: int64 [n], the ids of each sample.
+        first_trained: int64 [n], the place of each sample's first trained target; at least 1.
+        splittable: bool [n], whether a sample longer than the window may be trained in pieces.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        meta = json.loads((folder / "meta.json").read_text())
+        self.summary = Summary(**meta["summary"])
+        self._files: list[str] = meta["files"]
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _DTYPES}
+        self._tokens, self._trained, self._ends = arrays["tokens"], arrays["trained"], arrays["ends"]
+        self._file, self._record = arrays["file"], arrays["record"]
+        self.lengths = np.diff(self._ends, prepend=0)
+        self.first_trained = np.asarray(arrays["first_trained"])
+        self.splittable = np.asarray(arrays["splittable"])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sample(self, i: int, start: int = 0, stop: int | None = None) -> Sample:
+        """The ids and trained flags `start:stop` of sample `i`."""
+        length = int(self.lengths[i])
+        begin = int(self._ends[i]) - length
+        part = slice(begin + start, begin + (length if stop is None else min(stop, length)))
+        return Sample(self._tokens[part].astype(np.int32), np.array(self._trained[part]))
+
+    def origin(self, i: int) -> tuple[str, int]:
+        """The file of sample `i` and its record there, counted from 1 (see `source.Record`)."""
+        return self._files[self._file[i]], int(self._record[i])
+
+
+def cache_root() -> Path:
+    """The folder of all stores: `$JAXLLM_CACHE`, else `~/.cache/jaxllm`."""
+    return Path(os.environ.get("JAXLLM_CACHE") or "~/.cache/jaxllm").expanduser()
+
+
+def open_or_build(
+    sources: Sequence[SourceConfig],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> Store:
+    """The store of `sources` under `tokenizer`; built unless the cache folder has it.
+
+    Its key covers the content of the files, their options, the tokenizer with its chat template, and the
+    first record of each source as its format renders it. A store is built beside its place and renamed into
+    it when whole, so that a killed build leaves no store and of two builders one wins. Memory does not grow
+    with the number of records but for `.json` arrays. Raises UserError for bad data, when nothing is
+    trained, and when the cache folder cannot be written or is full.
+    """
+    root = cache or cache_root()
+    formats = [_format_of(config, tokenizer) for config in sources]
+    key = _digest(VERSION, source.fingerprint(sources), tokenize.fingerprint(tokenizer), formats)
+    folder = root / "tokens" / key
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _build(folder, sources, [name for name, _ in formats], tokenizer, progress)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            raise UserError(
+                f"cannot write the tokenized data under {root}: {error.strerror}. "
+                "Free some space there or set JAXLLM_CACHE to another folder"
+            ) from error
+    return Store(folder)
+
+
+def _format_of(
+    config: SourceConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[str, list[tuple[str, bool]]]:
+    """A source's format, and its first record as the format renders it."""
+    record = next(source.read(config))
+    name = config.format
+    if name == template.AUTO:
+        try:
+            name = template.detect(record.columns)
+        except UserError as error:
+            raise UserError(f"{record.origin}: {error}") from error
+    return name, [(segment.text, segment.trained) for segment in _render(name, record, tokenizer)]
+
+
+def _render(name: str, record: Record, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
+    try:
+        return template.render(name, record.columns, tokenizer)
+    except UserError as error:
+        raise UserError(f"{record.origin}: {error}") from error
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def _build(
+    folder: Path,
+    sources: Sequence[SourceConfig],
+    formats: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    progress: bool,
+) -> None:
+    for other in folder.parent.glob("*.partial"):
+        if _is_stale(other):
+            shutil.rmtree(other, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        partial.chmod(0o755)  # mkdtemp's folders are private, and a cache may be shared
+        _write(partial, sources, formats, tokenizer, progress)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another builder may have been first, with the same content
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_stale(partial: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # its builder may finish meanwhile
+        written = max(file.stat().st_mtime for file in [partial, *partial.iterdir()])
+        return time.time() - written > STALE_SECONDS
+    return False
+
+
+def _write(
+    folder: Path,
+    sources: Sequence[SourceConfig],
+    formats: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    progress: bool,
+) -> None:
+    encoder = Encoder(tokenizer)
+    summary = Summary(formats={config.path: name for config, name in zip(sources, formats, strict=True)})
+    files: dict[str, int] = {}
+    small = max(tokenizer.get_vocab().values()) < 1 << 16
+    with contextlib.ExitStack() as stack:
+        append = {
+            name: stack.enter_context(_growing_array(folder / f"{name}.npy", dtype))
+            for name, dtype in (_DTYPES | ({"tokens": np.uint16} if small else {})).items()
+        }
+        bar = stack.enter_context(_progress_bar(progress))
+        size = sum(os.path.getsize(file) for config in sources for file in source.find_files(config))
+        task = bar.add_task("tokenizing", total=size)
+        for config, name in zip(sources, formats, strict=True):
+            form = FORMATS[name]
+            for records in _batches(source.read(config)):
+                rendered = [_render(name, record, tokenizer) for record in records]
+                samples = encoder.encode(rendered, document=form.document)
+                kept = [(r, s) for r, s in zip(records, samples, strict=True) if s.trained[1:].any()]
+                summary.untrained += len(records) - len(kept)
+                for record, sample in kept:
+                    summary.samples += 1
+                    summary.tokens += len(sample.ids)
+                    summary.trained_tokens += int(sample.trained[1:].sum())
+                    append["tokens"](sample.ids)
+                    append["trained"](sample.trained)
+                    append["ends"]([summary.tokens])
+                    append["first_trained"]([1 + int(np.argmax(sample.trained[1:]))])
+                    append["splittable"]([form.splittable])
+                    append["file"]([files.setdefault(record.file, len(files))])
+                    append["record"]([record.index])
+                bar.advance(task, sum(record.size for record in records))
+        bar.update(task, completed=size)
+    if not summary.samples:
+        raise UserError(
+            f"nothing is trained in {', '.join(repr(config.path) for config in sources)}: none of "
+            f"{summary.untrained:,} records has text to train on. Check `format` and `fields`"
+        )
+    meta = {"summary": asdict(summary), "files": list(files)}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += record.size
+        if len(batch) == BATCH_RECORDS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _growing_array(path: Path, dtype: type[np.generic]) -> Iterator[Callable[[ArrayLike], object]]:
+    """Opens a one-dimensional `.npy` file for appending values; on leaving it is complete."""
+    facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0,)}
+    with path.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, facts)
+        start = stream.tell()
+        yield lambda values: stream.write(np.asarray(values, dtype).tobytes())
+        length = (stream.tell() - start) // np.dtype(dtype).itemsize
+        # numpy pads the header so that the first axis can grow in place: it has the same size again.
+        stream.seek(0)
+        np.lib.format.write_array_header_1_0(stream, facts | {"shape": (length,)})
+
+
+def _progress_bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -1,0 +1,5 @@
+"""The model families; importing this registers them."""
+
+from jaxllm.models import llama as llama
+from jaxllm.models.base import FAMILIES as FAMILIES
+from jaxllm.models.base import LM as LM

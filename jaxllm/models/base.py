@@ -1,0 +1,247 @@
+"""A language model as a pure function of its parameters: `embed`, a stack of equal `block`s, `head`."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from jaxllm.core import tree
+from jaxllm.core.config import Section
+from jaxllm.core.dtypes import at_least_float32
+from jaxllm.core.mesh import Layout
+from jaxllm.core.registry import Registry
+from jaxllm.core.tree import Params
+from jaxllm.models.rules import Rule
+from jaxllm.models.stack import Stack, scan
+from jaxllm.nn.cache import LayerCache
+from jaxllm.nn.context import CachePosition, Context
+from jaxllm.nn.embed import Embed
+from jaxllm.nn.linear import Head, project
+from jaxllm.nn.loss import cross_entropy, loss_chunks
+from jaxllm.nn.norm import RMSNorm
+from jaxllm.nn.rope import rope_tables
+
+
+class FamilyConfig(Section):
+    """What every family has, under the names of Hugging Face configs."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    max_position_embeddings: PositiveInt = 2048
+    rms_norm_eps: NonNegativeFloat = 1e-5
+    rope_theta: PositiveFloat = 10000.0
+    tie_word_embeddings: bool = False
+    initializer_range: PositiveFloat = 0.02
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: its config, its block, and how Hugging Face writes both.
+
+    block: `(config, compute dtype) -> nn.Module`, whose call is `(x, ctx, cache) -> (x, cache)`.
+    rules: the weight table of a config.
+    model_type, architecture: what `config.json` calls it.
+    neutral: fields of `config.json` that this code does not implement, each with the values under which they
+        change nothing; any other value is refused by name.
+    """
+
+    config: type[FamilyConfig]
+    block: Callable[[Any, DTypeLike], nn.Module]
+    rules: Callable[[Any], tuple[Rule, ...]]
+    model_type: str
+    architecture: str
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+FAMILIES = Registry[Family]("model family")
+
+
+@dataclass(frozen=True)
+class LM:
+    """A language model: its config, layout and dtypes. It holds no arrays.
+
+    param_dtype: the dtype of the parameters, or one for each path.
+    compute_dtype: the dtype of activations and matrix products.
+    source: where a converted model came from, for the way back (`jaxllm.hf`); None for a new one.
+    """
+
+    family: Family
+    config: FamilyConfig
+    layout: Layout
+    param_dtype: DTypeLike | Mapping[str, DTypeLike] = jnp.float32
+    compute_dtype: DTypeLike = jnp.float32
+    source: Any = None
+
+    # Parameters
+
+    def init(self, key: jax.Array) -> Params:
+        """New parameters drawn from `key`, with the same bits on any mesh, laid out by `self.layout`."""
+        return jax.jit(self._init, out_shardings=self.shardings())(key)
+
+    def abstract(self) -> Params:
+        """The shape, dtype and sharding of every parameter, without arrays."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self.shardings(),
+        )
+
+    def axes(self) -> Params:
+        """The logical axis names of every parameter."""
+        boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
+        names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+        # Under `vmap` a box does not learn of the new leading axis.
+        names["layers"] = jax.tree.map(
+            lambda leaf: ("layers", *leaf), names["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple)
+        )
+        return names
+
+    def shardings(self) -> Params:
+        """The sharding of every parameter."""
+        return self.layout.shardings(self.axes(), jax.eval_shape(self._init, jax.random.key(0)))
+
+    @property
+    def vocab_padded(self) -> int:
+        """The vocabulary in memory: a multiple of the ways that the layout splits it."""
+        ways = math.lcm(self.layout.size("vocab"), self.layout.size("act_vocab"))
+        return math.ceil(self.config.vocab_size / ways) * ways
+
+    def _init_boxed(self, key: jax.Array) -> Params:
+        c = self.config
+        embed_key, layers_key, norm_key, head_key = jax.random.split(key, 4)
+        x = jnp.zeros((1, 1, c.hidden_size), self.compute_dtype)
+        ctx = replace(self.context(jnp.zeros((1, 1), jnp.int32)), layout=Layout.single())
+        params = {
+            "embed": Embed(c.vocab_size, c.hidden_size, self.compute_dtype, c.initializer_range).init(
+                embed_key, jnp.zeros((1, 1), jnp.int32), ctx.layout
+            ),
+            "layers": jax.vmap(lambda key: self._block.init(key, x, ctx))(
+                jax.random.split(layers_key, c.num_hidden_layers)
+            ),
+            "norm": self._norm.init(norm_key, x),
+        }
+        if not c.tie_word_embeddings:
+            params["head"] = Head(c.vocab_size, c.initializer_range).init(head_key, x)
+        return {name: collection["params"] for name, collection in params.items()}
+
+    def _init(self, key: jax.Array) -> Params:
+        params = nn.unbox(self._init_boxed(key))
+        # Padding is added to what was drawn for the real vocabulary, so that it cannot change the draw.
+        pad = self.vocab_padded - self.config.vocab_size
+        params["embed"]["table"] = jnp.pad(params["embed"]["table"], ((0, pad), (0, 0)))
+        if "head" in params:
+            params["head"]["kernel"] = jnp.pad(params["head"]["kernel"], ((0, 0), (0, pad)))
+        return tree.map_with_path(lambda path, leaf: leaf.astype(self._dtype_of(path)), params)
+
+    def _dtype_of(self, path: str) -> DTypeLike:
+        return self.param_dtype[path] if isinstance(self.param_dtype, Mapping) else self.param_dtype
+
+    # Computation
+
+    @property
+    def _block(self) -> nn.Module:
+        return self.family.block(self.config, self.compute_dtype)
+
+    @property
+    def _norm(self) -> RMSNorm:
+        return RMSNorm(self.config.rms_norm_eps)
+
+    def context(
+        self, positions: jax.Array, segments: jax.Array | None = None, cache: CachePosition | None = None
+    ) -> Context:
+        """The context of a batch with `positions` `[B, T]` int32 and `segments` `[B, T]` int32."""
+        c = self.config
+        tables = rope_tables(positions, c.head_dim, c.rope_theta, self.compute_dtype)
+        return Context(self.layout, tables, segments, cache)
+
+    def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """`[B, T]` int32 → `[B, T, D]` in the compute dtype."""
+        c = self.config
+        module = Embed(self.vocab_padded, c.hidden_size, self.compute_dtype, c.initializer_range)
+        return module.apply({"params": params["embed"]}, tokens, self.layout)
+
+    def block(
+        self, layer: Params, x: jax.Array, ctx: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """One layer: `[B, T, D]` → `[B, T, D]`. `layer` is a slice of `params["layers"]`."""
+        return self._block.apply({"params": layer}, x, ctx, cache)
+
+    def head(self, params: Params, x: jax.Array) -> jax.Array:
+        """`[B, T, D]` → logits `[B, T, padded V]` in at least float32; those of the padding are −inf."""
+        x = self._norm.apply({"params": params["norm"]}, x)
+        if self.config.tie_word_embeddings:
+            z = project(x, params["embed"]["table"].T)
+        else:
+            module = Head(self.vocab_padded, self.config.initializer_range)
+            z = module.apply({"params": params["head"]}, x)
+        if self.vocab_padded == self.config.vocab_size:
+            return z
+        return jnp.where(jnp.arange(self.vocab_padded) < self.config.vocab_size, z, -jnp.inf)
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        ctx: Context,
+        stack: Stack | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """What the head reads, `[B, T, D]`: the embedding walked through every block by `stack` (default: scan)."""
+        walk = stack or scan()
+        x = self.embed(params, tokens)
+        return walk(lambda layer, x, cache: self.block(layer, x, ctx, cache), params["layers"], x, cache)
+
+    def logits(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        """The logits of the next token at every place: `[B, T]` int32 → `[B, T, V]` in at least float32.
+
+        positions: `[B, T]` int32, default 0, 1, 2, …; segments: `[B, T]` int32, which document each token is of
+        (attention does not cross documents), default one a row.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        x, _ = self.hidden(params, tokens, self.context(positions, segments))
+        return self.head(params, x)[..., : self.config.vocab_size]
+
+    def loss_sum(self, params: Params, batch: Mapping[str, jax.Array], stack: Stack | None = None) -> jax.Array:
+        """The sum of the cross entropies of a batch's trained targets, a scalar in at least float32.
+
+        batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each.
+        """
+        ctx = self.context(batch["positions"], batch["segments"])
+        x, _ = self.hidden(params, batch["tokens"], ctx, stack)
+        chunks = loss_chunks(*batch["tokens"].shape, self.vocab_padded, self.layout)
+        return cross_entropy(
+            lambda x: self.head(params, x), x, batch["targets"], batch["loss_mask"], self.layout, chunks
+        )
+
+    def new_cache(self, batch: int, slots: int) -> LayerCache:
+        """An empty key-value cache for `batch` sequences of up to `slots` tokens."""
+        c = self.config
+        shape = (c.num_hidden_layers, batch, slots, c.num_key_value_heads, c.head_dim)
+        return LayerCache(jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype))
+
+    def parameter_count(self) -> int:
+        """The number of parameters, padding not counted."""
+        padding = self.vocab_padded - self.config.vocab_size
+        matrices = 1 if self.config.tie_word_embeddings else 2
+        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()))
+        return whole - matrices * padding * self.config.hidden_size

@@ -1,0 +1,122 @@
+"""Llama (Touvron et al., arXiv 2302.13971 and 2307.09288) and every model of its shape."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+from jax.typing import DTypeLike
+from pydantic import PositiveInt, model_validator
+
+from jaxllm.models.base import FAMILIES, Family, FamilyConfig
+from jaxllm.models.rules import Rule, T
+from jaxllm.nn.attention import Attention
+from jaxllm.nn.cache import LayerCache
+from jaxllm.nn.context import Context
+from jaxllm.nn.mlp import GatedMLP
+from jaxllm.nn.norm import RMSNorm
+
+
+class LlamaConfig(FamilyConfig):
+    """The shape of a Llama. `num_key_value_heads` defaults to the query heads, `head_dim` to their even share."""
+
+    type: Literal["llama"] = "llama"
+    intermediate_size: PositiveInt
+    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"] = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derived_sizes(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        heads, width = values.get("num_attention_heads"), values.get("hidden_size")
+        if isinstance(heads, int) and isinstance(width, int) and heads > 0:
+            if values.get("num_key_value_heads") is None:
+                values["num_key_value_heads"] = heads
+            if values.get("head_dim") is None:
+                if width % heads:
+                    raise ValueError(
+                        f"hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim"
+                    )
+                values["head_dim"] = width // heads
+        return values
+
+    @model_validator(mode="after")
+    def _grouped(self) -> "LlamaConfig":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embedding turns pairs")
+        return self
+
+
+class LlamaBlock(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    config: LlamaConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, ctx: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`[B, T, D]` → `[B, T, D]`, and the written cache."""
+        c = self.config
+        attention = Attention(
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            c.attention_bias,
+            c.initializer_range,
+            self.dtype,
+            name="attn",
+        )
+        mlp = GatedMLP(
+            c.intermediate_size, c.hidden_act, c.mlp_bias, c.initializer_range, self.dtype, name="mlp"
+        )
+        y, cache = attention(RMSNorm(c.rms_norm_eps, name="attn_norm")(x), ctx, cache)
+        x = ctx.layout.constrain(x + y, "batch", "act_length", "act_embed")
+        y = mlp(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x), ctx)
+        return ctx.layout.constrain(x + y, "batch", "act_length", "act_embed"), cache
+
+
+def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
+    """The weight table of Hugging Face's LlamaForCausalLM."""
+    layer = "model.layers.{i}."
+    tied = config.tie_word_embeddings
+    table = Rule(
+        "embed/table", "model.embed_tokens.weight", alias="lm_head.weight" if tied else None, vocab_axis=0
+    )
+    rules = [table, Rule("norm/scale", "model.norm.weight")]
+    if not tied:
+        rules.append(Rule("head/kernel", "lm_head.weight", T, vocab_axis=1))
+    rules.append(Rule("layers/attn_norm/scale", layer + "input_layernorm.weight"))
+    rules.append(Rule("layers/mlp_norm/scale", layer + "post_attention_layernorm.weight"))
+    groups = (
+        ("attn", "self_attn", ("q", "k", "v", "o"), config.attention_bias),
+        ("mlp", "mlp", ("gate", "up", "down"), config.mlp_bias),
+    )
+    for ours, theirs, names, bias in groups:
+        for name in names:
+            rules.append(Rule(f"layers/{ours}/{name}/kernel", f"{layer}{theirs}.{name}_proj.weight", T))
+            if bias:
+                rules.append(Rule(f"layers/{ours}/{name}/bias", f"{layer}{theirs}.{name}_proj.bias"))
+    return tuple(rules)
+
+
+FAMILIES.add(
+    "llama",
+    Family(
+        config=LlamaConfig,
+        block=LlamaBlock,
+        rules=hf_rules,
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        neutral={"attention_dropout": (0, 0.0, None), "pretraining_tp": (1, None), "rope_scaling": (None,)},
+    ),
+)

@@ -1,0 +1,85 @@
+"""Causal self-attention with grouped queries, over one batch or over a key-value cache."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxllm.core.dtypes import at_least_float32
+from jaxllm.nn.cache import LayerCache
+from jaxllm.nn.context import Context
+from jaxllm.nn.linear import Linear
+from jaxllm.nn.rope import apply_rope
+
+
+class Attention(nn.Module):
+    """Multi-head attention with `heads` query heads and `kv_heads` key and value heads of `head_dim` each."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    use_bias: bool
+    stddev: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, ctx: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`[B, T, D]` → `[B, T, D]`, and the cache with this pass's keys and values written into it."""
+        batch, length, width = x.shape
+
+        def linear(features: int, axes: tuple[str, str], name: str) -> Linear:
+            return Linear(features, axes, self.dtype, self.stddev, self.use_bias, name=name)
+
+        def heads(count: int, axis: str, name: str) -> jax.Array:
+            y = linear(count * self.head_dim, ("embed", axis), name)(x)
+            y = y.reshape(batch, length, count, self.head_dim)
+            return ctx.layout.constrain(y, "batch", "act_length", f"act_{axis}", None)
+
+        q = apply_rope(heads(self.heads, "heads", "q"), ctx.rope)
+        k = apply_rope(heads(self.kv_heads, "kv_heads", "k"), ctx.rope)
+        v = heads(self.kv_heads, "kv_heads", "v")
+        if cache is None:
+            y = attend(q, k, v, causal_mask(ctx, length))
+        else:
+            cache = cache.write(k, v, ctx)
+            y = attend(q, cache.k, cache.v, cache_mask(ctx, length))
+        y = ctx.layout.constrain(y, "batch", "act_length", "act_heads", None)
+        y = y.reshape(batch, length, self.heads * self.head_dim)
+        return linear(width, ("heads", "embed"), "o")(y), cache
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`softmax(q kᵀ / sqrt(head_dim)) v` for q `[B, T, H, d]` and k, v `[B, S, K, d]`, softmax in at least float32.
+
+    mask: `[B or 1, T, S]` bool, True where a query may look (each must see some key). A masked key gets a weight of
+    exactly 0. Query head h reads key head h // (H / K).
+    """
+    batch, length, heads, width = q.shape
+    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
+    wide = at_least_float32(q.dtype)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide) / math.sqrt(width)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, width)
+
+
+def causal_mask(ctx: Context, length: int) -> jax.Array:
+    """True where the query's token is the key's or a later one of the same segment."""
+    earlier = jnp.tril(jnp.ones((1, length, length), bool))
+    if ctx.segments is None:
+        return earlier
+    return earlier & (ctx.segments[:, :, None] == ctx.segments[:, None, :])
+
+
+def cache_mask(ctx: Context, length: int) -> jax.Array:
+    """The same for `length` queries at the cache position of `ctx` and the keys of all its slots."""
+    assert ctx.cache is not None
+    offset, segments = ctx.cache.offset, ctx.cache.segments
+    query_slots = offset + jnp.arange(length)
+    query_segments = jax.lax.dynamic_slice_in_dim(segments, offset, length, axis=1)
+    same = query_segments[:, :, None] == segments[:, None, :]
+    earlier = query_slots[:, None] >= jnp.arange(segments.shape[1])[None, :]
+    return same & earlier

@@ -1,0 +1,26 @@
+"""The key-value cache of decoding: arrays of a fixed size, so that no step of a generation compiles anew."""
+
+from typing import NamedTuple
+
+import jax
+
+from jaxllm.nn.context import Context
+
+
+class LayerCache(NamedTuple):
+    """Keys (after rotation) and values of one layer, `[B, S, kv_heads, head_dim]` each.
+
+    Stacked over the layers, both have a leading axis.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+    def write(self, k: jax.Array, v: jax.Array, ctx: Context) -> "LayerCache":
+        """The cache with the keys and values `[B, T, …]` of this pass in their slots."""
+        assert ctx.cache is not None
+        start = (0, ctx.cache.offset, 0, 0)
+        return LayerCache(
+            jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype), start),
+            jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype), start),
+        )

@@ -1,0 +1,36 @@
+"""What every block of a model sees besides its parameters and its input."""
+
+from dataclasses import dataclass
+
+import jax
+
+from jaxllm.core.mesh import Layout
+
+
+@dataclass(frozen=True)
+class Context:
+    """One batch's side of a forward pass.
+
+    layout: where activations live.
+    rope: cosines and sines of the rotation angles, `[B, T, head_dim / 2]` each.
+    segments: `[B, T]` int32, which document each token belongs to, 0 for padding; None = one document a row.
+        A token attends to earlier tokens of its own segment.
+    cache: where a decoding pass stands in the key-value cache; None outside decoding.
+    """
+
+    layout: Layout
+    rope: tuple[jax.Array, jax.Array]
+    segments: jax.Array | None = None
+    cache: "CachePosition | None" = None
+
+
+@dataclass(frozen=True)
+class CachePosition:
+    """Where the T tokens of this pass stand in a cache of S slots.
+
+    offset: scalar int32, the slot of the first of them.
+    segments: `[B, S]` int32, the segment of each slot, those of this pass included; 0 = padding or still empty.
+    """
+
+    offset: jax.Array
+    segments: jax.Array

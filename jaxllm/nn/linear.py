@@ -1,0 +1,50 @@
+"""The one place that multiplies by a weight."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias`, with the kernel stored as the matrix `[in, out]`.
+
+    axes: the logical axes of the kernel; the bias has the last of them.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    dtype: DTypeLike
+    stddev: float
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in]` → `[..., out]` in the compute dtype."""
+        normal = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
+        kernel = self.param("kernel", normal, (x.shape[-1], self.features))
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
+            y += self.param("bias", zeros, (self.features,)).astype(self.dtype)
+        return y
+
+
+class Head(nn.Module):
+    """The output matrix `[in, vocab]` of an untied model: logits in at least float32."""
+
+    vocab_size: int
+    stddev: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in]` → `[..., vocab]`."""
+        normal = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), ("vocab_embed", "vocab"))
+        kernel = self.param("kernel", normal, (x.shape[-1], self.vocab_size))
+        return project(x, kernel)
+
+
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel` multiplied in x's dtype and accumulated in at least float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide)

@@ -1,0 +1,91 @@
+"""Learning rates over a run: optax schedules, functions of the 0-based step, for a run of known length.
+
+Every schedule warms up on the line from 0 one step *before* the first to `peak` at the last warm-up step,
+`rate(i) = peak·(i + 1)/warmup_steps`, and those that decay reach their end one step *after* the last. So no
+step of a run is wasted on a rate of 0, and a run of one step has the peak rate. (Hugging Face's schedules
+start at 0: their first step changes nothing.) With `w = max(warmup_steps − 1, 0)`, the first step at the peak,
+the progress of step i is `(i − w)/(total_steps − w)`, at most 1; rates stay at the end value after the run.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def constant(peak: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
+    """Warm-up, then `peak`."""
+    return _warmed_up(peak, total_steps, warmup_steps, lambda _: 1.0)
+
+
+def linear(peak: float, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> optax.Schedule:
+    """Warm-up, then a straight line from `peak` to `final`·peak.
+
+    >>> rate = linear(1.0, total_steps=6, warmup_steps=2)
+    >>> [round(float(rate(step)), 3) for step in range(6)]
+    [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]
+    """
+    start = _peak_step(warmup_steps)
+
+    def share(step: jax.Array) -> jax.Array:
+        return final + (1 - final) * (1 - _progress(step, start, total_steps))
+
+    return _warmed_up(peak, total_steps, warmup_steps, share)
+
+
+def cosine(peak: float, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> optax.Schedule:
+    """Warm-up, then half a cosine from `peak` to `final`·peak (Loshchilov & Hutter, arXiv 1608.03983, eq. 5)."""
+    start = _peak_step(warmup_steps)
+
+    def share(step: jax.Array) -> jax.Array:
+        return final + (1 - final) * (1 + jnp.cos(jnp.pi * _progress(step, start, total_steps))) / 2
+
+    return _warmed_up(peak, total_steps, warmup_steps, share)
+
+
+def wsd(
+    peak: float, total_steps: int, warmup_steps: int = 0, decay_steps: int = 0, final: float = 0.0
+) -> optax.Schedule:
+    """Warm-up, stable at `peak`, and in the last `decay_steps` steps down to `final`·peak.
+
+    The decay is `1 − √progress`, progress i of the decay's i-th step being `i/(decay_steps + 1)` (Hägele et al.,
+    "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", arXiv 2405.18392, eq. 1).
+    """
+    if warmup_steps + decay_steps > total_steps:
+        raise ValueError(f"{warmup_steps=} and {decay_steps=} are together more than {total_steps=}")
+    start = total_steps - decay_steps - 1
+
+    def share(step: jax.Array) -> jax.Array:
+        return final + (1 - final) * (1 - jnp.sqrt(_progress(step, start, total_steps)))
+
+    return _warmed_up(peak, total_steps, warmup_steps, share if decay_steps else lambda _: 1.0)
+
+
+def inverse_sqrt(peak: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
+    """`peak·min((i + 1)/W, √(W/(i + 1)))` at step i, W = max(warmup_steps, 1) (Vaswani et al., arXiv 1706.03762)."""
+    scale = max(warmup_steps, 1)
+    return _warmed_up(peak, total_steps, warmup_steps, lambda step: jnp.sqrt(scale / (step + 1)))
+
+
+def _peak_step(warmup_steps: int) -> int:
+    return max(warmup_steps - 1, 0)
+
+
+def _progress(step: jax.Array, start: int, end: int) -> jax.Array:
+    return jnp.clip((step - start) / (end - start), 0.0, 1.0)
+
+
+def _warmed_up(
+    peak: float, total_steps: int, warmup_steps: int, share: Callable[[jax.Array], jax.Array | float]
+) -> optax.Schedule:
+    """The schedule `peak · share(step)` after the warm-up. Raises ValueError for a warm-up longer than the run."""
+    if not 0 <= warmup_steps <= total_steps or total_steps < 1:
+        raise ValueError(f"{warmup_steps=} does not lie in a run of {total_steps=}")
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(count, dtype=jnp.result_type(float))
+        warming = (step + 1) / max(warmup_steps, 1)
+        return peak * jnp.where(step < warmup_steps, warming, share(step))
+
+    return schedule

@@ -1,0 +1,55 @@
+"""The training loop: an iterator of events that knows no callback."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+from jaxllm.train.state import Event, TrainState
+from jaxllm.train.step import Batch, Metrics, Step
+
+
+def loop(step: Step, state: TrainState, batches: Iterator[Batch], *, start: int, steps: int) -> Iterator[Event]:
+    """Runs updates `start` + 1 to `steps`, and yields an event for each as soon as it is dispatched.
+
+    A step's metrics are read after the next one is dispatched, so that the device never waits for the host; the
+    last event carries all that were left. To the step's own metrics it adds `step_time_s` and `data_wait_s`.
+    """
+    clock = _Clock()
+    pending: tuple[int, Metrics] | None = None
+    for done in range(start + 1, steps + 1):
+        batch = clock.wait_for(lambda: next(batches))
+        state, metrics = step(state, batch)
+        clock.dispatched()
+        finished = {}
+        if pending is not None:
+            finished[pending[0]] = clock.read(pending[1])
+        pending = (done, metrics)
+        if done == steps:
+            finished[done] = clock.read(metrics)
+        yield Event(done, state, finished)
+
+
+class _Clock:
+    """Times steps that overlap with the host's work."""
+
+    def __init__(self) -> None:
+        self._dispatched: list[float] = []
+        self._waits: list[float] = []
+        self._ready = 0.0
+
+    def wait_for(self, batch: Callable[[], Batch]) -> Batch:
+        start = time.monotonic()
+        value = batch()
+        self._waits.append(time.monotonic() - start)
+        return value
+
+    def dispatched(self) -> None:
+        self._dispatched.append(time.monotonic())
+
+    def read(self, metrics: Metrics) -> dict[str, float]:
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        # A step begins when it is dispatched or, if the device was still busy then, when the one before ends.
+        begun = max(self._dispatched.pop(0), self._ready)
+        self._ready = time.monotonic()
+        return {**values, "step_time_s": self._ready - begun, "data_wait_s": self._waits.pop(0)}

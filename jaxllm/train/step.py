@@ -1,0 +1,123 @@
+"""The training step: gradients of the trainable half, clipping, the optimizer. Compiled in one place."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxllm.core import tree
+from jaxllm.core.dtypes import at_least_float32
+from jaxllm.core.mesh import Layout
+from jaxllm.core.tree import Params
+from jaxllm.models.base import LM
+from jaxllm.models.stack import Stack
+from jaxllm.train.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+Metrics = Mapping[str, jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+# The dimensions of every array of a batch: micro-batches, sequences, tokens.
+BATCH_AXES = ("micro", "batch", "act_length")
+
+
+def make_step(
+    lm: LM,
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    *,
+    stack: Stack,
+    max_grad_norm: float | None = None,
+) -> Step:
+    """A step over batches of arrays `[micro-batches, sequences, T]`.
+
+    The loss is the mean over all trained tokens of the whole batch, so that the result does not depend on how the
+    batch is cut into micro-batches; their gradients are summed in at least float32. With `max_grad_norm`, the
+    gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters.
+    Metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, `trained_tokens`.
+    """
+
+    def gradient(state: TrainState, batch: Batch) -> tuple[jax.Array, Params]:
+        trained = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
+
+        def loss(params: Params, micro: Batch) -> jax.Array:
+            return lm.loss_sum(tree.combine(params, state.frozen), micro, stack) / trained
+
+        def of_micro(micro: Batch) -> tuple[jax.Array, Params]:
+            value, grads = jax.value_and_grad(loss)(state.params, micro)
+            return value, jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
+
+        def add(total: tuple[jax.Array, Params], micro: Batch):
+            return jax.tree.map(jnp.add, total, of_micro(micro)), None
+
+        if batch["tokens"].shape[0] == 1:
+            return of_micro({name: array[0] for name, array in batch.items()})
+        first = {name: array[0] for name, array in batch.items()}
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_micro, first))
+        return jax.lax.scan(add, zeros, dict(batch))[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, grads = gradient(state, batch)
+        norm = optax.tree.norm(grads)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state.step)),
+            "trained_tokens": jnp.sum(batch["loss_mask"]),
+        }
+        if max_grad_norm is not None:
+            scale = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+
+    return step
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A compiled step, what compiling took in seconds, and the most bytes a device holds while it runs."""
+
+    run: Step
+    compile_s: float
+    argument_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+
+
+def batch_shapes(shape: tuple[int, int, int], layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch of `[micro-batches, sequences, T]`, abstractly."""
+    layout.spec(BATCH_AXES, shape, "batch")
+    names = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "segments": jnp.int32}
+    sharding = layout.sharding(*BATCH_AXES)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in {**names, "loss_mask": jnp.float32}.items()
+    }
+
+
+def compile_step(step: Step, state: Any, batch: Any, layout: Layout) -> CompiledStep:
+    """Compiles `step` for abstract arguments with shardings. The state's buffers are reused for the new state."""
+    start = time.monotonic()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
+    compiled = jitted.lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return CompiledStep(
+        compiled,
+        time.monotonic() - start,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        peak,
+    )
