@@ -10,36 +10,40 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from pydantic import Field, PositiveInt
 
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
 
 
 class CheckpointConfig(Section):
-    """When to save and what to keep.
+    """When to save, and what to keep."""
 
-    every: steps between checkpoints; None saves at the end alone. keep: how many of the newest stay.
-    resume: "auto" continues the newest checkpoint of `output_dir`, if there is one; "none" asks for a fresh folder;
-    otherwise a folder `<run>/checkpoints/<step>` to continue from.
-    """
-
-    every: int | None = None
-    keep: int = 2
-    resume: str = "auto"
+    every: PositiveInt | None = None
+    """steps between checkpoints; null: only at the end, and when the run is interrupted"""
+    keep: PositiveInt = 2
+    """how many of the newest stay"""
+    resume: str = Field(default="auto", min_length=1)
+    """auto: go on from the newest checkpoint of output_dir, if there is one; none: output_dir must be new;
+    otherwise a folder <run>/checkpoints/<step> to go on from"""
 
 
 class CheckpointStore:
-    """The checkpoints in one folder."""
+    """The checkpoints in one folder.
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
+    keep: how many of the newest stay. read_only: for a folder that a run may be writing to.
+    """
+
+    def __init__(self, folder: Path, *, keep: int | None = None, read_only: bool = False) -> None:
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "facts"),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                create=True,
-                cleanup_tmp_directories=True,
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._point_to_latest),
             ),
         )

@@ -67,9 +67,9 @@ _KINDS = {  # of pydantic's schema nodes; an error of type `int_type` means that
     "dict": "a section of keys and values",
     "float": "a number",
     "int": "a whole number",
+    "lax-or-strict": "a path",
     "list": "a list",
     "model": "a section of keys and values",
-    "path": "a path",
     "str": "text",
     "string": "text",
     "tagged-union": "a section of keys and values",
@@ -92,8 +92,8 @@ def describe(error: ValidationError, schema: type[BaseModel], file: ConfigFile) 
 
 def _joined(whats: list[str]) -> str:
     """One sentence for a key: a field of several kinds (`int | str`) fails once for each."""
-    if len(whats) == 1:
-        return whats[0]
+    if len(whats) == 1 or not all(what.startswith("must be ") for what in whats):
+        return "; ".join(whats)
     wanted = [what.partition(", got ")[0].removeprefix("must be ") for what in whats]
     return f"must be {' or '.join(wanted)}, got {whats[0].partition(', got ')[2].partition('; ')[0]}"
 
@@ -117,13 +117,14 @@ def _problem(detail: ErrorDetails, known: "_Schema", data: Any) -> tuple[Loc, st
         case "literal_error":
             values = [str(value) for value in nodes[-1].get("expected", ())]
             hint = did_you_mean(str(given), values)
-            return loc, f"must be {context['expected']}, got {shown(given)}{hint and ';' + hint}"
+            return loc, f"must be {context['expected']}, got {shown(given)}{hint and '.' + hint}"
         case "value_error":
             return loc, str(context["error"])
         case _ if kind in _KINDS:
             return loc, f"must be {_KINDS[kind]}, got {shown(given)}{_conversion(kind, given)}"
         case _:
-            return loc, f"{detail['msg'].replace('Input should', 'must')}, got {shown(given)}"
+            wanted = detail["msg"].partition(" should ")[2] or detail["msg"]
+            return loc, f"must {wanted.replace(' after validation', '')}, got {shown(given)}"
 
 
 def _conversion(kind: str, given: Any) -> str:
@@ -234,7 +235,7 @@ class _Schema:
         return sorted(name for name, node in union["choices"].items() if "type" in _fields(self._core(node)))
 
     def keys(self, data: Any, node: Node | None = None, prefix: str = "") -> Iterator[str]:
-        """The dotted names of all keys; of a component, those of the type that `data` chooses, or else all."""
+        """The dotted names of all keys; of a component, those of the type that `data` chooses, or all."""
         node = node or self._root
         match node["type"]:
             case "model":

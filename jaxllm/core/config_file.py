@@ -102,7 +102,7 @@ class ConfigFile:
         document = _Document(value)
         if document.problems:
             why = document.problems[0][1]
-            raise UserError(f"command line: {key}: {why} Put text in quotes: {key}='\"{value}\"'.")
+            raise UserError(f"command line: {key}: {why} To mean text, quote it: {key}='\"{value}\"'.")
         self._put(self.data, (), keys, document.value)
 
     def _put(self, container: Any, at: Loc, keys: list[str], value: Any) -> None:
@@ -136,7 +136,7 @@ class ConfigFile:
         return int(name)
 
     def line(self, loc: Loc) -> float:
-        """The line of a key or of the innermost section around it; 0: the file, infinity: the command line."""
+        """The line of a key or of the innermost section around it; 0: the file, infinity: command line."""
         return next((self._lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in self._lines), 0)
 
     def where(self, loc: Loc) -> str:
@@ -178,7 +178,8 @@ class _Document:
 
     def _build(self, node: yaml.Node, loc: Loc) -> Any:
         if id(node) in self._seen:
-            self._problem(node, loc, "YAML aliases (*name) are not supported; write the value out.")
+            what = f"{dotted(loc)}: YAML aliases (*name) are not supported; write the value out."
+            self.problems.append((self.lines[loc], what))  # the node is where the anchor is
             return None
         self._seen.add(id(node))
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
@@ -187,7 +188,9 @@ class _Document:
             for index, child in enumerate(node.value):
                 self.lines[(*loc, index)] = child.start_mark.line + 1
             return [self._build(child, (*loc, index)) for index, child in enumerate(node.value)]
-        return self._scalar(node, loc)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, loc)
+        return self._problem(node, loc, f"YAML tags ({node.tag}) are not supported.")
 
     def _items(self, node: yaml.MappingNode, loc: Loc) -> Iterator[tuple[str, yaml.Node]]:
         for key_node, child in node.value:
@@ -202,7 +205,7 @@ class _Document:
             self.lines[here] = key_node.start_mark.line + 1
             yield key, child
 
-    def _scalar(self, node: yaml.Node, loc: Loc) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, loc: Loc) -> Any:
         text = node.value
         try:
             match node.tag.removeprefix(_TAG):
@@ -215,7 +218,7 @@ class _Document:
                 case "int":
                     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
                 case "float":
-                    return float(text.replace(".inf", "inf").replace(".nan", "nan").lower())
+                    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
                 case _:
                     self._problem(node, loc, f"YAML tags ({node.tag}) are not supported.")
         except (ValueError, KeyError):
@@ -226,7 +229,7 @@ class _Document:
 def _syntax_problem(error: yaml.YAMLError) -> tuple[int, str]:
     """The (line, message) of a YAML error."""
     if not isinstance(error, yaml.MarkedYAMLError):
-        return 1, f"not valid YAML: {error}"
+        return 1, f"not valid YAML: {' '.join(str(error).split())}"
     mark = error.problem_mark or error.context_mark
     why = ", ".join(part for part in (error.context, error.problem) if part)
     remedy = " Indent with spaces, not tabs." if r"'\t'" in why else ""

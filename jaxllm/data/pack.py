@@ -6,6 +6,7 @@ exactly one piece.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -68,8 +69,24 @@ class PackPlan:
         """The share of places that hold a token and not padding."""
         return float(self.piece_size.sum()) / (self.rows * self.seq_len)
 
+    def __str__(self) -> str:
+        lost = "".join(
+            f"; {count:,} samples {what}"
+            for count, what in (
+                (self.cut, "cut at the end of the window"),
+                (self.dropped, "dropped: nothing trained in the window"),
+            )
+            if count
+        )
+        return f"{self.rows:,} rows of {self.seq_len} tokens, {self.efficiency:.1%} full{lost}"
+
+    @cached_property
+    def row_tokens(self) -> np.ndarray:
+        """The tokens in each row, padding not counted: int64 [rows]."""
+        return np.add.reduceat(self.piece_size, np.concatenate([[0], self.row_ends[:-1]]))
+
     def order(self, epoch: int) -> np.ndarray:
-        """The rows in the order of `epoch`: a permutation, int64 [rows], that follows from (seed, epoch) alone."""
+        """The rows in the order of `epoch`, int64 [rows]: a permutation, given by (seed, epoch) alone."""
         return _permutation(self.rows, self.seed, _EPOCH, epoch)
 
     def pieces_of(self, row: int) -> range:
@@ -120,9 +137,10 @@ def plan(
 ) -> PackPlan:
     """Packs samples into rows of `seq_len` pairs.
 
-    `none`: one sample a row. `best_fit`: whole samples, by best-fit decreasing. Both split a splittable sample
-    that is longer than the window into consecutive pieces; any other is cut at its end, and dropped if its
-    first trained target was cut off. `concat`: all samples in a random order in one stream, cut at row borders.
+    `none`: one sample a row. `best_fit`: whole samples, by best-fit decreasing. Both split a splittable
+    sample that is longer than the window into consecutive pieces; any other is cut at its end, and dropped
+    if its first trained target was cut off. `concat`: all samples in a random order in one stream, cut at
+    row borders.
 
     Args:
         lengths: int64 [n], ids of each sample.
@@ -139,7 +157,8 @@ def plan(
     kept = first_trained[chosen] <= pairs
     if not kept.any():
         raise UserError(
-            f"none of {len(chosen):,} samples has a trained token within data.seq_len = {seq_len}; raise data.seq_len"
+            f"none of {len(chosen):,} samples has a trained token within data.seq_len = {seq_len}; "
+            "raise data.seq_len"
         )
     whole = _Pieces(chosen[kept], np.zeros(int(kept.sum()), np.int64), pairs[kept])
     whole = whole.take(_permutation(len(whole.sample), seed, _PIECES))
@@ -172,8 +191,8 @@ def split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     held_out = max(1, round(n * fraction))
     if held_out >= n:
         raise UserError(
-            f"data.eval_fraction = {fraction} of {n} samples leaves none to train on. Lower it, set a `separator` "
-            "if one file holds many documents, or set it to 0"
+            f"data.eval_fraction = {fraction} of {n} samples leaves none to train on. "
+            "Lower it, set a `separator` if one file holds many documents, or set it to 0"
         )
     order = _permutation(n, seed, _SPLIT)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

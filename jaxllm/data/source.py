@@ -17,20 +17,15 @@ from jaxllm.data.template import AUTO, FORMATS
 CHUNK = 1 << 24  # bytes read at a time from a text file that holds many documents
 
 
-class SourceConfig(Section):
-    """Where records come from, and how they become text.
+class RecordsConfig(Section):
+    """How records become text."""
 
-    `path`: a file, or a glob such as `lib/**/*.py`. Files end in `.jsonl`, `.json` or `.txt`; with
-    `format: text` any other suffix is read as text.
-    `format`: a name of `template.FORMATS`, or `auto`: told from the columns of the first record.
-    `fields`: our column name → the file's, e.g. `{prompt: question, completion: answer}`.
-    `separator`: stands between the documents of one text file; without it a file is one document.
-    """
-
-    path: str = Field(min_length=1)
     format: str = AUTO
+    """a name of `template.FORMATS`, or auto: told from the columns of the first record"""
     fields: dict[str, str] = Field(default_factory=dict)
+    """our column name → the file's, such as {prompt: question, completion: answer}"""
     separator: str | None = Field(default=None, min_length=1)
+    """what stands between the documents of one text file; without it a file is one document"""
 
     @field_validator("format")
     @classmethod
@@ -39,6 +34,13 @@ class SourceConfig(Section):
             known = ", ".join([AUTO, *FORMATS])
             raise ValueError(f"unknown format {name!r}.{did_you_mean(name, FORMATS)} Known: {known}.")
         return name
+
+
+class SourceConfig(RecordsConfig):
+    """Where records come from, and how they become text."""
+
+    path: str = Field(min_length=1)
+    """a file or a glob such as lib/**/*.py, of .jsonl, .json or .txt; with `format: text`, of any text files"""
 
 
 @dataclass(frozen=True, slots=True)

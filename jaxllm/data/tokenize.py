@@ -24,7 +24,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # Earlier calls leave these two in the tokenizer; they do not act here.
     state["truncation"] = state["padding"] = None
-    facts = [state, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.split_special_tokens]
+    facts = [state, tokenizer.chat_template, special]
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -54,6 +55,8 @@ class Encoder:
         encoded = self._tokenizer(
             texts,
             add_special_tokens=document,
+            # A chat template writes special tokens into the text; in a document the tokenizer decides.
+            split_special_tokens=self._tokenizer.split_special_tokens and document,
             return_special_tokens_mask=True,
             return_offsets_mapping=any(mixed),
             return_attention_mask=False,

@@ -8,13 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from jaxllm.core import tree
 from jaxllm.core.config import Section
-from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.mesh import Layout
 from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
@@ -52,6 +50,7 @@ class Family:
     block: `(config, compute dtype) -> nn.Module`, whose call is `(x, ctx, cache) -> (x, cache)`.
     rules: the weight table of a config.
     model_type, architecture: what `config.json` calls it.
+    defaults: what a field that is absent from `config.json` means, which is not always our own default.
     neutral: fields of `config.json` that this code does not implement, each with the values under which they
         change nothing; any other value is refused by name.
     """
@@ -61,6 +60,7 @@ class Family:
     rules: Callable[[Any], tuple[Rule, ...]]
     model_type: str
     architecture: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
@@ -101,7 +101,9 @@ class LM:
     def axes(self) -> Params:
         """The logical axis names of every parameter."""
         boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
-        names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+        names = jax.tree.map(
+            lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+        )
         # Under `vmap` a box does not learn of the new leading axis.
         names["layers"] = jax.tree.map(
             lambda leaf: ("layers", *leaf), names["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple)
@@ -221,7 +223,9 @@ class LM:
         x, _ = self.hidden(params, tokens, self.context(positions, segments))
         return self.head(params, x)[..., : self.config.vocab_size]
 
-    def loss_sum(self, params: Params, batch: Mapping[str, jax.Array], stack: Stack | None = None) -> jax.Array:
+    def loss_sum(
+        self, params: Params, batch: Mapping[str, jax.Array], stack: Stack | None = None
+    ) -> jax.Array:
         """The sum of the cross entropies of a batch's trained targets, a scalar in at least float32.
 
         batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each.

@@ -117,6 +117,22 @@ FAMILIES.add(
         rules=hf_rules,
         model_type="llama",
         architecture="LlamaForCausalLM",
-        neutral={"attention_dropout": (0, 0.0, None), "pretraining_tp": (1, None), "rope_scaling": (None,)},
+        # Those of transformers' LlamaConfig: Llama 2 7B.
+        defaults={
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "hidden_act": "silu",
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.02,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "rope_theta": 10000.0,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+        neutral={"attention_dropout": (0.0,)},
     ),
 )

@@ -11,66 +11,61 @@ from jaxllm.optim.precision import in_float32
 
 
 class ScaleByFactoredMomentState(NamedTuple):
-    """State of `scale_by_factored_moment`: `step`s done, and three trees like the parameters.
+    """State of `scale_by_factored_moment`: `step`s done, and two trees like the parameters.
 
-    A matrix [n, m] has `v_row` [n] and `v_col` [m]; a vector or scalar has `v` of its own shape. The places
-    that a leaf does not use are None.
+    A matrix [n, m] has `v_row` [n] and `v_col` [m]. A vector has its whole second moment in `v_row`, and in
+    `v_col` a scalar 0: with a leaf at every place, `optax.tree.map_params` works on the state.
     """
 
     step: jax.Array
     v_row: optax.Updates
     v_col: optax.Updates
-    v: optax.Updates
 
 
 def scale_by_factored_moment(decay_rate: float = 0.8, eps: float = 1e-30) -> optax.GradientTransformation:
     """The direction u of `adalomo` before its RMS is clipped: g over the root of its second moment."""
 
     def init(params: optax.Params) -> ScaleByFactoredMomentState:
-        def check(path: Any, p: jax.Array) -> None:
-            if p.ndim > 2:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(
-                    f"AdaLomo keeps statistics of matrices and vectors, but {name!r} has shape {p.shape}. "
-                    "Vmap over the leading axis of a stack of matrices: jaxllm.optim.wrappers.per_layer"
-                )
-
-        jax.tree_util.tree_map_with_path(check, params)
+        jax.tree_util.tree_map_with_path(_refuse_stack, params)
         return ScaleByFactoredMomentState(
             step=jnp.zeros([], jnp.int32),
-            v_row=jax.tree.map(lambda p: jnp.zeros(p.shape[:1], p.dtype) if p.ndim == 2 else None, params),
-            v_col=jax.tree.map(lambda p: jnp.zeros(p.shape[1:], p.dtype) if p.ndim == 2 else None, params),
-            v=jax.tree.map(lambda p: None if p.ndim == 2 else jnp.zeros_like(p), params),
+            v_row=jax.tree.map(lambda p: jnp.zeros(p.shape[:1], p.dtype), params),
+            v_col=jax.tree.map(lambda p: jnp.zeros(p.shape[1:], p.dtype), params),
         )
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByFactoredMomentState]:
         del params
-        grads: Any = updates
         step = jnp.asarray(optax.safe_increment(state.step))
 
-        def average(g: jax.Array, old: Any, axis: tuple[int, ...]) -> Any:
-            if old is None:
-                return None
+        def average(g: jax.Array, old: jax.Array, axis: int) -> jax.Array:
             b2 = 1 - step.astype(g.dtype) ** -decay_rate
-            return b2 * old + (1 - b2) * jnp.mean(jnp.square(g) + eps, axis)
+            s = jnp.square(g) + eps
+            return b2 * old + (1 - b2) * (jnp.mean(s, axis) if g.ndim == 2 else s)
 
-        v_row: Any = jax.tree.map(lambda g, old: average(g, old, (1,)), grads, state.v_row)
-        v_col: Any = jax.tree.map(lambda g, old: average(g, old, (0,)), grads, state.v_col)
-        v: Any = jax.tree.map(lambda g, old: average(g, old, ()), grads, state.v)
-
-        def direction(g: jax.Array, row: Any, col: Any, v: Any) -> jax.Array:
-            if v is not None:
-                return g * jax.lax.rsqrt(v)
+        def direction(g: jax.Array, row: jax.Array, col: jax.Array) -> jax.Array:
+            if g.ndim < 2:
+                return g * jax.lax.rsqrt(row)
             return g * jax.lax.rsqrt(row / jnp.mean(row))[:, None] * jax.lax.rsqrt(col)[None, :]
 
+        v_row = jax.tree.map(lambda g, old: average(g, old, 1), updates, state.v_row)
+        v_col = jax.tree.map(lambda g, old: average(g, old, 0) if g.ndim == 2 else old, updates, state.v_col)
         return (
-            jax.tree.map(direction, grads, v_row, v_col, v),
-            ScaleByFactoredMomentState(step, v_row, v_col, v),
+            jax.tree.map(direction, updates, v_row, v_col),
+            ScaleByFactoredMomentState(step, v_row, v_col),
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def _refuse_stack(path: Any, p: jax.Array) -> None:
+    if p.ndim > 2:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        raise ValueError(
+            f"AdaLomo keeps statistics of matrices and vectors, but {name!r} has shape {p.shape}. "
+            "Vmap over the leading axis of a stack of matrices: jaxllm.optim.wrappers.per_layer"
+        )
 
 
 def adalomo(

@@ -1,10 +1,10 @@
-"""Learning rates over a run: optax schedules, functions of the 0-based step, for a run of known length.
+"""Learning rates over a run: optax schedules, functions of the 0-based step i, for a run of known length.
 
-Every schedule warms up on the line from 0 one step *before* the first to `peak` at the last warm-up step,
-`rate(i) = peak·(i + 1)/warmup_steps`, and those that decay reach their end one step *after* the last. So no
-step of a run is wasted on a rate of 0, and a run of one step has the peak rate. (Hugging Face's schedules
-start at 0: their first step changes nothing.) With `w = max(warmup_steps − 1, 0)`, the first step at the peak,
-the progress of step i is `(i − w)/(total_steps − w)`, at most 1; rates stay at the end value after the run.
+Warm-up is `peak·(i + 1)/warmup_steps`: the first step has `peak/warmup_steps`, the warm-up's last has `peak`.
+Linear and cosine go from there, step `w = max(warmup_steps − 1, 0)`, to `final·peak` one step *after* the
+run: progress at step i is `(i − w)/(total_steps − w)`, so the last step has a little more than `final·peak`.
+Thus no step is wasted on a rate of 0, at either end, and a run of one step has the peak rate. (Hugging Face's
+schedules begin at 0: their first step changes nothing.) After the run a schedule stays at its end.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def constant(peak: float, total_steps: int, warmup_steps: int = 0) -> optax.Sche
 
 
 def linear(peak: float, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> optax.Schedule:
-    """Warm-up, then a straight line from `peak` to `final`·peak.
+    """Warm-up, then a straight line from `peak` to `final·peak`.
 
     >>> rate = linear(1.0, total_steps=6, warmup_steps=2)
     >>> [round(float(rate(step)), 3) for step in range(6)]
@@ -35,7 +35,7 @@ def linear(peak: float, total_steps: int, warmup_steps: int = 0, final: float = 
 
 
 def cosine(peak: float, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> optax.Schedule:
-    """Warm-up, then half a cosine from `peak` to `final`·peak (Loshchilov & Hutter, arXiv 1608.03983, eq. 5)."""
+    """Warm-up, then half a cosine from `peak` to `final·peak` (arXiv 1608.03983, eq. 5)."""
     start = _peak_step(warmup_steps)
 
     def share(step: jax.Array) -> jax.Array:
@@ -47,10 +47,10 @@ def cosine(peak: float, total_steps: int, warmup_steps: int = 0, final: float = 
 def wsd(
     peak: float, total_steps: int, warmup_steps: int = 0, decay_steps: int = 0, final: float = 0.0
 ) -> optax.Schedule:
-    """Warm-up, stable at `peak`, and in the last `decay_steps` steps down to `final`·peak.
+    """Warm-up, stable at `peak`, and in the last `decay_steps` steps down towards `final·peak`.
 
-    The decay is `1 − √progress`, progress i of the decay's i-th step being `i/(decay_steps + 1)` (Hägele et al.,
-    "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", arXiv 2405.18392, eq. 1).
+    The k-th of these steps has progress `p = k/(decay_steps + 1)` and the share `1 − √p` of the way left, the
+    best form of Hägele et al., arXiv 2405.18392. Warm-up and decay must fit into the run.
     """
     if warmup_steps + decay_steps > total_steps:
         raise ValueError(f"{warmup_steps=} and {decay_steps=} are together more than {total_steps=}")
@@ -63,7 +63,7 @@ def wsd(
 
 
 def inverse_sqrt(peak: float, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
-    """`peak·min((i + 1)/W, √(W/(i + 1)))` at step i, W = max(warmup_steps, 1) (Vaswani et al., arXiv 1706.03762)."""
+    """`peak·min((i + 1)/W, √(W/(i + 1)))` with `W = max(warmup_steps, 1)` (arXiv 1706.03762, section 5.3)."""
     scale = max(warmup_steps, 1)
     return _warmed_up(peak, total_steps, warmup_steps, lambda step: jnp.sqrt(scale / (step + 1)))
 
@@ -79,7 +79,7 @@ def _progress(step: jax.Array, start: int, end: int) -> jax.Array:
 def _warmed_up(
     peak: float, total_steps: int, warmup_steps: int, share: Callable[[jax.Array], jax.Array | float]
 ) -> optax.Schedule:
-    """The schedule `peak · share(step)` after the warm-up. Raises ValueError for a warm-up longer than the run."""
+    """After the warm-up `peak·share(step)`. Raises ValueError for a warm-up longer than the run."""
     if not 0 <= warmup_steps <= total_steps or total_steps < 1:
         raise ValueError(f"{warmup_steps=} does not lie in a run of {total_steps=}")
 

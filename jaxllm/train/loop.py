@@ -9,25 +9,32 @@ from jaxllm.train.state import Event, TrainState
 from jaxllm.train.step import Batch, Metrics, Step
 
 
-def loop(step: Step, state: TrainState, batches: Iterator[Batch], *, start: int, steps: int) -> Iterator[Event]:
+def loop(
+    step: Step,
+    state: TrainState,
+    batches: Iterator[Batch],
+    *,
+    start: int,
+    steps: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
     """Runs updates `start` + 1 to `steps`, and yields an event for each as soon as it is dispatched.
 
     A step's metrics are read after the next one is dispatched, so that the device never waits for the host; the
     last event carries all that were left. To the step's own metrics it adds `step_time_s` and `data_wait_s`.
+    `stop` is asked after each dispatch; if it says yes, that step is the last.
     """
     clock = _Clock()
-    pending: tuple[int, Metrics] | None = None
+    pending: dict[int, Metrics] = {}
     for done in range(start + 1, steps + 1):
         batch = clock.wait_for(lambda: next(batches))
         state, metrics = step(state, batch)
         clock.dispatched()
-        finished = {}
-        if pending is not None:
-            finished[pending[0]] = clock.read(pending[1])
-        pending = (done, metrics)
-        if done == steps:
-            finished[done] = clock.read(metrics)
-        yield Event(done, state, finished)
+        last = done == steps or stop()
+        ready, pending = (pending | {done: metrics}, {}) if last else (pending, {done: metrics})
+        yield Event(done, state, last, {number: clock.read(values) for number, values in ready.items()})
+        if last:
+            return
 
 
 class _Clock:

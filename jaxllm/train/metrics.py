@@ -1,16 +1,17 @@
 """What a run counts besides its loss: useful floating-point operations, and the share of the peak that they are."""
 
-import jax
-
+from jaxllm.core.mesh import Layout
 from jaxllm.models.base import LM
 
 # Dense bf16 peaks in FLOP/s by a part of the device's name, from the vendors' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None if it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind), None)
+def peak_flops(layout: Layout) -> float | None:
+    """The dense bf16 peak of all devices together in FLOP/s, or None if it is not known."""
+    devices = layout.mesh.devices
+    kind = devices.flat[0].device_kind
+    return next((peak * devices.size for name, peak in PEAK_FLOPS.items() if name in kind), None)
 
 
 def flops_per_token(lm: LM, seq_len: int) -> tuple[float, float]:

@@ -28,11 +28,13 @@ class Event:
     """A step has been dispatched.
 
     step: updates done when it is finished. state: the state after it, valid until the next event is asked for.
-    finished: `{step: metrics}` of the steps whose results have arrived since the last event.
+    finished: `{step: metrics}` of the steps whose results have arrived since the last event. last: whether this is
+    the last event, because the run is complete or was told to stop.
     """
 
     step: int
     state: TrainState
+    last: bool
     finished: Mapping[int, Mapping[str, float]]
 
 

@@ -38,7 +38,8 @@ def make_step(
     The loss is the mean over all trained tokens of the whole batch, so that the result does not depend on how the
     batch is cut into micro-batches; their gradients are summed in at least float32. With `max_grad_norm`, the
     gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters.
-    Metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, `trained_tokens`.
+    A loss or gradient that is not finite leaves parameters and optimizer state as they are.
+    Metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, `trained_tokens`, `bad` (1 for such a step).
     """
 
     def gradient(state: TrainState, batch: Batch) -> tuple[jax.Array, Params]:
@@ -63,17 +64,21 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, grads = gradient(state, batch)
         norm = optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step)),
             "trained_tokens": jnp.sum(batch["loss_mask"]),
+            "bad": 1 - good.astype(jnp.int32),
         }
         if max_grad_norm is not None:
             scale = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        new, old = (params, opt_state), (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return step

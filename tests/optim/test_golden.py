@@ -22,13 +22,28 @@ from jaxllm.optim.sophia_g import win_rate
 NAMES = ("w1", "w2", "b")
 BOUND = {"atol": 5e-6, "rtol": 1e-5}
 CASES = (
-    *("adamw_A1", "adamw_A2", "lion_A1", "lion_A2", "adan_A1", "adan_A2", "adan_A3", "sophiag_A1", "sophiag_A2"),
+    *(
+        "adamw_A1",
+        "adamw_A2",
+        "lion_A1",
+        "lion_A2",
+        "adan_A1",
+        "adan_A2",
+        "adan_A3",
+        "sophiag_A1",
+        "sophiag_A2",
+    ),
     *("lomo_A1_noclip", "lomo_A2_noclip_wd_value", "lomo_A3_clip", "lomo_A4_clip_wd"),
     *("adalomo_A1", "adalomo_A2_wd", "adalomo_A3_clipnorm"),
 )
 BF16_CASES = ("lomo_A5_bf16_noclip", "adalomo_A4_bf16")
 # The reference's state name → ours, where they differ.
-STATE_NAMES = {"adamw": {"m": "mu", "v": "nu"}, "lion": {"m": "mu"}, "adan": {"neg_prev_grad": "prev_grad"}}
+STATE_NAMES = {
+    "adamw": {"m": "mu", "v": "nu"},
+    "lion": {"m": "mu"},
+    "adan": {"neg_prev_grad": "prev_grad"},
+    "adalomo": {"v": "v_row"},
+}
 
 
 class Golden:

@@ -1,0 +1,159 @@
+"""The run's metrics: every step in metrics.jsonl, a progress bar with the time left, a line now and then."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from jaxllm.core.errors import UserError
+from jaxllm.train.state import Event
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, each with its `step`."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        """Opens the file to append, and drops what a killed run wrote after step `resumed_at`."""
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= resumed_at]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line, and hands it to the operating system at once."""
+        self._file.write(
+            json.dumps({"step": step, **{name: _finite(value) for name, value in values.items()}}) + "\n"
+        )
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _finite(value: float) -> float | str:
+    """JSON has no NaN: a value that is not finite is written as text."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # the line that a kill cut short
+        return float("inf")
+
+
+class Log:
+    """Reports finished steps.
+
+    tokens_through: the real tokens seen through a step. flops: operations a token, by the papers' convention and useful.
+    peak: of all devices together in FLOP/s, if known. first: metrics for the first line (`perf/compile_s`, …).
+    records: where the records of a step's batch come from. max_bad_steps: how many steps in a row may have a loss or
+    gradient that is not finite (the step itself leaves the parameters alone then).
+    """
+
+    def __init__(
+        self,
+        metrics: MetricsFile,
+        console: Console,
+        *,
+        steps: int,
+        start: int,
+        tokens_through: Callable[[int], int],
+        flops: tuple[float, float],
+        peak: float | None,
+        first: Mapping[str, float],
+        records: Callable[[int], Sequence[str]],
+        max_bad_steps: int,
+    ) -> None:
+        self._metrics = metrics
+        self._console = console
+        self._tokens_through = tokens_through
+        self._flops = flops
+        self._peak = peak
+        self._first = dict(first)
+        self._records = records
+        self._max_bad_steps = max_bad_steps
+        self._bad_steps = 0
+        self._steps = steps
+        self._line_every = max(1, (steps - start) // 20)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("training", total=steps, completed=start, status="compiled")
+        self._progress.start()
+
+    def on_event(self, event: Event) -> None:
+        """Writes the steps that finished. Raises UserError after too many bad ones in a row."""
+        for step, values in event.finished.items():
+            self._report(step, values)
+            self._judge(step, values)
+
+    def _report(self, step: int, values: Mapping[str, float]) -> None:
+        tokens = self._tokens_through(step)
+        rate = (tokens - self._tokens_through(step - 1)) / values["step_time_s"]
+        line: dict[str, float] = {
+            "train/loss": values["loss"],
+            "train/grad_norm": values["grad_norm"],
+            "train/learning_rate": values["learning_rate"],
+            "train/tokens": tokens,
+            "train/trained_tokens": values["trained_tokens"],
+            "perf/step_time_s": values["step_time_s"],
+            "perf/data_wait_s": values["data_wait_s"],
+            "perf/tokens_per_s": rate,
+            **self._first,
+        }
+        self._first = {}
+        if self._peak is not None:
+            line["perf/mfu"], line["perf/mfu_useful"] = (flops * rate / self._peak for flops in self._flops)
+        if (stats := jax.local_devices()[0].memory_stats()) and "peak_bytes_in_use" in stats:
+            line["mem/peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+        if values["bad"]:
+            line["train/bad_steps_in_a_row"] = self._bad_steps + 1
+        self._metrics.write(step, line)
+        status = f"loss {values['loss']:.4f}  {rate:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, status=status)
+        if step % self._line_every == 0 or step == self._steps:
+            norm, learning_rate = values["grad_norm"], values["learning_rate"]
+            self._console.print(
+                f"step {step:>6}  loss {values['loss']:.4f}  grad norm {norm:.3f}  "
+                f"learning rate {learning_rate:.2e}  {rate:,.0f} tokens/s",
+                highlight=False,
+            )
+
+    def _judge(self, step: int, values: Mapping[str, float]) -> None:
+        self._bad_steps = self._bad_steps + 1 if values["bad"] else 0
+        if not self._bad_steps:
+            return
+        found = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+        records = ", ".join(self._records(step))
+        self._console.print(f"step {step:>6}  not applied: {found}. Its records: {records}", style="red")
+        if self._bad_steps >= self._max_bad_steps:
+            raise UserError(
+                f"{self._bad_steps} steps in a row up to step {step} had a loss or gradient that is not finite "
+                f"(last: {found}); none of them was applied. Resume with a lower optim.learning_rate or a longer "
+                "warm-up, or look at the records named above"
+            )
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the file."""
+        self._progress.stop()
+        self._metrics.close()

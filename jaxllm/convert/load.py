@@ -1,0 +1,82 @@
+"""A model from whatever holds one: a Hugging Face folder, a run, or one of its checkpoints."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jax.typing import DTypeLike
+
+from jaxllm.checkpoint.store import CheckpointStore
+from jaxllm.core.errors import UserError
+from jaxllm.core.mesh import Layout
+from jaxllm.core.tree import Params
+from jaxllm.hf import load_params, read_model
+from jaxllm.hf.config import parse_config, read_config
+from jaxllm.models.base import LM
+from jaxllm.models.layout import fit_layout
+
+# Beside the checkpoints of a run: config.json and the tokenizer, an HF folder without weights.
+RUN_MODEL = "model"
+RUN_CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that can be loaded: `load()` reads its parameters. folder: with its config.json and tokenizer."""
+
+    lm: LM
+    folder: Path
+    load: Callable[[], Params]
+
+
+def open_model(
+    path: str | Path,
+    layout: Layout,
+    param_dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
+) -> OpenModel:
+    """The model in `path`: a Hugging Face folder, a run's output folder (its newest checkpoint) or a checkpoint.
+
+    param_dtype: None = as it is stored. compute_dtype: None = bfloat16 on GPU, float32 on CPU. Raises UserError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: there is no such folder; give a Hugging Face folder, a run or one of its checkpoints"
+        )
+    if (path / RUN_MODEL / "config.json").is_file():
+        return _from_checkpoint(path, None, layout, param_dtype, compute_dtype)
+    if path.parent.name == RUN_CHECKPOINTS and path.name.isdigit():
+        return _from_checkpoint(path.parent.parent, int(path.name), layout, param_dtype, compute_dtype)
+    lm = read_model(path, layout, param_dtype, compute_dtype)
+    return OpenModel(lm, path, lambda: load_params(lm))
+
+
+def _from_checkpoint(
+    run: Path,
+    step: int | None,
+    layout: Layout,
+    param_dtype: DTypeLike | None,
+    compute_dtype: DTypeLike | None,
+) -> OpenModel:
+    raw = read_config(run / RUN_MODEL)
+    family, config = parse_config(raw, run / RUN_MODEL / "config.json")
+    on_gpu = layout.mesh.devices.flat[0].platform == "gpu"
+    lm = LM(
+        family,
+        config,
+        fit_layout(config, layout),
+        param_dtype or raw["torch_dtype"],
+        compute_dtype or ("bfloat16" if on_gpu else "float32"),
+    )
+
+    def load() -> Params:
+        store = CheckpointStore(run / RUN_CHECKPOINTS, read_only=True)
+        newest = store.latest() if step is None else step
+        if newest is None:
+            raise UserError(f"{run}: the run has no complete checkpoint yet")
+        params = store.restore(newest, {"params": lm.abstract()}, partial=True)["params"]
+        store.close()
+        return params
+
+    return OpenModel(lm, run / RUN_MODEL, load)

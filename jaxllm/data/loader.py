@@ -1,0 +1,238 @@
+"""Batches: rows of a packing plan in the order of training, read ahead and placed on the devices."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import grain
+import numpy as np
+from pydantic import Field
+
+from jaxllm.core.config import Section
+from jaxllm.data import pack
+from jaxllm.data.pack import Packing, PackPlan
+from jaxllm.data.source import SourceConfig
+from jaxllm.data.store import Store
+
+T = TypeVar("T")
+Arrays = dict[str, np.ndarray]
+
+READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches read ahead on the host
+PLACED_AHEAD = 2  # batches on the devices before they are asked for
+ENDLESS = 1 << 62
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    """where records come from; they are mixed by shuffling all of them together"""
+    seq_len: int = Field(ge=1)
+    """tokens in a row"""
+    packing: Packing = "best_fit"
+    """how samples share rows: best_fit, concat or none"""
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """the share of samples that is held out for evaluation"""
+
+
+def plans(config: DataConfig, store: Store, seed: int) -> tuple[PackPlan, PackPlan | None]:
+    """The rows to train on, and those held out, of the sources' `store`.
+
+    None is held out when `config.eval_fraction` is 0. Raises UserError when either would be empty.
+    """
+
+    def plan(samples: np.ndarray) -> PackPlan:
+        return pack.plan(
+            store.lengths,
+            seq_len=config.seq_len,
+            packing=config.packing,
+            seed=seed,
+            splittable=store.splittable,
+            first_trained=store.first_trained,
+            samples=samples,
+        )
+
+    if not config.eval_fraction:
+        return plan(np.arange(len(store))), None
+    train, held_out = pack.split(len(store), config.eval_fraction, seed)
+    return plan(train), plan(held_out)
+
+
+class State(NamedTuple):
+    """A place in the data: `position` rows of `epoch` are behind."""
+
+    epoch: int
+    position: int
+
+
+START = State(0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Generic[T]):
+    """One step's rows.
+
+    `arrays`: what `place` made of the host's arrays [micro-batches, rows, seq_len] (see `PackPlan.row`).
+    `rows`: the row of the plan at each place, int64 [micro-batches, rows]; −1 where the data had ended and an
+    empty row stands. `state`: where the batch after this one begins.
+    """
+
+    arrays: T
+    rows: np.ndarray
+    state: State
+
+
+class Loader(Generic[T]):
+    """Iterates over batches of `micro_batches` × `micro_batch_size` rows.
+
+    The rows of all epochs stand in one sequence, row k being `plan.order(k // rows)[k % rows]`, and a batch
+    is the next stretch of it; so the rest of the sequence follows from `start` alone, on any number of
+    hosts. After `epochs` the last batch is completed by empty rows.
+
+    Args:
+        place: puts a batch's arrays on the devices; called on a thread, up to two batches ahead.
+        start: the state to go on from, of the last batch consumed.
+        epochs: None for an endless sequence.
+        shuffle: False keeps the rows in the plan's order, for evaluation.
+        row_slice: this host's rows of every micro-batch.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: PackPlan,
+        *,
+        micro_batches: int,
+        micro_batch_size: int,
+        place: Callable[[Arrays], T],
+        start: State = START,
+        epochs: int | None = None,
+        shuffle: bool = True,
+        row_slice: slice = slice(None),
+    ) -> None:
+        self._store = store
+        self._plan = plan
+        self._shape = (micro_batches, micro_batch_size)
+        self._place = place
+        self._first = start.epoch * plan.rows + start.position
+        self._last = ENDLESS if epochs is None else epochs * plan.rows
+        self._shuffle = shuffle
+        self._row_slice = row_slice
+        self._orders: dict[int, np.ndarray] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a batch, over all hosts."""
+        return self._shape[0] * self._shape[1]
+
+    def __len__(self) -> int:
+        """How many batches there are from the start on."""
+        return max(0, -(-(self._last - self._first) // self.batch_size))
+
+    def __iter__(self) -> Iterator[Batch[T]]:
+        """The batches from the start on. Closing the iterator, or dropping it, ends its threads."""
+        dataset = grain.MapDataset.range(len(self)).map(self._assemble).to_iter_dataset(READ)
+        ahead = _Ahead(iter(dataset), self._placed, PLACED_AHEAD)
+        try:
+            yield from ahead
+        finally:
+            ahead.close()
+
+    def origins(self, rows: np.ndarray) -> list[list[tuple[str, int]]]:
+        """File and record of each piece in each of `rows` (of a `Batch`); none for an empty row."""
+        return [self._plan.origins(self._store, row) if row >= 0 else [] for row in rows.ravel().tolist()]
+
+    def rows_of(self, batch: int) -> np.ndarray:
+        """The plan's rows in a batch, counted from the start, over all hosts; see `Batch.rows`."""
+        first = self._first + batch * self.batch_size
+        rows = [self._row_at(place) for place in range(first, first + self.batch_size)]
+        return np.array(rows).reshape(self._shape)
+
+    def state_after(self, batches: int) -> State:
+        """The place in the data when `batches` of them are behind, counted from the start."""
+        behind = min(self._first + batches * self.batch_size, self._last)
+        return State(*divmod(behind, self._plan.rows))
+
+    def tokens_of(self, batch: int) -> int:
+        """The tokens in a batch, counted from the start, over all hosts; padding is not counted."""
+        rows = self.rows_of(batch)
+        return int(self._plan.row_tokens[rows[rows >= 0]].sum())
+
+    def _assemble(self, batch: int) -> tuple[Arrays, np.ndarray, State]:
+        rows = self.rows_of(batch)[:, self._row_slice]
+        filled = [
+            self._plan.row(self._store, row) if row >= 0 else self._plan.empty_row() for row in rows.ravel().tolist()
+        ]
+        arrays = {
+            name: np.stack([row[name] for row in filled]).reshape(*rows.shape, -1) for name in filled[0]
+        }
+        return arrays, rows, self.state_after(batch + 1)
+
+    def _row_at(self, place: int) -> int:
+        if place >= self._last:
+            return -1
+        epoch, position = divmod(place, self._plan.rows)
+        return int(self._order(epoch)[position]) if self._shuffle else position
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            # Two threads read, so two epochs can be wanted in turn; older ones are not.
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {
+                epoch: self._plan.order(epoch)
+            }
+        return self._orders[epoch]
+
+    def _placed(self, item: tuple[Arrays, np.ndarray, State]) -> Batch[T]:
+        arrays, rows, state = item
+        return Batch(self._place(arrays), rows, state)
+
+
+class _Ahead(Generic[T]):
+    """Iterates over `work(item)` for each of `items`, done on a thread up to `depth` results ahead.
+
+    An exception on the thread is raised from `next`, after the results before it.
+    """
+
+    def __init__(self, items: grain.DatasetIterator, work: Callable[..., T], depth: int) -> None:
+        self._items = items
+        self._work = work
+        self._queue: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue(depth)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="place-batches", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            result, error = self._queue.get()
+            if error is not None:
+                raise error
+            if result is None:
+                return
+            yield result
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closing.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(self._work(item), None):
+                    return
+            self._put(None, None)
+        except Exception as error:
+            self._put(None, error)
+        finally:
+            self._items.close()
+
+    def _put(self, result: T | None, error: Exception | None) -> bool:
+        while not self._closing.is_set():
+            try:
+                self._queue.put((result, error), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,62 @@
+"""`python -m jaxllm.generate MODEL --prompt TEXT`: completes text with a model."""
+
+import argparse
+import sys
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxllm.generate",
+        description="Completes prompts with a Hugging Face model, a run of jaxllm.train, or one of its checkpoints.",
+    )
+    parser.add_argument("model", help="a Hugging Face folder, a run's output folder, or <run>/checkpoints/<step>")
+    parser.add_argument("--prompt", action="append", required=True, help="text to complete; may be given many times")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most (default 128)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the most likely token (default); 1 samples"
+    )
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens only")
+    parser.add_argument("--top-p", type=float, help="sample from the most likely tokens of this joint probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command. Returns its exit status: 0 done, 2 wrong input."""
+    options = _parser().parse_args(arguments)
+
+    # Imported after the help, which should be instant.
+    from jaxllm.convert.load import open_model
+    from jaxllm.core.errors import UserError
+    from jaxllm.core.mesh import Layout
+    from jaxllm.data.tokenizer import load_tokenizer
+    from jaxllm.generate.decode import decode
+    from jaxllm.generate.sample import Sampling
+    from jaxllm.generate.stop import stop_ids
+
+    try:
+        if options.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        model = open_model(options.model, Layout.single())
+        tokenizer = load_tokenizer(model.folder)
+        prompts = [tokenizer(prompt)["input_ids"] for prompt in options.prompt]
+        completions = decode(
+            model.lm,
+            model.load(),
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            stop_ids=stop_ids(model.folder, tokenizer),
+            seed=options.seed,
+        )
+        for prompt, completion in zip(prompts, completions, strict=True):
+            print(tokenizer.decode([*prompt, *completion], skip_special_tokens=True))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,219 @@
+"""`config.json`, read into a family's config and written back, in the forms of transformers 4 and 5.
+
+transformers 4 writes `rope_theta`, `rope_scaling` and `torch_dtype`, transformers 5 `rope_parameters` and
+`dtype`. Both are read. What came in is what goes out, except what training changed.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from jaxllm.core.errors import UserError, did_you_mean
+from jaxllm.models import FAMILIES
+from jaxllm.models.base import Family, FamilyConfig
+
+RawConfig = dict[str, Any]
+
+_BOOKKEEPING = """
+_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation
+dtype model_type tokenizer_class torch_dtype torchscript transformers_version unsloth_fixed unsloth_version
+use_bfloat16 bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id max_sequence_length
+pretraining_tp
+"""
+# generation_config.json's business
+_GENERATION = """
+bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+output_scores prefix remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+suppress_tokens temperature top_k top_p typical_p use_cache
+"""
+_OTHER_TASKS = """
+chunk_size_feed_forward finetuning_task id2label is_decoder label2id num_labels problem_type
+task_specific_params tf_legacy_loss
+"""
+# Fields that never change what a causal language model computes.
+INERT = frozenset((_BOOKKEEPING + _GENERATION + _OTHER_TASKS).split())
+
+# Fields of every family that change nothing at these values alone.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "partial_rotary_factor": (1.0,),
+    "per_layer_config": ({},),
+    "pruned_heads": ({},),
+    "tie_encoder_decoder": (False,),
+}
+
+REFUSED = {
+    "auto_map": "it asks to run code that came with the checkpoint, which is never done",
+    "quantization_config": "quantised weights are not implemented; use the checkpoint before quantisation",
+}
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if the file cannot be read or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def read_config(folder: str | Path) -> RawConfig:
+    """The `config.json` of a checkpoint folder, as it is. Raises UserError if there is no good one."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: there is no such folder. A model is a folder with config.json and safetensors files; "
+            "one of the Hugging Face hub is fetched by `hf download NAME --local-dir FOLDER`."
+        )
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        what = "an adapter: give the folder of its base model" if adapter else "not the folder of a model"
+        raise UserError(f"{folder}: has no config.json, so it is {what}")
+    return read_json(folder / "config.json")
+
+
+def parse_config(raw: RawConfig, file: str | Path = "config.json") -> tuple[Family, FamilyConfig]:
+    """The family that `raw` names, and its config.
+
+    An absent field means what transformers takes it to mean. Raises UserError naming `file`, field and value
+    for an architecture that is not implemented, and for such a field unless its value changes nothing.
+    """
+    for name, why in REFUSED.items():
+        if raw.get(name) is not None:
+            raise UserError(f"{file}: {name} = {_shown(raw[name])} is refused: {why}")
+    family = _family(raw, file)
+    fields = set(family.config.model_fields) - {"type", *_ROPE}
+    neutral = {**NEUTRAL, **family.neutral}
+    values = {**family.defaults, **_rope(raw, file)}
+    for name, value in raw.items():
+        if name in fields:
+            values[name] = value
+        elif not (value is None or name in INERT or name in _ROPE or value in neutral.get(name, ())):
+            _refuse(file, name, value, did_you_mean(name, fields))
+    try:
+        return family, family.config(**values)
+    except ValidationError as error:
+        problems = "; ".join(
+            "".join(f"{part} = {_shown(detail['input'])}: " for part in detail["loc"])
+            + detail["msg"].removeprefix("Value error, ")
+            for detail in error.errors(include_url=False)
+        )
+        raise UserError(f"{file}: {problems}") from error
+
+
+def write_config(
+    family: Family,
+    config: FamilyConfig,
+    *,
+    source: RawConfig | None = None,
+    dtype: str | None = None,
+    special_ids: Mapping[str, Any] | None = None,
+) -> RawConfig:
+    """The `config.json` of a model.
+
+    source: the file that the model came with; only what changed is updated, in the form that the file has.
+        Without one the result has a form that transformers 4 and 5 read to the same effect.
+    dtype: the dtype of the weights, such as "bfloat16"; None leaves what the source says.
+    special_ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, where they are known or changed.
+    """
+    values = config.model_dump(mode="json", exclude={"type"})
+    special_ids = special_ids or {}
+    if source is None:
+        # Where these ids are absent transformers takes Llama 2's, which this tokenizer may not have.
+        ids = {name: special_ids.get(name) for name in SPECIAL_IDS}
+        head = {"architectures": [family.architecture], "model_type": family.model_type}
+        return {**head, **values, **ids, "rope_scaling": None, "torch_dtype": dtype or "float32"}
+    raw: RawConfig = json.loads(json.dumps(source))
+    before = parse_config(source)[1].model_dump(mode="json", exclude={"type"})
+    changed = {name: value for name, value in values.items() if value != before[name]}
+    if "rope_theta" in changed:
+        theta = changed.pop("rope_theta")
+        places = (raw, *_rope_tables(raw).values())
+        for place in [place for place in places if place.get("rope_theta") is not None] or [raw]:
+            place["rope_theta"] = theta
+    raw.update(changed)
+    raw.update(special_ids)
+    if dtype is not None:
+        for name in [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]:
+            raw[name] = dtype
+    return raw
+
+
+def _family(raw: RawConfig, file: str | Path) -> Family:
+    """The family of `architectures`, or where that is absent of `model_type`."""
+    families = [FAMILIES[name] for name in FAMILIES]
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    if architectures:
+        known, what = {family.architecture: family for family in families}, "architecture"
+        one = isinstance(architectures, list) and len(architectures) == 1
+        given = architectures[0] if one else architectures
+    elif model_type is not None:
+        known, what, given = {family.model_type: family for family in families}, "model_type", model_type
+    else:
+        raise UserError(f"{file}: names neither `architectures` nor a `model_type`: which model is this?")
+    if not isinstance(given, str) or given not in known:
+        nearest = difflib.get_close_matches(str(given), known, n=1, cutoff=0)[0]
+        raise UserError(
+            f"{file}: the {what} {_shown(given)} is not implemented; the nearest that is: {nearest} (all: "
+            f"{', '.join(sorted(known))}). The README says how to add one, under “Adding a model family”."
+        )
+    family = known[given]
+    if model_type is not None and model_type != family.model_type:
+        raise UserError(
+            f"{file}: architectures = {_shown(given)} and model_type = {_shown(model_type)} contradict each "
+            f"other; the model_type of {given} is {family.model_type}"
+        )
+    return family
+
+
+def _rope_tables(raw: RawConfig) -> dict[str, dict[str, Any]]:
+    return {name: table for name, table in raw.items() if name in _ROPE and isinstance(table, dict)}
+
+
+def _rope(raw: RawConfig, file: str | Path) -> dict[str, Any]:
+    """`{"rope_theta": base}` of plain rotary embedding, wherever it stands, or {}. Refuses other kinds."""
+    thetas = {"rope_theta": raw.get("rope_theta")}
+    for name in ("rope_scaling", "rope_parameters"):
+        table = raw.get(name) or {}
+        if not isinstance(table, dict):
+            _refuse(file, name, table)
+        for key, value in table.items():
+            if key == "rope_theta":
+                thetas[f"{name}.{key}"] = value
+            elif key in ("rope_type", "type") and value == "default":
+                continue
+            elif value is not None and value not in NEUTRAL.get(key, ()):
+                _refuse(file, f"{name}.{key}", value)
+    thetas = {name: theta for name, theta in thetas.items() if theta is not None}
+    # transformers 4 and 5 would take different ones.
+    if any(theta != next(iter(thetas.values())) for theta in thetas.values()):
+        written = " and ".join(f"{name} = {_shown(theta)}" for name, theta in thetas.items())
+        raise UserError(f"{file}: {written} contradict each other; keep that of the training")
+    return {"rope_theta": next(iter(thetas.values()))} if thetas else {}
+
+
+def _refuse(file: str | Path, name: str, value: Any, hint: str = "") -> NoReturn:
+    raise UserError(
+        f"{file}: this version does not implement {name} = {_shown(value)}.{hint} Remove the field only if "
+        "you know that the model computes the same without it."
+    )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:97] + "…"

@@ -1,0 +1,220 @@
+"""Parameters, written as a Hugging Face checkpoint."""
+
+import errno
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from jaxllm.core import tree
+from jaxllm.core.errors import UserError
+from jaxllm.core.tree import Params
+from jaxllm.hf.config import read_json, write_config
+from jaxllm.hf.source import DTYPES, GENERATION_CONFIG, INDEX, SIDE_FILES, TOKENIZER_FILES, WEIGHTS, Source
+from jaxllm.hf.weights import Entry, weight_table
+from jaxllm.models.base import LM
+
+# Of a model that did not come in files: the size that Hugging Face's own tools split at.
+SHARD_BYTES = 5 * 10**9
+
+
+def save(
+    lm: LM,
+    params: Params,
+    folder: str | Path,
+    *,
+    tokenizer_folder: str | Path | None = None,
+    special_ids: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `params` as a checkpoint that `transformers` loads; every process must call it, and one writes.
+
+    A model that came from a checkpoint goes back into its tensor names, files and config.json; a new one is
+    written as `model.safetensors`, or split with an index where it is large. Each tensor has the dtype of its
+    parameter. The host holds one file's tensors at a time. The folder appears when it is complete: a killed
+    export leaves the old one, if there was any.
+
+    tokenizer_folder: where the tokenizer's files are copied from; None = from the model's source.
+    special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for config.json and generation_config.json;
+        None = as in the source.
+
+    Raises UserError for a folder that holds something else, and for a full disk.
+    """
+    folder = Path(folder).absolute()
+    source: Source | None = lm.source
+    check_replaceable(folder, source)
+    side_files = _side_files(source, tokenizer_folder)
+    leaves = tree.flatten(params)
+    entries = {name: entry for entry in weight_table(lm) for name in _names(entry, source)}
+    sizes = {name: math.prod(e.shape) * leaves[e.path].dtype.itemsize for name, e in entries.items()}
+    files = _split(sizes, source)
+    unchanged = source is not None and all(
+        entry.shape == source.tensors[name].shape
+        and leaves[entry.path].dtype == DTYPES.get(source.tensors[name].dtype)
+        for name, entry in entries.items()
+    )
+    dtype = None if unchanged else Counter(leaf.dtype.name for leaf in leaves.values()).most_common(1)[0][0]
+    raw = source.config if source else None
+    config = write_config(lm.family, lm.config, source=raw, dtype=dtype, special_ids=special_ids)
+
+    writes = jax.process_index() == 0
+    new = folder.with_name(f".{folder.name}.partial")
+    with _disk_errors(folder, sum(sizes.values())):
+        if writes:
+            _make_room(new, sum(sizes.values()))
+        for file, names in files.items():
+            tensors = {}
+            for name in names:
+                tensor = _gather(lm, leaves[entries[name].path], entries[name])
+                if writes:
+                    tensors[name] = tensor
+            if writes:
+                save_file(tensors, new / file, metadata={"format": "pt"})
+                # safetensors makes files for their owner alone; they should be as open as any new file.
+                (new / file).chmod(new.stat().st_mode & 0o666)
+        if writes:
+            if len(files) > 1 or (source and source.index is not None):
+                _write_json(new / INDEX, _index(files, sizes, source, unchanged))
+            _write_json(new / "config.json", config)
+            for path in side_files:
+                shutil.copyfile(path, new / path.name)
+            if special_ids:
+                before = read_json(new / GENERATION_CONFIG) if (new / GENERATION_CONFIG).exists() else {}
+                _write_json(new / GENERATION_CONFIG, {**before, **special_ids})
+            _swap(new, folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"hf export {folder}")
+
+
+def check_replaceable(folder: Path, source: Source | None = None) -> None:
+    """Raises UserError unless an export may take the place of `folder`: none, empty or an older export."""
+    if source is not None and folder.exists() and folder.samefile(source.folder):
+        raise UserError(f"{folder}: is the checkpoint that this model came from; write to another folder")
+    if not folder.exists():
+        return
+    others = (
+        [folder] if folder.is_file() else [path for path in folder.iterdir() if not _is_export_file(path)]
+    )
+    if others:
+        raise UserError(
+            f"{folder}: holds {others[0].name!r}, which is not part of a Hugging Face export; nothing was "
+            "written. Choose an empty or new folder."
+        )
+
+
+def _is_export_file(path: Path) -> bool:
+    known = {"config.json", INDEX, *SIDE_FILES}
+    return path.is_file() and (path.name in known or path.suffix == ".safetensors")
+
+
+def _side_files(source: Source | None, tokenizer_folder: str | Path | None) -> list[Path]:
+    """The files to copy: from beside the source's weights, the tokenizer's from `tokenizer_folder`."""
+    origins = dict.fromkeys(SIDE_FILES, source.folder) if source else {}
+    if tokenizer_folder is not None:
+        origins.update(dict.fromkeys(TOKENIZER_FILES, Path(tokenizer_folder)))
+    found = [origin / name for name, origin in origins.items() if (origin / name).is_file()]
+    if tokenizer_folder is not None and not any(path.parent == Path(tokenizer_folder) for path in found):
+        raise UserError(f"{tokenizer_folder}: has none of a tokenizer's files ({', '.join(TOKENIZER_FILES)})")
+    return found
+
+
+def _names(entry: Entry, source: Source | None) -> list[str]:
+    """The names under which a tensor is written: of tied weights those that the source has, one or both."""
+    return entry.stored(source) if source else [entry.names[0]]
+
+
+def _split(sizes: Mapping[str, int], source: Source | None) -> dict[str, list[str]]:
+    """Which tensors go to which file: as in the source, or in order, as many as SHARD_BYTES hold."""
+    if source is not None:
+        files: dict[str, list[str]] = {}
+        for name, tensor in source.tensors.items():
+            files.setdefault(tensor.file, []).append(name)
+        return files
+    shards: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room or not shards:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def _index(
+    files: Mapping[str, list[str]], sizes: Mapping[str, int], source: Source | None, unchanged: bool
+) -> dict[str, Any]:
+    kept = (source.index if source else None) or {}
+    metadata = kept.get("metadata", {}) if unchanged else {"total_size": sum(sizes.values())}
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return {**kept, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+@partial(jax.jit, static_argnames="sharding")
+def _layer(leaf: jax.Array, i: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), sharding)
+
+
+def _gather(lm: LM, leaf: jax.Array, entry: Entry) -> np.ndarray:
+    """One tensor as it stands in the file, whole. A collective operation of all processes."""
+    everywhere, axis = lm.layout.replicated, entry.rule.vocab_axis
+    if entry.layer is None:
+        whole = jax.device_put(leaf, everywhere)
+    else:
+        whole = _layer(leaf, np.int32(entry.layer), everywhere)
+    # Any of the copies: all devices hold the same.
+    tensor = np.asarray(whole.addressable_data(0))
+    if axis is not None:
+        tensor = tensor[(*[slice(None)] * axis, slice(lm.config.vocab_size))]
+    return np.ascontiguousarray(entry.rule.operation.write(tensor))
+
+
+def _make_room(new: Path, total: int) -> None:
+    """An empty folder `new`, on a disk with room for `total` bytes; what a killed export left is removed."""
+    if new.exists():
+        shutil.rmtree(new)
+    new.mkdir(parents=True)
+    if shutil.disk_usage(new).free < total:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@contextmanager
+def _disk_errors(folder: Path, total: int) -> Iterator[None]:
+    """Turns what a disk refuses into a UserError, and leaves nothing half-made."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        new = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(new, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{folder}: the export of {total / 1e9:.2f} GB could not be written ({reason}), and nothing was "
+            "changed; free some space, or choose another folder"
+        ) from error
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Puts the finished folder `new` in the place of `folder`."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,172 @@
+"""The root of a run's config: it composes the sections that live beside the code they configure."""
+
+from typing import Annotated, Any
+
+import jax
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
+
+from jaxllm.checkpoint.store import CheckpointConfig
+from jaxllm.core.config import ByType, Section
+from jaxllm.core.dtypes import DTypeName
+from jaxllm.core.errors import UserError
+from jaxllm.core.mesh import Layout, MeshConfig
+from jaxllm.core.registry import Registry
+from jaxllm.data.loader import DataConfig
+from jaxllm.data.source import RecordsConfig, SourceConfig
+from jaxllm.models import FAMILIES
+from jaxllm.models.base import FamilyConfig
+from jaxllm.models.stack import Remat
+from jaxllm.optim.build import OPTIMIZERS, OptimizerConfig
+
+
+class PretrainedModel(Section):
+    """A model to continue from."""
+
+    path: str
+    """a Hugging Face folder, a run's output folder or one of its checkpoints"""
+    tokenizer: str | None = None
+    """a tokenizer folder; default: the model's own"""
+
+
+class NewModel(Section):
+    """A model to train from scratch: a family's config, and a tokenizer."""
+
+    tokenizer: str
+    """a tokenizer folder, as written by transformers"""
+
+    def family_config(self, vocab_size: int) -> FamilyConfig:
+        """The family's own config, with `vocab_size` where the run's config does not set one."""
+        fields = self.model_dump(exclude={"tokenizer"})
+        if fields["vocab_size"] is None:
+            fields["vocab_size"] = vocab_size
+        return FAMILIES[fields["type"]].config(**fields)
+
+
+NEW_MODELS = Registry[type[NewModel]]("model type")
+for _name in FAMILIES:
+    NEW_MODELS.add(
+        _name,
+        create_model(
+            f"New{_name.capitalize()}",
+            __base__=(FAMILIES[_name].config, NewModel),
+            vocab_size=(PositiveInt | None, None),
+        ),
+    )
+
+
+class TrainConfig(Section):
+    """How long and how to train. Give `steps` or `epochs`."""
+
+    steps: PositiveInt | None = None
+    """updates of the parameters"""
+    epochs: PositiveInt | None = None
+    """passes over the data"""
+    batch_size: PositiveInt
+    """sequences in an update, over all devices"""
+    micro_batch_size: PositiveInt | None = None
+    """sequences on one data-parallel device at a time; default: its whole share of the batch. The rest of the batch
+    is accumulated"""
+    remat: Remat = "none"
+    """what the backward pass computes again to save memory: none, dots (all but matrix products) or full"""
+    param_dtype: DTypeName = "float32"
+    """what parameters are stored in"""
+    compute_dtype: DTypeName | None = None
+    """what activations and matrix products are in; default: bfloat16 on a GPU, float32 elsewhere"""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """gradients are scaled down to this global norm; null: never"""
+    max_bad_steps: PositiveInt = 3
+    """the run stops after so many steps in a row whose loss or gradient is not finite; none of them is applied"""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give either steps or epochs; got steps {self.steps} and epochs {self.epochs}")
+        return self
+
+    def accumulation(self, layout: Layout) -> tuple[int, int]:
+        """`(micro-batches, sequences in each)` of a batch, over all devices.
+
+        Raises UserError with the nearest batch sizes that work.
+        """
+        ways = layout.size("batch")
+        micro = self.micro_batch_size or max(1, self.batch_size // ways)
+        together = micro * ways
+        if self.batch_size % together:
+            below, above = self.batch_size // together * together, -(-self.batch_size // together) * together
+            nearest = " or ".join(str(size) for size in (below, above) if size)
+            raise UserError(
+                f"train.batch_size {self.batch_size} is not a multiple of {together} = train.micro_batch_size "
+                f"{micro} × {ways} data-parallel devices (mesh data × fsdp); set train.batch_size to {nearest}, "
+                "or change train.micro_batch_size or the mesh"
+            )
+        return self.batch_size // together, together
+
+    def computes_in(self) -> str:
+        """The compute dtype on this machine."""
+        return self.compute_dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+
+
+class EvalConfig(RecordsConfig):
+    """A held-out set."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """what it is called in the log"""
+    path: str | None = Field(default=None, min_length=1)
+    """its records, as in data.sources; default: the share that data.eval_fraction holds out"""
+    every: PositiveInt
+    """steps between evaluations; there is one before the first step and one after the last, too"""
+
+    def source(self) -> SourceConfig | None:
+        """The source of its records; None for the held-out share."""
+        options: dict[str, Any] = self.model_dump(exclude={"name", "every"})
+        return None if self.path is None else SourceConfig(**options)
+
+
+class Config(Section):
+    """One training run."""
+
+    output_dir: str = Field(min_length=1)
+    """the folder that the run writes"""
+    seed: NonNegativeInt = 0
+    model: Annotated[PretrainedModel | NewModel, ByType(NEW_MODELS, otherwise=PretrainedModel)]
+    data: DataConfig
+    mesh: MeshConfig = MeshConfig()
+    optim: Annotated[OptimizerConfig, ByType(OPTIMIZERS)]
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evals: list[EvalConfig] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _compatible(self) -> "Config":
+        for problem, remedy in check_compatible(self):
+            raise ValueError(f"{problem}; {remedy}")
+        return self
+
+
+def check_compatible(config: Config) -> list[tuple[str, str]]:
+    """Every pair of settings that contradict each other, as `(problem, remedy)`."""
+    names = [held_out.name for held_out in config.evals]
+    share = [held_out.name for held_out in config.evals if held_out.path is None]
+    table = [
+        (
+            config.mesh.pipeline != 1,
+            f"mesh.pipeline is {config.mesh.pipeline}, and the layers are walked by one scan",
+            "set it to 1 and use mesh.fsdp or mesh.tensor",
+        ),
+        (
+            bool(share) and not config.data.eval_fraction,
+            f"evals {share} have no path, and data.eval_fraction holds nothing out",
+            "give them a path or set data.eval_fraction",
+        ),
+        (
+            bool(config.data.eval_fraction) and not share,
+            f"data.eval_fraction holds out {config.data.eval_fraction} of the data, and nothing evaluates it",
+            "add {name: held_out, every: 100} to evals",
+        ),
+        (
+            len(set(names)) < len(names),
+            f"evals share a name: {names}",
+            "give each its own",
+        ),
+    ]
+    return [(problem, remedy) for wrong, problem, remedy in table if wrong]
