@@ -34,7 +34,9 @@ OPTIM_FILES = ["__init__", "build", "wrappers"]
 SEE_EVERYTHING = [
     "__init__",
     "train/run",
-    "train/config",
+    "train/config",  # config, folder and memory are parts of the run, in files of their own
+    "train/folder",
+    "train/memory",
     "convert",
     "plan",
     "report",
@@ -105,11 +107,11 @@ def imports_of(file: str, source: str, files: set[str]) -> Iterator[Import]:
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import():
-                yield from (resolve(alias.name, node.lineno) for alias in node.names)
+                yield from {resolve(alias.name, node.lineno) for alias in node.names}
             case ast.ImportFrom():
                 parents = ["jaxllm", *file.split("/")][: -node.level] if node.level else []
                 module = ".".join([*parents, *filter(None, [node.module])])
-                yield from (resolve(module, node.lineno, alias.name) for alias in node.names)
+                yield from {resolve(module, node.lineno, alias.name) for alias in node.names}
             case ast.Call(
                 func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"),
                 args=[ast.Constant(value=str(module)), *_],

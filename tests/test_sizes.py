@@ -11,9 +11,7 @@ TOP_LEVEL = {"jaxllm", "configs", "scripts", "tests", "pyproject.toml", "README.
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 
 # A home, a mounted disk or a temporary folder of one machine; every system has /usr/bin/env and /dev/null.
-MACHINE_PATH = re.compile(
-    r"(?<![\w./:}-])/(home|Users|root|mnt|work|workspace|scratch|tmp|var/tmp|opt)/[\w.-]+"
-)
+MACHINE_PATH = re.compile(r"(?<![\w./:}-])/(home|Users|root|mnt|work|workspace|scratch|tmp|var/tmp|opt)/[\w.-]+")
 
 
 def tracked() -> list[str]:
@@ -66,9 +64,7 @@ def test_no_file_names_a_path_of_one_machine():
     assert found == {}
 
 
-@pytest.mark.parametrize(
-    "text", ["open('/home/ann/x')", "cd /work/main", "DATA=/mnt/data1", "(/tmp/venv/bin/python)"]
-)
+@pytest.mark.parametrize("text", ["open('/home/ann/x')", "cd /work/main", "DATA=/mnt/data1", "(/tmp/venv/bin/python)"])
 def test_machine_paths_are_seen(text):
     assert machine_paths(text)
 

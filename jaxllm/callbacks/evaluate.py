@@ -22,7 +22,10 @@ class EvaluationSet:
 
 
 class Evaluate:
-    """Evaluates each set every so many steps and at the step `last`; `history` keeps the results by name."""
+    """Evaluates each set every so many steps and at the step `last`.
+
+    `history`: by name, the step and result of each evaluation.
+    """
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class Evaluate:
         self._metrics = metrics
         self._console = console
         self._last = last
-        self.history: dict[str, list[HeldOut]] = {}
+        self.history: dict[str, list[tuple[int, HeldOut]]] = {}
 
     def on_event(self, event: Event) -> None:
         """Evaluates what is due."""
@@ -52,13 +55,14 @@ class Evaluate:
 
     def _evaluate(self, held_out: EvaluationSet, step: int, state: TrainState) -> None:
         result = self._perplexity(tree.combine(state.params, state.frozen), held_out.batches())
-        self.history.setdefault(held_out.name, []).append(result)
+        self.history.setdefault(held_out.name, []).append((step, result))
         name = f"eval/{held_out.name}"
         self._metrics.write(step, {f"{name}/loss": result.loss, f"{name}/perplexity": result.perplexity})
         self._console.print(
             f"step {step:>6}  [bold]{held_out.name}[/bold] loss {result.loss:.4f}  perplexity "
             f"{result.perplexity:.2f}  over {result.tokens:,} tokens",
             highlight=False,
+            soft_wrap=True,
         )
 
     def close(self) -> None:

@@ -20,14 +20,23 @@ from jaxllm.core.errors import UserError
 from jaxllm.train.state import Event
 
 
+# Of the records of a bad step, how many are named.
+RECORDS_NAMED = 50
+
+
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, each with its `step`."""
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
-        """Opens the file to append, and drops what a killed run wrote after step `resumed_at`."""
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resumed_at]
-        path.write_text("".join(line + "\n" for line in kept))
+    def __init__(self, path: Path, resumed_at: int | None) -> None:
+        """Opens the file to append.
+
+        What a killed run wrote after step `resumed_at` is dropped; all of it, if None: the run begins anew.
+        """
+        lines = path.read_text().splitlines() if path.exists() and resumed_at is not None else []
+        kept = [line for line in lines if _step_of(line) <= (resumed_at or 0)]
+        new = path.with_name(f".{path.name}.new")
+        new.write_text("".join(line + "\n" for line in kept))
+        new.replace(path)
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -137,6 +146,7 @@ class Log:
                 f"step {step:>6}  loss {values['loss']:.4f}  grad norm {norm:.3f}  "
                 f"learning rate {learning_rate:.2e}  {rate:,.0f} tokens/s",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def _judge(self, step: int, values: Mapping[str, float]) -> None:
@@ -144,13 +154,21 @@ class Log:
         if not self._bad_steps:
             return
         found = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-        records = ", ".join(self._records(step))
-        self._console.print(f"step {step:>6}  not applied: {found}. Its records: {records}", style="red")
+        records = self._records(step)
+        named = ", ".join(records[:RECORDS_NAMED])
+        more = len(records) - RECORDS_NAMED
+        self._console.print(
+            f"step {step:>6}  not applied: {found}. Its records: {named}{f' and {more} more' if more > 0 else ''}",
+            style="red",
+            highlight=False,
+            soft_wrap=True,
+        )
         if self._bad_steps >= self._max_bad_steps:
             raise UserError(
                 f"{self._bad_steps} steps in a row up to step {step} had a loss or gradient that is not finite "
-                f"(last: {found}); none of them was applied. Resume with a lower optim.learning_rate or a longer "
-                "warm-up, or look at the records named above"
+                f"(last: {found}); none of them was applied. Look at the records named above, or start again from an "
+                "earlier checkpoint (checkpoint.resume) in a new output_dir with a lower optim.learning_rate or a longer "
+                "optim.schedule.warmup"
             )
 
     def close(self) -> None:

@@ -4,7 +4,9 @@ A checkpoint is a folder `<step>/` with the training state (`state`, Orbax) and 
 Beside them, the text file `latest` names the newest complete one.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from pydantic import Field, PositiveInt
 
+from jaxllm.checkpoint.integrity import check_sizes, damaged, write_sizes
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
 
@@ -35,6 +38,7 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: Path, *, keep: int | None = None, read_only: bool = False) -> None:
+        logging.getLogger("absl").addFilter(_is_not_from_orbax)
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -44,14 +48,19 @@ class CheckpointStore:
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._point_to_latest),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
             ),
         )
+        self._saving: int | None = None
+        if not read_only:
+            self._point_to(self.latest())  # a run killed during a save may have named one that never came to be
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
         """Copies the state off the devices and returns; a background thread writes it. `facts` must be JSON."""
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(dict(facts)))
-        with _clear_errors(self.folder):
+        with self._write_errors():
+            self._manager.wait_until_finished()
+            self._saving = step
             self._manager.save(step, args=args)
 
     def latest(self) -> int | None:
@@ -81,44 +90,58 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Returns when everything saved so far is complete on disk."""
-        with _clear_errors(self.folder):
+        with self._write_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save and ends the background thread."""
-        with _clear_errors(self.folder):
+        with self._write_errors():
             self._manager.close()
 
     def _restore(self, step: int, **items: Any) -> Any:
         if step not in self._manager.all_steps():
             raise UserError(f"{self.folder} has no checkpoint {step}; it has {self._manager.all_steps()}")
+        check_sizes(self.folder / str(step))
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, FileNotFoundError, OSError) as error:
-            raise UserError(
-                f"the checkpoint {self.folder / str(step)} cannot be read: {error}. "
-                "Set checkpoint.resume to an older one to continue from there"
-            ) from error
+        except jax.errors.JaxRuntimeError:  # out of memory, which is no damage
+            raise
+        except Exception as error:  # Orbax raises nothing narrower for a damaged file
+            raise UserError(damaged(self.folder / str(step), _short(error))) from error
 
-    def _point_to_latest(self) -> None:
-        step = self._manager.latest_step()
+    def _finish(self) -> None:
+        # Orbax calls this when everything is written, and renames the folder right after.
+        (unfinished,) = self.folder.glob(f"{self._saving}.*")
+        write_sizes(unfinished)
+        self._point_to(self._saving)
+
+    def _point_to(self, step: int | None) -> None:
         if step is not None:
             pointer = self.folder / "latest.tmp"
             pointer.write_text(f"{step}\n")
             pointer.rename(self.folder / "latest")
 
-
-class _clear_errors:
-    """Turns a failed write into one message."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Turns what a disk refuses into one message; other errors pass."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if not isinstance(error, OSError) and "os_error_code" not in str(error):  # tensorstore's form of it
+                raise
             raise UserError(
-                f"writing a checkpoint to {self.folder} failed: {error}. Free some space or lower checkpoint.keep; "
-                "the checkpoints before it are complete, and the run resumes from the newest"
+                f"writing a checkpoint to {self.folder} failed: {_short(error)}. Free some space or lower "
+                "checkpoint.keep; the checkpoints before it are complete, and the run resumes from the newest"
             ) from error
+
+
+def _short(error: Exception) -> str:
+    """What Orbax says on one line, without tensorstore's description of its settings."""
+    text = str(error).partition(" [tensorstore_spec")[0].partition(" See full TensorStore")[0]
+    text = " ".join(text.split())
+    return (text if len(text) <= 400 else text[:400] + "…").rstrip(".")
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    # It logs a failure many times over, each with a trace; all of them reach us as exceptions.
+    return "/orbax/" not in record.pathname.replace("\\", "/")

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jax.typing import DTypeLike
+from transformers import PreTrainedTokenizerFast
 
 from jaxllm.checkpoint.store import CheckpointStore
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
+from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
@@ -27,6 +29,17 @@ class OpenModel:
     lm: LM
     folder: Path
     load: Callable[[], Params]
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer in `folder`. Raises UserError if it has a token that the model has no row for."""
+        tokenizer = load_tokenizer(self.folder)
+        largest, rows = max(tokenizer.get_vocab().values()), self.lm.config.vocab_size
+        if largest >= rows:
+            raise UserError(
+                f"the tokenizer {self.folder} has token ids up to {largest:,} and the model's embedding {rows:,} rows; "
+                "use the model's own tokenizer, or set model.vocab_size of a new model"
+            )
+        return tokenizer
 
 
 def open_model(
@@ -70,10 +83,12 @@ def _from_checkpoint(
         compute_dtype or ("bfloat16" if on_gpu else "float32"),
     )
 
+    checkpoints = run / RUN_CHECKPOINTS
+
     def load() -> Params:
-        store = CheckpointStore(run / RUN_CHECKPOINTS, read_only=True)
-        newest = store.latest() if step is None else step
-        if newest is None:
+        store = CheckpointStore(checkpoints, read_only=True) if checkpoints.is_dir() else None
+        newest = step or (store.latest() if store else None)
+        if store is None or newest is None:
             raise UserError(f"{run}: the run has no complete checkpoint yet")
         params = store.restore(newest, {"params": lm.abstract()}, partial=True)["params"]
         store.close()

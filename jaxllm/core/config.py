@@ -92,7 +92,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text that either YAML 1.1 or our loader would read as something else."""
 
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _text(dumper: Any, text: str) -> yaml.ScalarNode:
     # PyYAML folds the rarer line breaks (U+0085) into spaces unless they are escaped in double quotes.
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)

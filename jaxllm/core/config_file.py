@@ -24,9 +24,7 @@ _CORE_SCHEMA = [
     (_TAG + "int", re.compile(r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789")),
     (
         _TAG + "float",
-        re.compile(
-            r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-        ),
+        re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
         list("-+.0123456789"),
     ),
 ]
@@ -96,9 +94,7 @@ class ConfigFile:
         key, equals, value = text.partition("=")
         keys = key.split(".")
         if not equals or key.startswith("-") or not all(keys):
-            raise UserError(
-                f"command line: {text!r} is no override; write section.key=value, such as train.steps=100."
-            )
+            raise UserError(f"command line: {text!r} is no override; write section.key=value, such as train.steps=100.")
         document = _Document(value)
         if document.problems:
             why = document.problems[0][1]

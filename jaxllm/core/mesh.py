@@ -50,16 +50,18 @@ DEFAULT_RULES: Rules = {
 
 
 class MeshConfig(Section):
-    """How many devices each mesh axis has; one axis may be -1, which means the rest of them.
-
-    `rules` overrides the layout of single logical axes, for example `{embed: [fsdp, tensor], mlp: []}`.
-    """
+    """How many devices each mesh axis has; one axis may be -1, which means the rest of them."""
 
     pipeline: int = 1
+    """devices that hold different layers"""
     data: int = 1
+    """groups of devices that train on different sequences, each with all parameters"""
     fsdp: int = -1
+    """devices that train on different sequences and hold different parts of the parameters"""
     tensor: int = 1
+    """devices that share the matrices of a layer, and its sequences"""
     rules: dict[str, list[str]] = Field(default_factory=dict)
+    """where single array axes lie instead, for example {embed: [fsdp, tensor], mlp: []}"""
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshConfig":
@@ -89,7 +91,7 @@ class MeshConfig(Section):
         return {axis: getattr(self, axis) for axis in AXES}
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (default: all). Raises UserError if the sizes do not multiply to them."""
     devices = jax.devices() if devices is None else list(devices)
     sizes, count = config.sizes, len(devices)
@@ -117,13 +119,13 @@ class Layout:
     rules: Rules
 
     @staticmethod
-    def of(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> "Layout":
+    def of(config: MeshConfig, devices: Sequence[Any] | None = None) -> "Layout":
         """The layout that a config asks for."""
         overrides = {name: tuple(axes) for name, axes in config.rules.items()}
         return Layout(make_mesh(config, devices), {**DEFAULT_RULES, **overrides})
 
     @staticmethod
-    def single(device: jax.Device | None = None) -> "Layout":
+    def single(device: Any = None) -> "Layout":
         """The layout of one device. A mesh of one device is a mesh: nothing is special about it."""
         return Layout.of(MeshConfig(fsdp=1), [device or jax.local_devices()[0]])
 

@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -165,9 +165,7 @@ class Loader(Generic[T]):
         filled = [
             self._plan.row(self._store, row) if row >= 0 else self._plan.empty_row() for row in rows.ravel().tolist()
         ]
-        arrays = {
-            name: np.stack([row[name] for row in filled]).reshape(*rows.shape, -1) for name in filled[0]
-        }
+        arrays = {name: np.stack([row[name] for row in filled]).reshape(*rows.shape, -1) for name in filled[0]}
         return arrays, rows, self.state_after(batch + 1)
 
     def _row_at(self, place: int) -> int:
@@ -177,12 +175,12 @@ class Loader(Generic[T]):
         return int(self._order(epoch)[position]) if self._shuffle else position
 
     def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            # Two threads read, so two epochs can be wanted in turn; older ones are not.
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {
-                epoch: self._plan.order(epoch)
-            }
-        return self._orders[epoch]
+        order = self._orders.get(epoch)
+        if order is None:
+            order = self._plan.order(epoch)
+            # Several threads read: the dict is replaced, never changed, and two epochs can be wanted in turn.
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
+        return order
 
     def _placed(self, item: tuple[Arrays, np.ndarray, State]) -> Batch[T]:
         arrays, rows, state = item
@@ -195,7 +193,7 @@ class _Ahead(Generic[T]):
     An exception on the thread is raised from `next`, after the results before it.
     """
 
-    def __init__(self, items: grain.DatasetIterator, work: Callable[..., T], depth: int) -> None:
+    def __init__(self, items: grain.DatasetIterator[Any], work: Callable[..., T], depth: int) -> None:
         self._items = items
         self._work = work
         self._queue: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue(depth)

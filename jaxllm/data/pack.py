@@ -116,9 +116,7 @@ class PackPlan:
     def empty_row(self) -> dict[str, np.ndarray]:
         """A row of padding alone."""
         names = ("tokens", "targets", "loss_mask", "positions", "segments")
-        return {
-            name: np.zeros(self.seq_len, np.float32 if name == "loss_mask" else np.int32) for name in names
-        }
+        return {name: np.zeros(self.seq_len, np.float32 if name == "loss_mask" else np.int32) for name in names}
 
     def origins(self, store: Store, i: int) -> list[tuple[str, int]]:
         """The file and record (see `Store.origin`) of each piece in row `i`."""
@@ -157,8 +155,7 @@ def plan(
     kept = first_trained[chosen] <= pairs
     if not kept.any():
         raise UserError(
-            f"none of {len(chosen):,} samples has a trained token within data.seq_len = {seq_len}; "
-            "raise data.seq_len"
+            f"none of {len(chosen):,} samples has a trained token within data.seq_len = {seq_len}; raise data.seq_len"
         )
     whole = _Pieces(chosen[kept], np.zeros(int(kept.sum()), np.int64), pairs[kept])
     whole = whole.take(_permutation(len(whole.sample), seed, _PIECES))

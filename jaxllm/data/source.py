@@ -40,7 +40,7 @@ class SourceConfig(RecordsConfig):
     """Where records come from, and how they become text."""
 
     path: str = Field(min_length=1)
-    """a file or a glob such as lib/**/*.py, of .jsonl, .json or .txt; with `format: text`, of any text files"""
+    """a file or a glob such as lib/**/*.py: .jsonl, .json, .txt, or with `format: text` any text"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,7 @@ def find_files(config: SourceConfig) -> list[str]:
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        raise UserError(
-            f"data path {config.path!r} is a folder; name a file or a glob such as {path}/**/*.jsonl"
-        )
+        raise UserError(f"data path {config.path!r} is a folder; name a file or a glob such as {path}/**/*.jsonl")
     files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     if not files:
         raise UserError(f"no data file matches {config.path!r} (looked from {os.getcwd()})")
@@ -94,11 +92,7 @@ def read(config: SourceConfig) -> Iterator[Record]:
             found = True
             yield record
     if not found:
-        what = (
-            f"the data file {files[0]!r} is"
-            if len(files) == 1
-            else f"all {len(files)} files of {config.path!r} are"
-        )
+        what = f"the data file {files[0]!r} is" if len(files) == 1 else f"all {len(files)} files of {config.path!r} are"
         raise UserError(f"{what} empty: there is no record to train on")
 
 
@@ -161,9 +155,7 @@ def _read_lines(config: SourceConfig, file: str) -> Iterator[Record]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{file}, line {index} is not JSON: {error.msg} at column {error.colno}"
-                ) from None
+                raise UserError(f"{file}, line {index} is not JSON: {error.msg} at column {error.colno}") from None
             yield Record(file, index, _columns(value, config.fields, file, index), len(raw))
 
 

@@ -53,9 +53,7 @@ class Summary:
 
     def __str__(self) -> str:
         formats = ", ".join(f"{path} as {name}" for path, name in self.formats.items())
-        left_out = (
-            f"; {self.untrained:,} records left out: nothing in them is trained" if self.untrained else ""
-        )
+        left_out = f"; {self.untrained:,} records left out: nothing in them is trained" if self.untrained else ""
         return (
             f"{self.samples:,} samples, {self.tokens:,} tokens, {self.trained_tokens:,} of them trained "
             f"({formats}){left_out}"
@@ -138,9 +136,7 @@ def open_or_build(
     return Store(folder)
 
 
-def _format_of(
-    config: SourceConfig, tokenizer: PreTrainedTokenizerFast
-) -> tuple[str, list[tuple[str, bool]]]:
+def _format_of(config: SourceConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[tuple[str, bool]]]:
     """A source's format, and its first record as the format renders it."""
     record = next(source.read(config))
     name = config.format

@@ -53,8 +53,7 @@ def detect(columns: Iterable[str]) -> str:
         return fitting[0]
     if fitting:
         raise UserError(
-            f"the columns {', '.join(found)} fit more than one format ({', '.join(fitting)}); "
-            "choose one by `format:`"
+            f"the columns {', '.join(found)} fit more than one format ({', '.join(fitting)}); choose one by `format:`"
         )
     needs = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in FORMATS)
     hints = "".join(did_you_mean(column, _all_columns()) for column in found[:8])
@@ -145,34 +144,24 @@ def _messages(columns: Columns, tokenizer: PreTrainedTokenizerBase) -> list[Segm
     return [*segments, Segment(whole[done:], False)]
 
 
-def _chat(
-    messages: list[dict], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
-) -> str:
+def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError) as error:
         raise UserError(f"the chat template cannot render these messages: {error}") from error
     return str(text)
 
 
-def _checked_messages(messages: Any) -> list[dict]:
+def _checked_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f"column 'messages' must be a list of messages with at least one, not {messages!r:.60}"
-        )
+        raise UserError(f"column 'messages' must be a list of messages with at least one, not {messages!r:.60}")
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(
-                f"message {i} must be an object with a `role` and a `content`, not {message!r:.60}"
-            )
+            raise UserError(f"message {i} must be an object with a `role` and a `content`, not {message!r:.60}")
         if not isinstance(message.get("content"), str) and "tool_calls" not in message:
             raise UserError(f"message {i}: `content` must be a string, not {message.get('content')!r:.60}")
     if messages[0]["role"] == "assistant":
-        raise UserError(
-            "the first message is the assistant's; a conversation begins with a system or user message"
-        )
+        raise UserError("the first message is the assistant's; a conversation begins with a system or user message")
     return messages
 
 

@@ -1,7 +1,10 @@
 """`python -m jaxllm.generate MODEL --prompt TEXT`: completes text with a model."""
 
 import argparse
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +35,6 @@ def main(arguments: list[str]) -> int:
     from jaxllm.data.tokenizer import load_tokenizer
     from jaxllm.generate.decode import decode
     from jaxllm.generate.sample import Sampling
-    from jaxllm.generate.stop import stop_ids
 
     try:
         if options.max_new_tokens < 1:
@@ -47,15 +49,23 @@ def main(arguments: list[str]) -> int:
             prompts,
             max_new_tokens=options.max_new_tokens,
             sampling=sampling,
-            stop_ids=stop_ids(model.folder, tokenizer),
+            stop_ids=_stop_ids(model.folder, tokenizer),
             seed=options.seed,
         )
-        for prompt, completion in zip(prompts, completions, strict=True):
-            print(tokenizer.decode([*prompt, *completion], skip_special_tokens=True))
+        whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        print(f"\n{'-' * 60}\n".join(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in whole))
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _stop_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the model's own list, else the tokenizer's end of text."""
+    file = folder / "generation_config.json"
+    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 if __name__ == "__main__":

@@ -99,9 +99,10 @@ def _advance(
     key: jax.Array,
     *,
     sampling: Sampling,
-) -> tuple[jax.Array, LayerCache | None]:
+) -> tuple[jax.Array, LayerCache]:
     """The token after `tokens` `[B, T]`, which stand in the cache from slot `offset` on."""
     positions = jnp.maximum(offset + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] - padding, 0)
     ctx = lm.context(positions, cache=CachePosition(offset, segments))
-    x, cache = lm.hidden(params, tokens, ctx, cache=cache)
-    return draw(lm.head(params, x[:, -1:])[:, 0], key, sampling), cache
+    x, written = lm.hidden(params, tokens, ctx, cache=cache)
+    assert written is not None
+    return draw(lm.head(params, x[:, -1:])[:, 0], key, sampling), written

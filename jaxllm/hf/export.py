@@ -23,7 +23,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
 from jaxllm.hf.config import read_json, write_config
 from jaxllm.hf.source import DTYPES, GENERATION_CONFIG, INDEX, SIDE_FILES, TOKENIZER_FILES, WEIGHTS, Source
-from jaxllm.hf.weights import Entry, weight_table
+from jaxllm.hf.weights import Entry, copy, weight_table
 from jaxllm.models.base import LM
 
 # Of a model that did not come in files: the size that Hugging Face's own tools split at.
@@ -60,8 +60,7 @@ def save(
     sizes = {name: math.prod(e.shape) * leaves[e.path].dtype.itemsize for name, e in entries.items()}
     files = _split(sizes, source)
     unchanged = source is not None and all(
-        entry.shape == source.tensors[name].shape
-        and leaves[entry.path].dtype == DTYPES.get(source.tensors[name].dtype)
+        entry.shape == source.tensors[name].shape and leaves[entry.path].dtype == DTYPES.get(source.tensors[name].dtype)
         for name, entry in entries.items()
     )
     dtype = None if unchanged else Counter(leaf.dtype.name for leaf in leaves.values()).most_common(1)[0][0]
@@ -103,9 +102,7 @@ def check_replaceable(folder: Path, source: Source | None = None) -> None:
         raise UserError(f"{folder}: is the checkpoint that this model came from; write to another folder")
     if not folder.exists():
         return
-    others = (
-        [folder] if folder.is_file() else [path for path in folder.iterdir() if not _is_export_file(path)]
-    )
+    others = [folder] if folder.is_file() else [path for path in folder.iterdir() if not _is_export_file(path)]
     if others:
         raise UserError(
             f"{folder}: holds {others[0].name!r}, which is not part of a Hugging Face export; nothing was "
@@ -171,15 +168,14 @@ def _layer(leaf: jax.Array, i: jax.Array, sharding: NamedSharding) -> jax.Array:
 def _gather(lm: LM, leaf: jax.Array, entry: Entry) -> np.ndarray:
     """One tensor as it stands in the file, whole. A collective operation of all processes."""
     everywhere, axis = lm.layout.replicated, entry.rule.vocab_axis
-    if entry.layer is None:
-        whole = jax.device_put(leaf, everywhere)
-    else:
-        whole = _layer(leaf, np.int32(entry.layer), everywhere)
+    stacked = entry.layer is not None
+    whole = _layer(leaf, np.int32(entry.layer), everywhere) if stacked else jax.device_put(leaf, everywhere)
     # Any of the copies: all devices hold the same.
     tensor = np.asarray(whole.addressable_data(0))
     if axis is not None:
         tensor = tensor[(*[slice(None)] * axis, slice(lm.config.vocab_size))]
-    return np.ascontiguousarray(entry.rule.operation.write(tensor))
+    tensor = entry.rule.operation.write(tensor)
+    return copy(tensor, np.empty(tensor.shape, tensor.dtype))
 
 
 def _make_room(new: Path, total: int) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,9 @@ class Source:
     """
 
     folder: Path
-    config: RawConfig
-    tensors: dict[str, StoredTensor]
-    index: dict[str, Any] | None
+    config: RawConfig = field(repr=False)
+    tensors: dict[str, StoredTensor] = field(repr=False)
+    index: dict[str, Any] | None = field(repr=False)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The slices `index` of a tensor, without reading the rest of it.

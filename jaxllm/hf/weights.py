@@ -45,9 +45,10 @@ def read_model(
     layout = fit_layout(config, layout)
     if compute_dtype is None:
         compute_dtype = "bfloat16" if layout.mesh.devices.flat[0].platform == "gpu" else "float32"
-    lm = LM(family, config, layout, compute_dtype=compute_dtype, source=source)
+    lm = LM(family, config, layout, compute_dtype=jnp.dtype(compute_dtype), source=source)
     check(lm, source)
-    return replace(lm, param_dtype=stored_dtypes(lm, source) if param_dtype is None else param_dtype)
+    stored = stored_dtypes(lm, source)
+    return replace(lm, param_dtype=stored if param_dtype is None else jnp.dtype(param_dtype))
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,20 @@ def _fill(out: np.ndarray, lm: LM, entry: Entry, bounds: Bounds) -> None:
     if out.size:
         index = tuple(slice(start, end) for (start, _), end in zip(bounds, ends, strict=True))
         part = lm.source.read(entry.stored(lm.source)[0], entry.rule.operation.index(index))
-        out[...] = entry.rule.operation.read(part)
+        copy(entry.rule.operation.read(part), out)
+
+
+def copy(source: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """`out`, filled with `source` and cast to its dtype.
+
+    Most sources are transposed: in strips that the processor's cache holds, they are copied several times faster
+    than in one piece.
+    """
+    width = 64 if out.ndim > 1 else out.size
+    for start in range(0, out.shape[-1], width):
+        strip = (..., slice(start, start + width))
+        out[strip] = source[strip]
+    return out
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -30,17 +30,29 @@ from jaxllm.nn.rope import rope_tables
 class FamilyConfig(Section):
     """What every family has, under the names of Hugging Face configs."""
 
+    type: str
     vocab_size: PositiveInt
+    """tokens that the embedding knows"""
     hidden_size: PositiveInt
+    """width of the residual stream"""
     num_hidden_layers: PositiveInt
+    """blocks"""
     num_attention_heads: PositiveInt
+    """query heads"""
     num_key_value_heads: PositiveInt
+    """key and value heads, shared by groups of query heads"""
     head_dim: PositiveInt
+    """width of a head"""
     max_position_embeddings: PositiveInt = 2048
+    """the longest sequence that the model is meant for"""
     rms_norm_eps: NonNegativeFloat = 1e-5
+    """added to the mean square in a norm"""
     rope_theta: PositiveFloat = 10000.0
+    """base of the rotation angles"""
     tie_word_embeddings: bool = False
+    """whether the output matrix is the embedding"""
     initializer_range: PositiveFloat = 0.02
+    """standard deviation of new weights"""
 
 
 @dataclass(frozen=True)
@@ -172,22 +184,22 @@ class LM:
         """`[B, T]` int32 → `[B, T, D]` in the compute dtype."""
         c = self.config
         module = Embed(self.vocab_padded, c.hidden_size, self.compute_dtype, c.initializer_range)
-        return module.apply({"params": params["embed"]}, tokens, self.layout)
+        return _apply(module, params["embed"], tokens, self.layout)
 
     def block(
         self, layer: Params, x: jax.Array, ctx: Context, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """One layer: `[B, T, D]` → `[B, T, D]`. `layer` is a slice of `params["layers"]`."""
-        return self._block.apply({"params": layer}, x, ctx, cache)
+        return _apply(self._block, layer, x, ctx, cache)
 
     def head(self, params: Params, x: jax.Array) -> jax.Array:
         """`[B, T, D]` → logits `[B, T, padded V]` in at least float32; those of the padding are −inf."""
-        x = self._norm.apply({"params": params["norm"]}, x)
+        x = _apply(self._norm, params["norm"], x)
         if self.config.tie_word_embeddings:
             z = project(x, params["embed"]["table"].T)
         else:
             module = Head(self.vocab_padded, self.config.initializer_range)
-            z = module.apply({"params": params["head"]}, x)
+            z = _apply(module, params["head"], x)
         if self.vocab_padded == self.config.vocab_size:
             return z
         return jnp.where(jnp.arange(self.vocab_padded) < self.config.vocab_size, z, -jnp.inf)
@@ -232,7 +244,8 @@ class LM:
         """
         ctx = self.context(batch["positions"], batch["segments"])
         x, _ = self.hidden(params, batch["tokens"], ctx, stack)
-        chunks = loss_chunks(*batch["tokens"].shape, self.vocab_padded, self.layout)
+        batch_size, length = batch["tokens"].shape
+        chunks = loss_chunks(batch_size, length, self.vocab_padded, self.layout)
         return cross_entropy(
             lambda x: self.head(params, x), x, batch["targets"], batch["loss_mask"], self.layout, chunks
         )
@@ -249,3 +262,7 @@ class LM:
         matrices = 1 if self.config.tie_word_embeddings else 2
         whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()))
         return whole - matrices * padding * self.config.hidden_size
+
+
+def _apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
+    return module.apply({"params": params}, *inputs)

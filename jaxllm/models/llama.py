@@ -21,9 +21,13 @@ class LlamaConfig(FamilyConfig):
 
     type: Literal["llama"] = "llama"
     intermediate_size: PositiveInt
+    """width of the feed-forward layer"""
     hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"] = "silu"
+    """activation of the feed-forward layer's gate"""
     attention_bias: bool = False
+    """whether the attention's projections have biases"""
     mlp_bias: bool = False
+    """whether the feed-forward layer's have"""
 
     @model_validator(mode="before")
     @classmethod

@@ -19,8 +19,8 @@ class LayerCache(NamedTuple):
     def write(self, k: jax.Array, v: jax.Array, ctx: Context) -> "LayerCache":
         """The cache with the keys and values `[B, T, …]` of this pass in their slots."""
         assert ctx.cache is not None
-        start = (0, ctx.cache.offset, 0, 0)
+        write, offset = jax.lax.dynamic_update_slice_in_dim, ctx.cache.offset
         return LayerCache(
-            jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype), start),
-            jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype), start),
+            write(self.k, k.astype(self.k.dtype), offset, axis=1),
+            write(self.v, v.astype(self.v.dtype), offset, axis=1),
         )

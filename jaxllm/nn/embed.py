@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxllm.core.mesh import Layout
+from jaxllm.nn.parameter import parameter
 
 
 class Embed(nn.Module):
@@ -19,7 +20,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array, layout: Layout) -> jax.Array:
         """`[B, T]` → `[B, T, D]` in the compute dtype."""
-        normal = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), ("vocab", "vocab_embed"))
-        table = self.param("table", normal, (self.vocab_size, self.features))
+        normal = nn.initializers.normal(self.stddev)
+        table = parameter(self, "table", normal, ("vocab", "vocab_embed"), (self.vocab_size, self.features))
         x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
         return layout.constrain(x, "batch", "act_length", "act_embed")

@@ -5,6 +5,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxllm.core.dtypes import at_least_float32
+from jaxllm.nn.parameter import parameter
+
 
 class Linear(nn.Module):
     """`x @ kernel + bias`, with the kernel stored as the matrix `[in, out]`.
@@ -21,12 +24,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in]` → `[..., out]` in the compute dtype."""
-        normal = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
-        kernel = self.param("kernel", normal, (x.shape[-1], self.features))
+        shape = (x.shape[-1], self.features)
+        kernel = parameter(self, "kernel", nn.initializers.normal(self.stddev), self.axes, shape)
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
-            y += self.param("bias", zeros, (self.features,)).astype(self.dtype)
+            bias = parameter(self, "bias", nn.initializers.zeros_init(), self.axes[1:], (self.features,))
+            y += bias.astype(self.dtype)
         return y
 
 
@@ -39,12 +42,11 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in]` → `[..., vocab]`."""
-        normal = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), ("vocab_embed", "vocab"))
-        kernel = self.param("kernel", normal, (x.shape[-1], self.vocab_size))
-        return project(x, kernel)
+        shape = (x.shape[-1], self.vocab_size)
+        normal = nn.initializers.normal(self.stddev)
+        return project(x, parameter(self, "kernel", normal, ("vocab_embed", "vocab"), shape))
 
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x @ kernel` multiplied in x's dtype and accumulated in at least float32."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide)
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=at_least_float32(x.dtype))

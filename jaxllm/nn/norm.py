@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core.dtypes import at_least_float32
+from jaxllm.nn.parameter import parameter
 
 
 class RMSNorm(nn.Module):
@@ -15,8 +16,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., D]` → `[..., D]` in x's dtype, computed in at least float32."""
-        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
-        scale = self.param("scale", ones, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.ones_init(), ("norm",), x.shape[-1:])
         wide = x.astype(at_least_float32(x.dtype))
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (normed * scale.astype(wide.dtype)).astype(x.dtype)

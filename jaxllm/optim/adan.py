@@ -44,15 +44,11 @@ def scale_by_adan(
 
         m: Any = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, grads)
         v: Any = jax.tree.map(lambda v, d: b2 * v + (1 - b2) * d, state.v, diff)
-        n: Any = jax.tree.map(
-            lambda n, g, d: b3 * n + (1 - b3) * jnp.square(g + b2 * d), state.n, grads, diff
-        )
+        n: Any = jax.tree.map(lambda n, g, d: b3 * n + (1 - b3) * jnp.square(g + b2 * d), state.n, grads, diff)
 
         step = jnp.asarray(optax.safe_increment(state.step))
         c1, c2, c3 = (1 - b**step for b in (b1, b2, b3))
-        direction: Any = jax.tree.map(
-            lambda m, v, n: (m / c1 + b2 * v / c2) / (jnp.sqrt(n / c3) + eps), m, v, n
-        )
+        direction: Any = jax.tree.map(lambda m, v, n: (m / c1 + b2 * v / c2) / (jnp.sqrt(n / c3) + eps), m, v, n)
         return direction, ScaleByAdanState(step, m, v, n, prev_grad=grads)
 
     return optax.GradientTransformation(init, update)

@@ -166,9 +166,7 @@ class Adan(OptimizerConfig):
     """Weight decay as in AdamW instead of the proximal step."""
 
     def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
-        return optim.adan(
-            rate, self.b1, self.b2, self.b3, self.eps, self.weight_decay, self.no_prox, mask=mask
-        )
+        return optim.adan(rate, self.b1, self.b2, self.b3, self.eps, self.weight_decay, self.no_prox, mask=mask)
 
 
 class Lomo(OptimizerConfig):
@@ -201,9 +199,7 @@ OPTIMIZERS.add("lomo", Lomo)
 OPTIMIZERS.add("adalomo", AdaLomo)
 
 
-def build(
-    config: OptimizerConfig, total_steps: int
-) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+def build(config: OptimizerConfig, total_steps: int) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The transform and its learning-rate schedule (for logging) for a run of `total_steps` steps.
 
     The transform does not clip by the global norm: the step does, before it. Raises UserError for a warm-up

@@ -24,9 +24,7 @@ def scale_by_sophia_g(
     """The clipped direction of `sophia_g`, without rate and weight decay."""
 
     def init(params: optax.Params) -> ScaleBySophiaGState:
-        return ScaleBySophiaGState(
-            m=jax.tree.map(jnp.zeros_like, params), h=jax.tree.map(jnp.zeros_like, params)
-        )
+        return ScaleBySophiaGState(m=jax.tree.map(jnp.zeros_like, params), h=jax.tree.map(jnp.zeros_like, params))
 
     def update(
         updates: optax.Updates,
@@ -45,9 +43,7 @@ def scale_by_sophia_g(
         )
         h: Any = state.h
         if hessian_grads is not None:
-            h = jax.tree.map(
-                lambda h, g: b2 * h + (1 - b2) * jnp.square(g), h, at_least_float32(hessian_grads)
-            )
+            h = jax.tree.map(lambda h, g: b2 * h + (1 - b2) * jnp.square(g), h, at_least_float32(hessian_grads))
         return direction, ScaleBySophiaGState(m, h)
 
     return optax.GradientTransformationExtraArgs(init, update)

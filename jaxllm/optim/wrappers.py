@@ -57,9 +57,7 @@ def per_layer(
         for group in _groups(inner, updates, stacked):
             axes = group.state_axes
             update_group = (
-                jax.vmap(update_one, in_axes=(0, axes, 0, 0), out_axes=(0, axes))
-                if group.layers
-                else update_one
+                jax.vmap(update_one, in_axes=(0, axes, 0, 0), out_axes=(0, axes)) if group.layers else update_one
             )
             results.append(
                 update_group(

@@ -42,16 +42,24 @@ class NewModel(Section):
         return FAMILIES[fields["type"]].config(**fields)
 
 
-NEW_MODELS = Registry[type[NewModel]]("model type")
-for _name in FAMILIES:
-    NEW_MODELS.add(
-        _name,
-        create_model(
-            f"New{_name.capitalize()}",
-            __base__=(FAMILIES[_name].config, NewModel),
-            vocab_size=(PositiveInt | None, None),
-        ),
+def _new_model(family: str) -> Any:
+    """The section of a new model of `family`: the fields that follow from others may be left out."""
+
+    def derived(otherwise: str) -> Any:
+        return Annotated[PositiveInt | None, Field(None, description=f"default: {otherwise}")]
+
+    return create_model(
+        f"New{family.capitalize()}",
+        __base__=(FAMILIES[family].config, NewModel),
+        vocab_size=derived("the tokenizer's"),
+        num_key_value_heads=derived("the attention heads"),
+        head_dim=derived("hidden_size / attention heads"),
     )
+
+
+NEW_MODELS = Registry[type[NewModel]]("model type")
+for _family in FAMILIES:
+    NEW_MODELS.add(_family, _new_model(_family))
 
 
 class TrainConfig(Section):
@@ -128,6 +136,7 @@ class Config(Section):
     output_dir: str = Field(min_length=1)
     """the folder that the run writes"""
     seed: NonNegativeInt = 0
+    """of new weights, of the order of the data and of what is held out"""
     model: Annotated[PretrainedModel | NewModel, ByType(NEW_MODELS, otherwise=PretrainedModel)]
     data: DataConfig
     mesh: MeshConfig = MeshConfig()

@@ -1,87 +1,161 @@
 """A run's output folder: what is in it, whose it is, and where to go on from."""
 
 import json
+import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from jaxllm.checkpoint.store import CheckpointStore
 from jaxllm.convert.load import RUN_CHECKPOINTS, RUN_MODEL
-from jaxllm.core.config import dump, load
+from jaxllm.core.config import Section, dump, load
 from jaxllm.core.errors import UserError
 from jaxllm.core.versions import environment
-from jaxllm.data.tokenizer import copy_tokenizer
-from jaxllm.hf.config import write_config
+from jaxllm.data.tokenizer import copy_tokenizer, fingerprint
+from jaxllm.hf.config import parse_config, read_config, write_config
+from jaxllm.hf.source import GENERATION_CONFIG
 from jaxllm.models.base import LM
 from jaxllm.train.config import Config
 
 RESOLVED = "config.resolved.yaml"
+METRICS = "metrics.jsonl"
+EXPORT = "export/hf"
 
 # What a run may not change when it goes on: the order of its data, or what its state means.
 FIXED = ("seed", "model", "data", "optim", "train.batch_size", "train.param_dtype")
+# Nor may a new run that goes on from a checkpoint of another.
+FIXED_FROM_CHECKPOINT = ("seed", "model", "data", "optim.type", "train.param_dtype")
+
+
+class Facts(Section):
+    """What a checkpoint says beside the state."""
+
+    step: int
+    """updates done"""
+    epoch: int
+    position: int
+    """rows of `epoch` that are behind"""
+    tokens: int
+    """real tokens seen"""
+    data: str
+    """which token store the rows are of"""
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on from checkpoint `step` in `checkpoints`."""
+    """Go on from a checkpoint of the folder `run`."""
 
-    checkpoints: Path
-    step: int
+    run: Path
+    facts: Facts
+
+    def restore(self, shapes: Any) -> Any:
+        """The training state, with the shapes, dtypes and shardings of `shapes`."""
+        store = CheckpointStore(self.run / RUN_CHECKPOINTS, read_only=True)
+        state = store.restore(self.facts.step, shapes)
+        store.close()
+        return state
+
+    def check(self, lm: LM, tokenizer_folder: Path, data: str, steps: int) -> None:
+        """Raises UserError if what the config names is no longer what the checkpoint was trained with."""
+        before = self.run / RUN_MODEL
+        if parse_config(read_config(before), before / "config.json")[1] != lm.config:
+            raise UserError(self._changed("the model's config", f"{before / 'config.json'}"))
+        if fingerprint(before) != fingerprint(tokenizer_folder):
+            raise UserError(self._changed(f"the tokenizer {tokenizer_folder}", f"the one in {before}"))
+        if self.facts.data != data:
+            raise UserError(self._changed("the content of data.sources", "what the run was trained on"))
+        if self.facts.step > steps:
+            raise UserError(
+                f"the run has done {self.facts.step} steps ({self}), and the config asks for {steps}; raise "
+                "train.steps or train.epochs, or choose a new output_dir"
+            )
+
+    def _changed(self, what: str, before: str) -> str:
+        return (
+            f"{what} has changed since {self} was written (compare {before}), so the run cannot go on. Put it back, or "
+            f"choose a new output_dir; model.path={self} starts a new run from its weights"
+        )
 
     def __str__(self) -> str:
-        return str(self.checkpoints / str(self.step))
+        return str(self.run / RUN_CHECKPOINTS / str(self.facts.step))
 
 
 def find_resume(config: Config) -> Resume | None:
     """Where the run goes on from; None for a new run.
 
-    Raises UserError for an output folder that another run has written, or anything but a run.
+    That is the newest checkpoint of its own folder, else the one that `checkpoint.resume` names. Raises UserError for
+    an output folder that another run has written, or anything but a run.
     """
-    folder = Path(config.output_dir)
-    if config.checkpoint.resume not in ("auto", "none"):
-        return _named_checkpoint(Path(config.checkpoint.resume))
+    folder, wanted = Path(config.output_dir), config.checkpoint.resume
+    named = _named_checkpoint(config) if wanted not in ("auto", "none") else None
+    _check_writable(folder)
     if not folder.exists() or not any(folder.iterdir()):
-        return None
+        return named
     if not (folder / RESOLVED).is_file():
         raise UserError(
             f"output_dir {folder} holds {next(folder.iterdir()).name!r} and no {RESOLVED}, so it is not a run's "
             "folder; choose a new or empty one"
         )
-    if config.checkpoint.resume == "none":
+    if wanted == "none":
         raise UserError(
             f"output_dir {folder} holds a run, and checkpoint.resume is none; choose a new folder, or "
             "checkpoint.resume=auto to go on with it"
         )
-    _check_same_run(config, folder)
-    store = (
-        CheckpointStore(folder / RUN_CHECKPOINTS, read_only=True)
-        if (folder / RUN_CHECKPOINTS).is_dir()
-        else None
-    )
-    step = store.latest() if store else None
-    return None if step is None else Resume(folder / RUN_CHECKPOINTS, step)
+    _check_same(config, folder, FIXED if named is None else (*FIXED, "checkpoint.resume"))
+    return _newest(folder) or named
 
 
-def _named_checkpoint(path: Path) -> Resume:
-    if path.parent.name != RUN_CHECKPOINTS or not path.name.isdigit() or not path.is_dir():
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir {folder}: {existing} is a file; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {folder}: {existing} may not be written to; choose another folder")
+
+
+def _newest(run: Path) -> Resume | None:
+    if not (run / RUN_CHECKPOINTS).is_dir():
+        return None
+    store = CheckpointStore(run / RUN_CHECKPOINTS, read_only=True)
+    step = store.latest()
+    return None if step is None else _resume(run, store, step)
+
+
+def _named_checkpoint(config: Config) -> Resume:
+    path = Path(config.checkpoint.resume)
+    run = path.parent.parent
+    if not (path.parent.name == RUN_CHECKPOINTS and path.name.isdigit() and path.is_dir() and (run / RESOLVED).is_file()):
         raise UserError(
             f"checkpoint.resume: {path} is no checkpoint; give auto, none or a folder <run>/{RUN_CHECKPOINTS}/<step>"
         )
-    return Resume(path.parent, int(path.name))
+    _check_same(config, run, FIXED_FROM_CHECKPOINT)
+    return _resume(run, CheckpointStore(path.parent, read_only=True), int(path.name))
 
 
-def _check_same_run(config: Config, folder: Path) -> None:
-    before = load(folder / RESOLVED, [], Config)
+def _resume(run: Path, store: CheckpointStore, step: int) -> Resume:
+    facts = store.facts(step)
+    store.close()
+    try:
+        return Resume(run, Facts(**facts))
+    except ValidationError as error:
+        raise UserError(f"the checkpoint {store.folder / str(step)} was written by another version of jaxllm") from error
+
+
+def _check_same(config: Config, run: Path, names: Sequence[str]) -> None:
+    before = load(run / RESOLVED, [], Config)
     changed = [
         f"{name} (there: {_short(old)}, now: {_short(new)})"
-        for name in FIXED
+        for name in names
         if (old := _at(before, name)) != (new := _at(config, name))
     ]
     if changed:
         raise UserError(
-            f"output_dir {folder} holds a run with another config: {'; '.join(changed)}. Choose another output_dir, "
-            f"or go on with the run's own settings ({folder / RESOLVED})"
+            f"{run} holds a run with another config: {'; '.join(changed)}. Choose another output_dir, or go on with the "
+            f"run's own settings ({run / RESOLVED}); model.path={run} starts a new run from its weights"
         )
 
 
@@ -97,23 +171,40 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "…"
 
 
-def prepare(config: Config, lm: LM, tokenizer_folder: Path) -> Path:
-    """Writes what describes the run: the resolved config, the machine, the model's config and tokenizer.
+def prepare(
+    config: Config, lm: LM, tokenizer_folder: Path, special_ids: Mapping[str, int] | None, *, keep_model: bool
+) -> None:
+    """Writes what describes the run: the resolved config, the machine, and the model's config and tokenizer.
 
-    Returns the output folder. Raises UserError if it cannot be written.
+    keep_model: the run goes on, and the model's are there. Raises UserError if the folder cannot be written.
     """
     folder = Path(config.output_dir)
     try:
-        (folder / RUN_CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        (folder / RESOLVED).write_text(dump(config))
-        (folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        model = folder / RUN_MODEL
-        if not (model / "config.json").is_file():
-            shutil.rmtree(model, ignore_errors=True)
-            model.mkdir()
-            copy_tokenizer(tokenizer_folder, model)
-            raw = write_config(lm.family, lm.config, dtype=config.train.param_dtype)
-            (model / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / RESOLVED, dump(config))
+        _write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        if not keep_model:
+            _write_model(folder / RUN_MODEL, lm, tokenizer_folder, special_ids, config.train.param_dtype)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}; choose another") from error
-    return folder
+
+
+def _write_model(
+    folder: Path, lm: LM, tokenizer_folder: Path, special_ids: Mapping[str, int] | None, dtype: str
+) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    copy_tokenizer(tokenizer_folder, folder)
+    source = lm.source
+    if source is not None and (source.folder / GENERATION_CONFIG).is_file():
+        shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    raw = source.config if source is not None else None
+    raw = write_config(lm.family, lm.config, source=raw, dtype=dtype, special_ids=special_ids)
+    _write(folder / "config.json", json.dumps(raw, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that a killed run leaves the old one or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.replace(path)

@@ -16,12 +16,14 @@ def loop(
     *,
     start: int,
     steps: int,
+    settle: Callable[[int], bool] = lambda step: False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Runs updates `start` + 1 to `steps`, and yields an event for each as soon as it is dispatched.
 
-    A step's metrics are read after the next one is dispatched, so that the device never waits for the host; the
-    last event carries all that were left. To the step's own metrics it adds `step_time_s` and `data_wait_s`.
+    A step's metrics are read after the next one is dispatched, so that the device never waits for the host. Those of
+    the last step, and of each for which `settle` says yes, come with their own event: whoever saves that step's state
+    waits for it anyway, and finds its metrics reported. To the step's own metrics it adds `step_time_s` and `data_wait_s`.
     `stop` is asked after each dispatch; if it says yes, that step is the last.
     """
     clock = _Clock()
@@ -31,7 +33,8 @@ def loop(
         state, metrics = step(state, batch)
         clock.dispatched()
         last = done == steps or stop()
-        ready, pending = (pending | {done: metrics}, {}) if last else (pending, {done: metrics})
+        settled = last or settle(done)
+        ready, pending = (pending | {done: metrics}, {}) if settled else (pending, {done: metrics})
         yield Event(done, state, last, {number: clock.read(values) for number, values in ready.items()})
         if last:
             return

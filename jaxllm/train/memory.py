@@ -1,5 +1,7 @@
 """Whether a compiled step fits into its devices, said before anything is allocated."""
 
+from typing import Any
+
 import jax
 import psutil
 
@@ -10,7 +12,7 @@ from jaxllm.train.step import CompiledStep
 GIB = 2**30
 
 
-def device_bytes(device: jax.Device) -> int:
+def device_bytes(device: Any) -> int:
     """The bytes that a program may use on `device`; simulated CPU devices share what the machine has free."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:

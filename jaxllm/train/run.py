@@ -1,7 +1,8 @@
 """One training run on one page: layout → model → data → optimizer → step → state → loop → export."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import errno
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,20 @@ from jaxllm.convert.load import RUN_CHECKPOINTS, OpenModel, open_model
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.data.loader import START, Arrays, Loader, State, plans
+from jaxllm.data.loader import Arrays, Loader, State, plans
 from jaxllm.data.pack import PackPlan
 from jaxllm.data.source import describe_origin
 from jaxllm.data.store import Store, open_or_build
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.evaluate.perplexity import Perplexity
-from jaxllm.hf import save
+from jaxllm.hf import save as export
+from jaxllm.hf.export import check_replaceable
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.layout import fit_layout
 from jaxllm.models.stack import scan
 from jaxllm.optim.build import build
 from jaxllm.train.config import Config, NewModel
-from jaxllm.train.folder import find_resume, prepare
+from jaxllm.train.folder import EXPORT, METRICS, Facts, find_resume, prepare
 from jaxllm.train.interrupt import Interrupt
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
@@ -39,8 +41,9 @@ from jaxllm.train.state import abstract_state, new_state
 from jaxllm.train.step import BATCH_AXES, batch_shapes, compile_step, make_step
 
 
-def run(config: Config, console: Console) -> int:
-    """Trains as `config` says. Returns the exit status: 0, or 128 + the signal that interrupted the run.
+def run(config: Config, console: Console, devices: Sequence[jax.Device] | None = None) -> int:
+    """Trains as `config` says, on `devices` (default: all). Returns the exit status: 0, or 128 + the signal that
+    interrupted the run.
 
     Raises UserError for wrong input, before anything is written or trained where it can be known then.
     """
@@ -49,20 +52,21 @@ def run(config: Config, console: Console) -> int:
         console.print(f"{what:<10}{value}", highlight=False, soft_wrap=True)
 
     resume = find_resume(config)
-    layout = Layout.of(config.mesh)
+    layout = Layout.of(config.mesh, devices)
     micro_batches, micro_batch = config.train.accumulation(layout)
     say("devices", layout)
 
     model, tokenizer = _open_model(config, layout)
     lm = model.lm
-    say(
-        "model", f"{lm.config.type} with {lm.parameter_count():,} parameters, computing in {lm.compute_dtype}"
-    )
+    say("model", f"{lm.config.type} with {lm.parameter_count():,} parameters, computing in {lm.compute_dtype}")
     if lm.layout.rules != layout.rules:
-        say(
-            "",
-            f"the {lm.config.num_key_value_heads} key-value heads are held by every device of the tensor axis",
-        )
+        say("", f"the {lm.config.num_key_value_heads} key-value heads are held by every device of the tensor axis")
+    if config.data.seq_len > lm.config.max_position_embeddings:
+        say("note", f"data.seq_len is longer than the {lm.config.max_position_embeddings} tokens the model is meant for")
+    own_tokenizer = lm.source is not None and model.folder == lm.source.folder
+    special_ids = None if own_tokenizer else _special_ids(tokenizer)
+    folder = Path(config.output_dir)
+    check_replaceable(folder / EXPORT, lm.source)
 
     store = open_or_build(config.data.sources, tokenizer)
     plan, held_out = plans(config.data, store, config.seed)
@@ -70,50 +74,58 @@ def run(config: Config, console: Console) -> int:
     say("", plan)
     steps = config.train.steps or -(-plan.rows * (config.train.epochs or 0) // config.train.batch_size)
     sets = _evaluation_sets(config, lm, tokenizer, store, held_out, micro_batch)
+    if resume:
+        resume.check(lm, model.folder, store.folder.name, steps)
 
     tx, schedule = build(config.optim, steps)
     everything = jax.tree.map(lambda _: True, lm.abstract())
     state_shapes = abstract_state(lm.abstract(), everything, tx, lm.layout)
-    step = make_step(
-        lm, tx, schedule, stack=scan(config.train.remat), max_grad_norm=config.train.max_grad_norm
-    )
+    step = make_step(lm, tx, schedule, stack=scan(config.train.remat), max_grad_norm=config.train.max_grad_norm)
     batch = batch_shapes((micro_batches, micro_batch, config.data.seq_len), lm.layout)
     with console.status("compiling the training step"):
         compiled = compile_step(step, state_shapes, batch, lm.layout)
-    limit = device_bytes(jax.local_devices()[0])
-    check_fits(compiled, config, micro_batch // lm.layout.size("batch"), limit)
+    limit = device_bytes(lm.layout.mesh.local_devices[0])
+    per_device = micro_batch // lm.layout.size("batch")
+    check_fits(compiled, config, per_device, limit)
     needs = f"{compiled.peak_bytes / 2**30:.2f} of {limit / 2**30:.1f} GiB of each device"
     say("compiled", f"the training step in {compiled.compile_s:.1f} s; it takes {needs}")
 
-    folder = prepare(config, lm, model.folder)
-    checkpoints = CheckpointStore(folder / RUN_CHECKPOINTS, keep=config.checkpoint.keep)
-    if resume:
-        saved = CheckpointStore(resume.checkpoints, read_only=True)
-        state, facts = saved.restore(resume.step, state_shapes), saved.facts(resume.step)
-        start, behind, tokens = facts["step"], State(*facts["data"]), facts["tokens"]
-        say("resuming", f"from {resume}, {steps - start} of {steps} steps to go")
-    else:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes)
-        initial = jax.jit(
-            partial(new_state, trainable=everything, tx=tx), out_shardings=shardings, donate_argnums=0
-        )
-        state, start, behind, tokens = initial(model.load()), 0, START, 0
-
-    loader = Loader(
-        store,
-        plan,
-        micro_batches=micro_batches,
-        micro_batch_size=micro_batch,
-        place=partial(_place, lm.layout, BATCH_AXES),
-        start=behind,
-        epochs=config.train.epochs,
-    )
-    tokens_through = _running_total(loader.tokens_of, start, tokens)
-    metrics = MetricsFile(folder / "metrics.jsonl", start)
-    evaluate = Evaluate(Perplexity(lm), sets, metrics, console, last=steps)
     with ExitStack() as open_things:
+        open_things.enter_context(_clear_errors(folder, lambda: out_of_memory(compiled, config, per_device, limit)))
+        if resume:
+            state, facts = resume.restore(state_shapes), resume.facts
+            say("resuming", f"from {resume}, {steps - facts.step} of {steps} steps to go")
+        else:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes)
+            new = jax.jit(partial(new_state, trainable=everything, tx=tx), out_shardings=shardings, donate_argnums=0)
+            state, facts = new(model.load()), Facts(step=0, epoch=0, position=0, tokens=0, data=store.folder.name)
+        goes_on = resume is not None and resume.run.resolve() == folder.resolve()
+        prepare(config, lm, model.folder, special_ids, keep_model=goes_on)
+
+        start = facts.step
+        loader = Loader(
+            store,
+            plan,
+            micro_batches=micro_batches,
+            micro_batch_size=micro_batch,
+            place=partial(_place, lm.layout, BATCH_AXES),
+            start=State(facts.epoch, facts.position),
+            epochs=config.train.epochs,
+        )
+        tokens_through = _running_total(loader.tokens_of, start, facts.tokens)
+
+        def facts_at(done: int) -> dict[str, Any]:
+            place = loader.state_after(done - start)._asdict()
+            return Facts(step=done, **place, tokens=tokens_through(done), data=facts.data).model_dump()
+
+        metrics = MetricsFile(folder / METRICS, start if resume else None)
+        open_things.callback(metrics.close)
+        checkpoints = CheckpointStore(folder / RUN_CHECKPOINTS, keep=config.checkpoint.keep)
+        save = Save(checkpoints, config.checkpoint.every, facts_at)
+        open_things.callback(save.close)
+        evaluate = Evaluate(Perplexity(lm), sets, metrics, console, last=steps)
         interrupt = open_things.enter_context(Interrupt())
-        if start == 0:
+        if not resume:
             evaluate.before(state)
         log = Log(
             metrics,
@@ -127,75 +139,68 @@ def run(config: Config, console: Console) -> int:
             records=lambda done: _records(loader, done - start - 1),
             max_bad_steps=config.train.max_bad_steps,
         )
-        save_state = Save(
-            checkpoints,
-            config.checkpoint.every,
-            lambda done: {
-                "step": done,
-                "data": loader.state_after(done - start),
-                "tokens": tokens_through(done),
-            },
-        )
-        callbacks = (log, evaluate, save_state)
-        for callback in callbacks:
-            open_things.callback(callback.close)
-        batches = (batch.arrays for batch in loader)
-        event = None
-        try:
-            for event in loop(
-                compiled.run,
-                state,
-                batches,
-                start=start,
-                steps=steps,
-                stop=lambda: interrupt.signal is not None,
-            ):
-                for callback in callbacks:
-                    callback.on_event(event)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(out_of_memory(compiled, config, micro_batch, limit)) from error
+        open_things.callback(log.close)
 
-    if event is not None and event.step < steps and interrupt.signal:
-        say(
-            "stopped",
-            f"by {interrupt.signal.name} after step {event.step}; it is saved in {checkpoints.folder}",
+        intervals = [config.checkpoint.every, *(held_out.every for held_out in config.evals)]
+        events = loop(
+            compiled.run,
+            state,
+            (batch.arrays for batch in loader),
+            start=start,
+            steps=steps,
+            settle=lambda done: any(every and done % every == 0 for every in intervals),
+            stop=lambda: interrupt.signal is not None,
         )
+        done = start
+        for event in events:
+            for callback in (log, evaluate, save):
+                callback.on_event(event)
+            done, state = event.step, event.state
+
+    if done < steps:
+        assert interrupt.signal is not None
+        say("stopped", f"by {interrupt.signal.name} after step {done}; it is saved in {checkpoints.folder}")
         say("", "the same command goes on from there")
         return 128 + interrupt.signal
-    state = event.state if event else state
-    special_ids = _special_ids(tokenizer) if isinstance(config.model, NewModel) else None
-    export = folder / "export" / "hf"
-    export.parent.mkdir(exist_ok=True)
     params = tree.combine(state.params, state.frozen)
-    save(lm, params, export, tokenizer_folder=model.folder, special_ids=special_ids)
+    export(lm, params, folder / EXPORT, tokenizer_folder=model.folder, special_ids=special_ids)
     for name, results in evaluate.history.items():
-        say("held out", f"{name}: loss {results[0].loss:.4f} before, {results[-1].loss:.4f} after")
-    say("exported", f"{export}, a folder for transformers")
+        said = ", ".join(f"{result.loss:.4f} at step {at}" for at, result in (results[0], results[-1]))
+        say("held out", f"{name}: loss {said}")
+    say("exported", f"{folder / EXPORT}, a folder for transformers")
     return 0
+
+
+@contextmanager
+def _clear_errors(folder: Path, out_of_memory: Callable[[], str]) -> Iterator[None]:
+    """Turns a full device or disk into one message."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(out_of_memory()) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"output_dir {folder} cannot be written: {error.strerror}. Free some space; the same command goes on from the "
+            "newest checkpoint"
+        ) from error
 
 
 def _open_model(config: Config, layout: Layout) -> tuple[OpenModel, PreTrainedTokenizerFast]:
     """The model of the config, new or from a folder, and its tokenizer."""
     chosen, dtypes = config.model, (config.train.param_dtype, config.train.computes_in())
     if isinstance(chosen, NewModel):
-        tokenizer = load_tokenizer(chosen.tokenizer)
-        family_config = chosen.family_config(len(tokenizer))
+        family_config = chosen.family_config(len(load_tokenizer(chosen.tokenizer)))
         lm = LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout), *dtypes)
         model = OpenModel(lm, Path(chosen.tokenizer), lambda: lm.init(jax.random.key(config.seed)))
     else:
         model = open_model(chosen.path, layout, *dtypes)
         if chosen.tokenizer is not None:
             model = OpenModel(model.lm, Path(chosen.tokenizer), model.load)
-        tokenizer = load_tokenizer(model.folder)
-    vocab_size = model.lm.config.vocab_size
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"the tokenizer {model.folder} has {len(tokenizer):,} tokens and the model's embedding {vocab_size:,} "
-            "rows; use the model's own tokenizer, or set model.vocab_size of a new model"
-        )
-    return model, tokenizer
+    return model, model.tokenizer()
 
 
 def _evaluation_sets(

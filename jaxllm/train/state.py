@@ -15,9 +15,9 @@ from jaxllm.core.tree import Params
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, updates done. params and frozen: the two halves of `tree.partition` by what trains."""
+    """step: int32 scalar array, updates done. params and frozen: the two halves of `tree.partition` by what trains."""
 
-    step: jax.Array
+    step: Any
     params: Params
     frozen: Params
     opt_state: optax.OptState

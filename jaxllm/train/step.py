@@ -112,7 +112,7 @@ def compile_step(step: Step, state: Any, batch: Any, layout: Layout) -> Compiled
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
     compiled = jitted.lower(state, batch).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     peak = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

@@ -1,0 +1,103 @@
+"""Meshes and layout rules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from pydantic import ValidationError
+
+from jaxllm.core.errors import UserError
+from jaxllm.core.mesh import AXES, DEFAULT_RULES, Layout, MeshConfig, make_mesh
+
+
+def layout(**sizes):
+    rules = sizes.pop("rules", {})
+    return Layout.of(MeshConfig(**{"fsdp": 1, **sizes}, rules=rules), jax.devices()[: np.prod(list(sizes.values()))])
+
+
+def test_one_axis_may_be_the_rest():
+    assert dict(make_mesh(MeshConfig()).shape) == {"pipeline": 1, "data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(data=-1, fsdp=1, tensor=2)).shape)["data"] == 4
+    assert tuple(make_mesh(MeshConfig()).axis_names) == AXES
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 3}, {"data": 3}, {"fsdp": 1}, {"tensor": 16}], ids=str)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+    with pytest.raises(UserError) as error:
+        make_mesh(MeshConfig(**sizes))
+    assert "8 device(s)" in str(error.value)
+    assert all(f"{axis} {size}" in str(error.value) for axis, size in sizes.items())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": 0}, "mesh.data must be a positive number of devices"),
+        ({"data": -2}, "mesh.data"),
+        ({"data": -1}, "only one mesh axis may be -1"),
+        ({"rules": {"embedd": ["fsdp"]}}, "Did you mean 'embed'"),
+        ({"rules": {"embed": ["fdsp"]}}, "Did you mean 'fsdp'"),
+        ({"tensr": 2}, "tensr"),
+    ],
+    ids=str,
+)
+def test_a_wrong_mesh_section_is_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        MeshConfig(**values)
+
+
+def test_specs_follow_the_rules():
+    mesh = layout(data=2, fsdp=2, tensor=2)
+    assert mesh.spec(("layers", "embed", "mlp"), (3, 8, 8)) == P(None, "fsdp", "tensor")
+    assert mesh.spec(("batch", "act_length", "act_embed")) == P(("data", "fsdp"), None, None)
+    assert mesh.spec(("vocab", "vocab_embed"), (8, 3)) == P(("fsdp", "tensor"), None)
+    assert mesh.spec((None, "heads"), (3, 4)) == P(None, "tensor")
+    assert layout(tensor=2).spec(("batch", "embed")) == P(None, None), "axes of size 1 split nothing"
+    assert (mesh.size("vocab"), mesh.size("norm"), layout(tensor=8).size("vocab")) == (4, 1, 8)
+
+
+def test_rules_of_the_config_override_single_axes():
+    changed = layout(fsdp=2, tensor=2, rules={"embed": ["fsdp", "tensor"], "mlp": []})
+    assert changed.spec(("embed", "mlp"), (8, 3)) == P(("fsdp", "tensor"), None)
+    assert {**changed.rules, "embed": ("fsdp",), "mlp": ("tensor",)} == DEFAULT_RULES
+    assert changed.replace(mlp=("tensor",)).rules["mlp"] == ("tensor",)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "words"),
+    [
+        (("layers", "embd"), (2, 8), ["layers/x", "'embd'", "Did you mean 'embed'"]),
+        (("heads", "mlp"), (8, 8), ["layers/x", "'heads' and 'mlp'", "'tensor'", "mesh.rules"]),
+        (("embed", "mlp"), (8, 9), ["layers/x", "dimension 1 (mlp) of size 9", "tensor 2", "mesh.rules.mlp"]),
+        (("batch", None), (6, 1), ["dimension 0 (batch) of size 6", "data 2 × fsdp 2 = 4"]),
+        (("embed",), (8, 8), ["layers/x", "1 axis names", "(8, 8)"]),
+    ],
+    ids=str,
+)
+def test_a_spec_that_cannot_be_is_refused_by_name(axes, shape, words):
+    with pytest.raises(UserError) as error:
+        layout(data=2, fsdp=2, tensor=2).spec(axes, shape, "layers/x")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_shardings_name_the_leaf_that_does_not_fit():
+    abstract = {"attn": {"q": jax.ShapeDtypeStruct((6, 8), jnp.float32)}}
+    with pytest.raises(UserError, match=r"^attn/q: "):
+        layout(fsdp=4, tensor=2).shardings({"attn": {"q": ("embed", "heads")}}, abstract)
+
+
+def test_constrain_lays_out_an_array_inside_jit():
+    mesh = layout(data=2, tensor=4)
+    x = jax.jit(lambda: mesh.constrain(jnp.zeros((2, 4)), "batch", "act_mlp"))()
+    assert x.sharding.shard_shape(x.shape) == (1, 1)
+    assert mesh.replicated.shard_shape((2, 4)) == (2, 4)
+    assert mesh.sharding("batch", None).shard_shape((2, 4)) == (1, 4)
+
+
+def test_one_device_is_a_mesh():
+    single = Layout.single(jax.devices()[3])
+    assert dict(single.mesh.shape) == dict.fromkeys(AXES, 1)
+    x = jax.jit(lambda: single.constrain(jnp.zeros(3), "mlp"))()
+    assert x.devices() == {jax.devices()[3]}
+    assert "1 × cpu" in str(single)

@@ -1,0 +1,176 @@
+"""Records come out of files as they stand there, and every unreadable file is named with the place."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from jaxllm.core.errors import UserError
+from jaxllm.data import source
+from jaxllm.data.source import SourceConfig, fingerprint, read
+
+
+def records(path: Path | str, **options) -> list[tuple[int, dict]]:
+    return [(record.index, dict(record.columns)) for record in read(SourceConfig(path=str(path), **options))]
+
+
+def message(path: Path | str, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        records(path, **options)
+    return str(caught.value)
+
+
+def test_a_text_file_is_one_document(tmp_path: Path):
+    text = "  a\r\nb\t é\n"
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert records(path) == [(1, {"text": text})]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
+def test_a_separator_divides_documents_wherever_the_chunks_end(tmp_path: Path, monkeypatch, chunk: int):
+    path = tmp_path / "a.txt"
+    path.write_text("one<|end|>\ntwö\n<|end|>\n <|end|>three<|end")
+    monkeypatch.setattr(source, "CHUNK", chunk)
+    found = records(path, separator="<|end|>")
+    # The third document is white space alone: no record, but it counts.
+    assert found == [(1, {"text": "one"}), (2, {"text": "\ntwö\n"}), (4, {"text": "three<|end"})]
+
+
+def test_lines_keep_their_numbers(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b\\n"}')
+    assert records(path) == [(1, {"text": "a"}), (3, {"text": "b\n"})]
+
+
+def test_arrays_count_from_one(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n {"text": "b"}]')
+    assert records(path) == [(1, {"text": "a"}), (2, {"text": "b"})]
+
+
+def test_a_glob_reads_files_in_sorted_order_and_passes_over_empty_ones(tmp_path: Path):
+    for name, text in {"b.py": "2", "sub/a.py": "3", "a.py": "1", "empty.py": "", "x.txt": "no"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = records(tmp_path / "**" / "*.py", format="text")
+    assert [columns["text"] for _, columns in found] == ["1", "2", "3"]
+
+
+def test_fields_rename_columns(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "q", "answer": "a", "id": 1}')
+    found = records(path, fields={"prompt": "question", "completion": "answer"})
+    assert found == [(1, {"prompt": "q", "completion": "a", "id": 1})]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
+    assert records(tmp_path / "a.txt") == records(tmp_path / "a.jsonl") == [(1, {"text": "hello"})]
+
+
+def test_missing_files(tmp_path: Path):
+    assert "no data file matches" in message(tmp_path / "nothing*.txt")
+    assert "is a folder" in message(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_an_empty_file(tmp_path: Path, name: str, content: str):
+    (tmp_path / name).write_text(content)
+    assert name in message(tmp_path / name)
+    assert "empty" in message(tmp_path / name)
+
+
+def test_an_empty_array_and_empty_files_of_a_glob(tmp_path: Path):
+    (tmp_path / "a.json").write_text("[]")
+    assert "empty" in message(tmp_path / "a.json")
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / name).write_text("")
+    assert "all 2 files" in message(tmp_path / "*.txt")
+
+
+def test_a_broken_line_is_named_with_its_number(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n')
+    assert f"{path}, line 3 is not JSON" in message(path)
+
+
+def test_a_broken_array(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert "line 2 is not JSON" in message(path)
+    assert ".jsonl" in message(path)
+    path.write_text('{"text": "a"}')
+    assert "array of objects is needed" in message(path)
+
+
+def test_a_record_that_is_no_object(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n["b"]\n')
+    assert "a.jsonl, line 2 is a JSON array" in message(tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text('[{"text": "a"}, "b"]')
+    assert "a.json, record 2 is a JSON string" in message(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("a.txt", "é fine\n".encode() + b"\xf0 broken", {}),
+        ("a.txt", b"one|two|" + b"thr\xf0e", {"separator": "|"}),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xf0"}\n', {}),
+        ("a.json", b'[{"text": "\xf0"}]', {}),
+    ],
+)
+def test_bytes_that_are_not_utf8_are_named_with_their_offset(
+    tmp_path: Path, name: str, content: bytes, options: dict, mark: bytes
+):
+    path = tmp_path / name
+    path.write_bytes(mark + content)
+    assert f"{path} is not UTF-8: byte 0xf0 at offset {(mark + content).index(0xF0)}." in message(path, **options)
+
+
+def test_a_field_that_the_file_lacks(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "q", "answer": "a"}')
+    text = message(path, fields={"prompt": "qestion"})
+    assert "line 1" in text
+    assert "Did you mean 'question'?" in text
+    assert "Found: question, answer" in text
+
+
+def test_an_unknown_suffix_and_a_separator_without_text(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("a,b")
+    assert "`format: text`" in message(tmp_path / "a.csv")
+    assert records(tmp_path / "a.csv", format="text") == [(1, {"text": "a,b"})]
+    (tmp_path / "a.jsonl").write_text("{}")
+    assert "`separator` is for text" in message(tmp_path / "a.jsonl", separator="x")
+
+
+def test_an_unknown_format_names_the_nearest():
+    with pytest.raises(ValidationError, match="Did you mean 'messages'"):
+        SourceConfig(path="a", format="mesages")
+
+
+def test_the_fingerprint_follows_content_and_options(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}')
+    config = SourceConfig(path=str(tmp_path / "*.jsonl"))
+    first = fingerprint([config])
+    assert fingerprint([config]) == first
+    seen = {first, fingerprint([config.model_copy(update={"format": "text"})]), fingerprint([config, config])}
+    path.write_text('{"text": "b"}')
+    seen.add(fingerprint([config]))
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}')
+    seen.add(fingerprint([config]))
+    assert len(seen) == 5
+
+
+def test_real_files(shared: Path):
+    alpaca = shared / "data/alpaca/alpaca_5k.json"
+    assert [columns for _, columns in records(alpaca)] == json.loads(alpaca.read_text())
+    stories = records(shared / "data/tinystories/train.txt", separator="\n<|endoftext|>\n")
+    assert len(stories) == 2316
+    assert sum(record.size for record in read(SourceConfig(path=str(alpaca)))) == pytest.approx(1_973_103, rel=0.01)

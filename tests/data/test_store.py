@@ -1,0 +1,216 @@
+"""A store gives back every sample, is built once, and never half."""
+
+import copy
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from jaxllm.core.errors import UserError
+from jaxllm.data import store, template
+from jaxllm.data.source import SourceConfig, read
+from jaxllm.data.store import Store, open_or_build
+from jaxllm.data.template import Segment
+from jaxllm.data.tokenize import Encoder
+
+
+def build(sources: SourceConfig | list[SourceConfig], tokenizer, cache: Path) -> Store:
+    sources = sources if isinstance(sources, list) else [sources]
+    return open_or_build(sources, tokenizer, cache=cache, progress=False)
+
+
+def left_over(cache: Path) -> list[str]:
+    return [path.name for path in (cache / "tokens").iterdir()]
+
+
+@pytest.fixture
+def counted_builds(monkeypatch) -> list[int]:
+    """The list gets an entry for every batch that is tokenized."""
+    encode, calls = Encoder.encode, []
+
+    def counting(self, records, *, document):
+        calls.append(len(records))
+        return encode(self, records, document=document)
+
+    monkeypatch.setattr(Encoder, "encode", counting)
+    return calls
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4096])
+def test_samples_come_back_with_their_origin(write_lines, byte_tokenizer, tmp_path: Path, monkeypatch, batch: int):
+    monkeypatch.setattr(store, "BATCH_RECORDS", batch)
+    texts = write_lines([{"text": "añb"}, {"text": ""}, {"text": "long " * 50}], "a.jsonl")
+    pairs = write_lines([{"prompt": "ab", "completion": "c"}, {"prompt": "x", "completion": ""}], "b.jsonl")
+    built = build([SourceConfig(path=texts), SourceConfig(path=pairs)], byte_tokenizer, tmp_path / "cache")
+    assert len(built) == 3
+    decoded = [byte_tokenizer.decode(built.sample(i).ids) for i in range(3)]
+    assert decoded == ["<bos>añb<eos>", "<bos>" + "long " * 50 + "<eos>", "<bos>abc<eos>"]
+    assert built.sample(2).trained.tolist() == [False, False, False, True, True]
+    assert [built.origin(i) for i in range(3)] == [(texts, 1), (texts, 3), (pairs, 1)]
+    assert built.lengths.tolist() == [6, 252, 5]
+    assert built.first_trained.tolist() == [1, 1, 3]
+    assert built.splittable.tolist() == [True, True, False]
+    part = built.sample(0, 1, 3)
+    assert byte_tokenizer.decode(part.ids[:1]) == "a"
+    assert (part.ids.dtype, len(part.ids), part.trained.tolist()) == (np.int32, 2, [True, True])
+    summary = built.summary
+    assert (summary.samples, summary.tokens, summary.trained_tokens, summary.untrained) == (3, 263, 258, 2)
+    assert summary.formats == {texts: "text", pairs: "prompt_completion"}
+    assert "2 records left out: nothing in them is trained" in str(summary)
+
+
+def test_it_is_built_once(write_lines, byte_tokenizer, tmp_path: Path, counted_builds):
+    config = SourceConfig(path=write_lines([{"text": "ab"}]))
+    first = build(config, byte_tokenizer, tmp_path)
+    second = build(config, copy.deepcopy(byte_tokenizer), tmp_path)
+    assert len(counted_builds) == 1
+    assert first.folder == second.folder
+    assert second.sample(0).ids.tolist() == first.sample(0).ids.tolist()
+
+
+def test_it_is_built_anew_when_anything_changes(write_lines, byte_tokenizer, tmp_path: Path, monkeypatch):
+    path = write_lines([{"prompt": "a", "completion": "b"}])
+    config = SourceConfig(path=path)
+    folders = [build(config, byte_tokenizer, tmp_path).folder]
+    other = copy.deepcopy(byte_tokenizer)
+    other.chat_template = "{{ messages }}"
+    folders.append(build(config, other, tmp_path).folder)
+    # The wording of a template counts too.
+    form = template.FORMATS["prompt_completion"]
+    louder = replace(form, render=lambda c, _: [Segment(c["prompt"] + "!", False), Segment(c["completion"], True)])
+    with monkeypatch.context() as patch:
+        patch.setitem(template.FORMATS._entries, "prompt_completion", louder)
+        folders.append(build(config, byte_tokenizer, tmp_path).folder)
+    mapped = config.model_copy(update={"fields": {"text": "prompt"}, "format": "text"})
+    folders.append(build(mapped, byte_tokenizer, tmp_path).folder)
+    write_lines([{"prompt": "a", "completion": "c"}])
+    folders.append(build(config, byte_tokenizer, tmp_path).folder)
+    assert len(set(folders)) == 5
+
+
+def test_the_cache_is_where_the_environment_says(write_lines, byte_tokenizer, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "here"))
+    built = open_or_build([SourceConfig(path=write_lines([{"text": "ab"}]))], byte_tokenizer, progress=False)
+    assert built.folder.is_relative_to(tmp_path / "here")
+    monkeypatch.delenv("JAXLLM_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert store.cache_root() == tmp_path / "home/.cache/jaxllm"
+
+
+def test_a_failed_build_leaves_nothing(write_lines, byte_tokenizer, tmp_path: Path):
+    path = Path(write_lines([{"text": "ab"}] * 3))
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(UserError, match="line 4 is not JSON"):
+        build(SourceConfig(path=str(path)), byte_tokenizer, tmp_path / "cache")
+    assert left_over(tmp_path / "cache") == []
+
+
+def test_a_killed_build_leaves_no_store(write_lines, tmp_path: Path, byte_tokenizer):
+    config = SourceConfig(path=write_lines([{"text": f"record {i}"} for i in range(10)]))
+    byte_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    script = f"""
+import os, signal
+from pathlib import Path
+from transformers import AutoTokenizer
+from jaxllm.data import store
+from jaxllm.data.source import SourceConfig
+from jaxllm.data.tokenize import Encoder
+store.BATCH_RECORDS = 1
+encode = Encoder.encode
+def killing(self, records, *, document):
+    if records[0][0].text == "record 7":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, records, document=document)
+Encoder.encode = killing
+tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r})
+store.open_or_build([SourceConfig(path={config.path!r})], tokenizer, cache=Path({str(tmp_path / "cache")!r}))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    (partial,) = left_over(tmp_path / "cache")
+    assert partial.endswith(".partial")
+    assert len(build(config, byte_tokenizer, tmp_path / "cache")) == 10
+
+
+def test_what_a_killed_build_left_is_removed_after_a_day(write_lines, byte_tokenizer, tmp_path: Path):
+    tokens = tmp_path / "tokens"
+    for name, age in {"old.partial": 2 * store.STALE_SECONDS, "young.partial": 0.0}.items():
+        (tokens / name).mkdir(parents=True)
+        file = tokens / name / "tokens.npy"
+        file.touch()
+        for path in (file, file.parent):
+            os.utime(path, (path.stat().st_mtime - age,) * 2)
+    built = build(SourceConfig(path=write_lines([{"text": "ab"}])), byte_tokenizer, tmp_path)
+    assert sorted(left_over(tmp_path)) == sorted([built.folder.name, "young.partial"])
+
+
+def test_of_two_builders_one_wins(write_lines, byte_tokenizer, tmp_path: Path, monkeypatch):
+    config = SourceConfig(path=write_lines([{"text": "ab"}, {"text": "cd"}]))
+    rival = build(config, byte_tokenizer, tmp_path / "rival").folder
+    write = store._write
+
+    def overtaken(folder, *rest):
+        write(folder, *rest)
+        shutil.copytree(rival, tmp_path / "cache/tokens" / rival.name)
+
+    monkeypatch.setattr(store, "_write", overtaken)
+    built = build(config, byte_tokenizer, tmp_path / "cache")
+    assert len(built) == 2
+    assert left_over(tmp_path / "cache") == [rival.name]
+
+
+def test_nothing_trained(write_lines, byte_tokenizer, tmp_path: Path):
+    path = write_lines([{"prompt": "ab", "completion": ""}] * 2)
+    with pytest.raises(UserError, match=r"nothing is trained in .*data.jsonl.* none of 2 records"):
+        build(SourceConfig(path=path), byte_tokenizer, tmp_path / "cache")
+    chat = write_lines([{"messages": [{"role": "user", "content": "hi"}]}], "chat.jsonl")
+    with pytest.raises(UserError, match=r"nothing is trained in .*chat.jsonl"):
+        build(SourceConfig(path=chat), byte_tokenizer, tmp_path / "cache")
+
+
+def test_a_bad_record_is_named(write_lines, byte_tokenizer, tmp_path: Path):
+    path = write_lines([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completions": "b"}])
+    with pytest.raises(UserError, match=r"data.jsonl, line 2: .*needs the column 'completion'. Did you mean"):
+        build(SourceConfig(path=path), byte_tokenizer, tmp_path / "cache")
+    odd = write_lines([{"a": "b"}], "odd.jsonl")
+    with pytest.raises(UserError, match=r"odd.jsonl, line 1: the columns a fit no format"):
+        build(SourceConfig(path=odd), byte_tokenizer, tmp_path / "cache")
+
+
+def test_a_full_disk(write_lines, byte_tokenizer, tmp_path: Path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, "_write", full)
+    with pytest.raises(UserError, match=r"No space left on device.*JAXLLM_CACHE"):
+        build(SourceConfig(path=write_lines([{"text": "ab"}])), byte_tokenizer, tmp_path / "cache")
+    assert left_over(tmp_path / "cache") == []
+
+
+def test_a_large_vocabulary_keeps_its_ids(write_lines, shared: Path, tmp_path: Path):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models/tokenizers/qwen2.5")
+    path = write_lines([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "日本"}]}])
+    ids = build(SourceConfig(path=path), tokenizer, tmp_path / "cache").sample(0).ids
+    assert ids.max() > np.iinfo(np.uint16).max
+    assert "日本<|im_end|>" in tokenizer.decode(ids)
+
+
+def test_a_real_data_set(shared: Path, tmp_path: Path):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories3M")
+    config = SourceConfig(path=str(shared / "data/tinystories/valid.jsonl"))
+    built = build(config, tokenizer, tmp_path)
+    assert len(built) == 324
+    for i, record in enumerate(read(config)):
+        assert built.sample(i).ids.tolist() == [*tokenizer(record.columns["text"]).input_ids, tokenizer.eos_token_id]
+        assert built.origin(i) == (config.path, record.index)
+    assert np.load(built.folder / "tokens.npy", mmap_mode="r").dtype == np.uint16
+    assert json.loads((built.folder / "meta.json").read_text())["summary"]["tokens"] == built.lengths.sum()

@@ -1,0 +1,186 @@
+"""Token by token against transformers on real data, and which tokens are trained."""
+
+import copy
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jaxllm.core.errors import UserError
+from jaxllm.data.source import SourceConfig, read
+from jaxllm.data.template import Segment, render
+from jaxllm.data.tokenize import Encoder, fingerprint
+
+NAMES = [
+    "stories3M",
+    "tinystories-656k",
+    "tokenizers/llama2",
+    "tokenizers/gpt2",
+    "tokenizers/qwen2.5",
+]
+# These decode to exactly what was encoded.
+LOSSLESS = ["tokenizers/gpt2", "tokenizers/qwen2.5", "tokenizers/llama2"]
+
+
+@cache
+def load(folder: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def some(count: int, config: SourceConfig) -> list[dict]:
+    return [dict(record.columns) for record, _ in zip(read(config), range(count), strict=False)]
+
+
+def alpaca(shared: Path) -> list[dict]:
+    return some(400, SourceConfig(path=str(shared / "data/alpaca/alpaca_5k.json")))
+
+
+def gsm8k(shared: Path) -> list[dict]:
+    fields = {"prompt": "question", "completion": "answer"}
+    return some(300, SourceConfig(path=str(shared / "data/gsm8k/train.jsonl"), fields=fields))
+
+
+def encode(tokenizer, name: str, columns: list[dict]):
+    rendered = [render(name, record, tokenizer) for record in columns]
+    return rendered, Encoder(tokenizer).encode(rendered, document=name != "messages")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_have_the_ids_of_transformers_and_one_eos(shared: Path, name: str):
+    tokenizer = load(shared / "models" / name)
+    columns = some(40, SourceConfig(path=str(shared / "data/tinystories/valid.jsonl")))
+    columns += some(40, SourceConfig(path=str(shared / "data/tinystories/train.txt"), separator="<|endoftext|>"))
+    columns.append({"text": "  two  spaces, 日本語 🙂\n\n\ttab " + tokenizer.eos_token + " x"})
+    _, samples = encode(tokenizer, "text", columns)
+    has_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    assert has_bos == (name in NAMES[:3])
+    for record, sample in zip(columns, samples, strict=True):
+        assert sample.ids.tolist() == [*tokenizer(record["text"]).input_ids, tokenizer.eos_token_id]
+        assert sample.trained[has_bos:].all()
+        assert not sample.trained[: int(has_bos)].any()
+        assert (sample.ids.dtype, sample.trained.dtype) == (np.int32, np.bool_)
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize(
+    ("data", "form", "column"), [(alpaca, "instruction", "output"), (gsm8k, "prompt_completion", "completion")]
+)
+def test_the_trained_tokens_are_the_completion_and_eos(shared: Path, name: str, data, form: str, column: str):
+    tokenizer = load(shared / "models" / name)
+    columns = [record for record in data(shared) if record[column].strip()]
+    rendered, samples = encode(tokenizer, form, columns)
+    for record, segments, sample in zip(columns, rendered, samples, strict=True):
+        text = "".join(segment.text for segment in segments)
+        assert sample.ids.tolist() == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+        first = int(np.argmax(sample.trained))
+        assert sample.trained[first:].all()
+        assert not sample.trained[:first].any()
+        decoded = tokenizer.decode(sample.ids[first:])
+        assert decoded.endswith(record[column] + tokenizer.eos_token)
+        # Where one token holds the prompt's end and the completion's start ("?$"), it is trained whole.
+        excess = decoded.removesuffix(record[column] + tokenizer.eos_token)
+        assert segments[0].text.endswith(excess)
+        assert not excess or len(tokenizer.decode(sample.ids[first])) > len(excess)
+
+
+def test_a_tokenizer_that_strips_and_joins_spaces(shared: Path):
+    tokenizer = load(shared / "models/stories3M")
+    columns = [record for record in alpaca(shared) if record["output"].strip()]
+    _, samples = encode(tokenizer, "instruction", columns)
+    for record, sample in zip(columns, samples, strict=True):
+        kept = re.sub(" {2,}", " ", record["output"]).rstrip(" ")
+        decoded = tokenizer.decode(sample.ids[sample.trained])
+        assert decoded.lstrip(" ") == (kept + tokenizer.eos_token).lstrip(" ")
+
+
+def test_chat_on_real_data(shared: Path):
+    tokenizer = load(shared / "models/tokenizers/qwen2.5")
+    columns = some(60, SourceConfig(path=str(shared / "data/sgd_chat/dev.jsonl")))
+    _, samples = encode(tokenizer, "messages", columns)
+    for record, sample in zip(columns, samples, strict=True):
+        expected = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=False)
+        assert sample.ids.tolist() == expected
+        said = [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
+        assert tokenizer.decode(sample.ids[sample.trained]) == "".join(f"{text}<|im_end|>\n" for text in said)
+
+
+@given(texts=st.lists(st.tuples(st.text(alphabet="aé🙂 \n", max_size=6), st.booleans()), min_size=1, max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_with_one_token_a_byte_exactly_the_trained_text_is_trained(byte_tokenizer, texts):
+    segments = [Segment(text, trained) for text, trained in texts]
+    (sample,) = Encoder(byte_tokenizer).encode([segments], document=False)
+    assert byte_tokenizer.decode(sample.ids) == "".join(text for text, _ in texts)
+    assert byte_tokenizer.decode(sample.ids[sample.trained]) == "".join(text for text, on in texts if on)
+
+
+def test_byte_pieces_of_one_character_share_its_fate(shared: Path):
+    tokenizer = load(shared / "models/tokenizers/llama2")
+    segments = [Segment("a🙂", False), Segment("🙂b", True)]
+    (sample,) = Encoder(tokenizer).encode([segments], document=True)
+    assert tokenizer.convert_ids_to_tokens(sample.ids[sample.trained]) == [
+        *("<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "b", "</s>")
+    ]
+
+
+def test_a_token_over_a_border_is_trained(shared: Path):
+    tokenizer = load(shared / "models/tokenizers/gpt2")
+    (sample,) = Encoder(tokenizer).encode([[Segment("Hello wor", False), Segment("ld", True)]], document=True)
+    assert tokenizer.decode(sample.ids[sample.trained]) == " world<|endoftext|>"
+
+
+def test_nothing_trained_means_no_trained_eos(byte_tokenizer):
+    rendered = [[Segment("prompt", False), Segment("", True)], [Segment("", True)]]
+    with_prompt, empty = Encoder(byte_tokenizer).encode(rendered, document=True)
+    assert not with_prompt.trained.any()
+    assert not len(empty.ids)
+
+
+def test_an_eos_of_the_tokenizers_own_is_not_doubled(byte_tokenizer):
+    from tokenizers import processors
+
+    closing = copy.deepcopy(byte_tokenizer)
+    specials = [("<bos>", 256), ("<eos>", 257)]
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=specials)
+    (sample,) = Encoder(closing).encode([[Segment("ab", True)]], document=True)
+    assert closing.decode(sample.ids) == "<bos>ab<eos>"
+    assert sample.trained.tolist() == [False, True, True, True]
+
+
+def test_special_tokens_of_a_template_are_read_even_where_text_is_not(byte_tokenizer):
+    plain = copy.deepcopy(byte_tokenizer)
+    plain.split_special_tokens = True
+    segments = [[Segment("a<|end|>", True)]]
+    chat, document = (Encoder(plain).encode(segments, document=kind)[0].ids.tolist() for kind in (False, True))
+    end = plain.convert_tokens_to_ids("<|end|>")
+    assert chat.count(end) == 1
+    assert document.count(end) == 0
+
+
+def test_a_tokenizer_without_eos(byte_tokenizer):
+    endless = copy.deepcopy(byte_tokenizer)
+    endless.eos_token = None
+    with pytest.raises(UserError, match="no EOS token"):
+        Encoder(endless).encode([[Segment("ab", True)]], document=True)
+    Encoder(endless).encode([[Segment("ab", True)]], document=False)
+
+
+def test_a_character_that_shifts_the_offsets_is_refused(shared: Path):
+    # transformers makes of this tokenizer one without an unknown token: it drops what it does not know.
+    tokenizer = load(shared / "models/tinystories-656k")
+    with pytest.raises(UserError, match="drops the character '🙂'"):
+        Encoder(tokenizer).encode([[Segment("a🙂", False), Segment("b", True)]], document=True)
+    Encoder(tokenizer).encode([[Segment("a🙂b", True)]], document=True)
+
+
+def test_the_fingerprint_follows_the_chat_template_and_not_earlier_calls(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    first = fingerprint(tokenizer)
+    tokenizer("abc", truncation=True, max_length=2)
+    assert fingerprint(tokenizer) == first
+    tokenizer.chat_template = "{{ messages }}"
+    assert fingerprint(tokenizer) != first

@@ -1,0 +1,91 @@
+"""Random small models of every family: weights that make each part of the architecture matter."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.core import tree
+from jaxllm.core.mesh import Layout, MeshConfig
+from jaxllm.hf.export import save
+from jaxllm.models import FAMILIES, LM
+from jaxllm.models.base import FamilyConfig
+
+
+def draw_config(name: str, seed: int, **fixed: Any) -> FamilyConfig:
+    """A small config: sizes of every kind, and for each switch or choice of the family some value."""
+    draw = random.Random(f"{name} {seed}")
+    schema = FAMILIES[name].config
+    heads = draw.choice([2, 4, 8])
+    values: dict[str, Any] = {
+        "vocab_size": draw.choice([61, 64, 97]),
+        "hidden_size": draw.choice([32, 48]),
+        "intermediate_size": draw.choice([40, 64]),
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw.choice([k for k in (1, 2, 4, 8) if heads % k == 0]),
+        "head_dim": draw.choice([4, 8, 16]),
+        "rms_norm_eps": draw.choice([1e-6, 1e-3]),
+        "rope_theta": draw.choice([100.0, 10000.0, 500000.0]),
+        "max_position_embeddings": 64,
+    }
+    for field, info in sorted(schema.model_fields.items()):
+        if field != "type" and info.annotation is bool:
+            values[field] = draw.random() < 0.5
+        elif field != "type" and get_origin(info.annotation) is Literal:
+            values[field] = draw.choice(get_args(info.annotation))
+    return schema(**{**values, **fixed})
+
+
+def small_lm(config: FamilyConfig, layout: Layout | None = None, dtype: str = "float32") -> LM:
+    """A model of `config`, by default on one device."""
+    return LM(FAMILIES[config.type], config, layout or Layout.single(), jnp.dtype(dtype), jnp.dtype(dtype))
+
+
+def draw_params(lm: LM, seed: int = 0) -> dict[str, Any]:
+    """Parameters under which queries and keys are far from equal, logits have a standard deviation above 1, biases
+    and norms are not neutral, and the residual stream starts small enough for eps to matter.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        x = rng.standard_normal(leaf.shape)
+        *_, parent, kind = path.split("/")
+        if kind == "kernel":
+            x *= {"q": 1.6, "k": 1.6, "head": 2.0}.get(parent, 1.0) / np.sqrt(leaf.shape[-2])
+        elif kind == "table":
+            x *= 0.3
+        elif kind == "scale":
+            x = 1.2 + 0.3 * x
+        else:
+            x *= 0.5
+        return jnp.asarray(x, leaf.dtype)
+
+    return tree.map_with_path(draw, lm.abstract())
+
+
+def write_checkpoint(folder: Path, config: FamilyConfig, seed: int = 0, dtype: str = "float32") -> Path:
+    """A Hugging Face folder with random weights of `config`."""
+    lm = small_lm(config, dtype=dtype)
+    save(lm, draw_params(lm, seed), folder)
+    return folder
+
+
+def mesh_layout(**sizes: int) -> Layout:
+    """A layout over all devices of the tests, one where no size is given."""
+    return Layout.of(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def on_layout(lm: LM, layout: Layout, params: dict[str, Any]) -> tuple[LM, dict[str, Any]]:
+    """The same model on another layout: its vocabulary padded with zeros, everything else the same numbers."""
+    moved = replace(lm, layout=layout)
+
+    def place(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        pads = [(0, size - old) for size, old in zip(wanted.shape, leaf.shape, strict=True)]
+        return jax.device_put(np.pad(np.asarray(leaf), pads), wanted.sharding)
+
+    return moved, jax.tree.map(place, params, moved.abstract())

@@ -1,0 +1,187 @@
+"""config.json in the forms of transformers 4 and 5, in and out."""
+
+import json
+
+import pytest
+from families import draw_config
+
+from jaxllm.core.errors import UserError
+from jaxllm.hf.config import INERT, parse_config, read_config, write_config
+from jaxllm.models import FAMILIES
+
+# What Llama 2 7B came with, and the same model as transformers 5 writes it.
+V4 = {
+    "_name_or_path": "meta-llama/Llama-2-7b-hf",
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+V5 = {
+    **{key: value for key, value in V4.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "dtype": "float16",
+    "head_dim": 128,
+    "mlp_bias": False,
+    "pad_token_id": None,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+    "transformers_version": "5.23.0",
+}
+
+
+def test_the_forms_of_transformers_4_and_5_mean_the_same():
+    family, config = parse_config(V4)
+    assert family is FAMILIES["llama"]
+    assert parse_config(V5) == (family, config)
+    assert (config.rope_theta, config.head_dim, config.max_position_embeddings) == (500000.0, 128, 4096)
+
+
+@pytest.mark.parametrize("raw", [V4, V5], ids=["transformers 4", "transformers 5"])
+def test_an_unchanged_config_comes_back_equal(raw):
+    family, config = parse_config(raw)
+    assert write_config(family, config, source=raw) == raw
+
+
+@pytest.mark.parametrize("raw", [V4, V5], ids=["transformers 4", "transformers 5"])
+def test_only_what_changed_is_updated_and_in_the_form_of_the_file(raw):
+    family, config = parse_config(raw)
+    config = config.model_copy(update={"rope_theta": 7.0, "vocab_size": 40, "attention_bias": True})
+    out = write_config(family, config, source=raw, dtype="bfloat16", special_ids={"eos_token_id": [2, 7]})
+    changed = {"vocab_size": 40, "attention_bias": True, "eos_token_id": [2, 7]}
+    if raw is V4:
+        assert out == {**V4, **changed, "rope_theta": 7.0, "torch_dtype": "bfloat16"}
+    else:
+        rope = {"rope_theta": 7.0, "rope_type": "default"}
+        assert out == {**V5, **changed, "rope_parameters": rope, "dtype": "bfloat16"}
+    assert parse_config(out) == (family, config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_reads_what_we_write_and_we_what_it_writes(name, tmp_path):
+    from transformers import AutoConfig
+
+    family = FAMILIES[name]
+    for seed in range(8):
+        config = draw_config(name, seed)
+        raw = write_config(family, config, dtype="bfloat16", special_ids={"eos_token_id": 5})
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        values = config.model_dump(exclude={"type", "rope_theta"})
+        assert {field: getattr(theirs, field) for field in values} == values
+        assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
+        assert (theirs.eos_token_id, theirs.bos_token_id, str(theirs.dtype)) == (5, None, "torch.bfloat16")
+        assert theirs.architectures == [family.architecture]
+        for whole in (theirs.to_dict(), theirs.to_diff_dict()):
+            assert parse_config({**whole, "dtype": "bfloat16"}) == (family, config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_absent_field_means_what_transformers_means(name):
+    from transformers import CONFIG_MAPPING
+
+    family = FAMILIES[name]
+    theirs = CONFIG_MAPPING[family.model_type]()
+    _, config = parse_config({"model_type": family.model_type})
+    values = config.model_dump(exclude={"type", "rope_theta"})
+    assert {field: getattr(theirs, field) for field in values} == values
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert set(family.defaults) <= set(family.config.model_fields)
+
+
+def test_no_field_is_both_meaningful_and_ignored():
+    for name in FAMILIES:
+        family = FAMILIES[name]
+        assert not INERT & set(family.config.model_fields)
+        assert not INERT & set(family.neutral)
+
+
+REFUSED = {
+    "unknown field": ({"sliding_window": 4096}, ["sliding_window = 4096", "does not implement"]),
+    "misspelt field": ({"rms_norm_epsilon": 1e-3}, ["rms_norm_epsilon = 0.001", "'rms_norm_eps'"]),
+    "dropout": ({"attention_dropout": 0.1}, ["attention_dropout = 0.1"]),
+    "scaled rope": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        ['rope_scaling.rope_type = "llama3"', "does not implement"],
+    ),
+    "scaled rope, old": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        ['rope_scaling.type = "linear"'],
+    ),
+    "rope by layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        ["rope_parameters.full_attention"],
+    ),
+    "partial rope": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor = 0.5"]),
+    "two ropes": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        ["rope_theta = 500000", "rope_parameters.rope_theta = 1000000.0", "contradict"],
+    ),
+    "quantised": ({"quantization_config": {"bits": 4}}, ["quantization_config", "before quantisation"]),
+    "code": ({"auto_map": {"AutoModel": "x.Y"}}, ["auto_map", "code that came with the checkpoint"]),
+    "architecture": (
+        {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+        ["Qwen2ForCausalLM", "LlamaForCausalLM", "Adding a model family"],
+    ),
+    "task": ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
+    "no architecture": ({"architectures": None, "model_type": None}, ["`architectures`", "`model_type`"]),
+    "contradiction": ({"model_type": "mistral"}, ["LlamaForCausalLM", "mistral", "contradict"]),
+    "type": ({"hidden_size": "4096"}, ['hidden_size = "4096"', "integer"]),
+    "value": ({"num_hidden_layers": 0}, ["num_hidden_layers = 0", "greater than 0"]),
+    "null": ({"vocab_size": None}, ["vocab_size = null"]),
+    "activation": ({"hidden_act": "relu2"}, ['hidden_act = "relu2"', "silu"]),
+    "heads": ({"num_key_value_heads": 5}, ["num_attention_heads 32", "num_key_value_heads 5"]),
+    "uneven": ({"hidden_size": 4100}, ["hidden_size 4100", "num_attention_heads 32", "head_dim"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(case):
+    change, words = REFUSED[case]
+    with pytest.raises(UserError) as error:
+        parse_config({**V4, **change}, "some/config.json")
+    message = str(error.value)
+    assert all(word in message for word in ["some/config.json", *words]), message
+    assert "\n" not in message
+
+
+def test_fields_that_change_nothing_are_let_through():
+    neutral = {"attention_dropout": 0.0, "is_encoder_decoder": False, "per_layer_config": {}, "unknown": None}
+    rope = {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 1.0}}
+    assert parse_config({**V4, **neutral, **rope}) == parse_config(V4)
+
+
+def test_a_folder_without_a_good_config_is_refused(tmp_path):
+    def message(folder):
+        with pytest.raises(UserError) as error:
+            read_config(folder)
+        return str(error.value)
+
+    assert "no such folder" in message("meta-llama/Llama-2-7b-hf")
+    assert "hf download" in message("meta-llama/Llama-2-7b-hf")
+    assert "has no config.json" in message(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "base model" in message(tmp_path)
+    (tmp_path / "config.json").write_text('{"a": 1,\n "b": }')
+    assert "line 2" in message(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
+    assert "not valid JSON" in message(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    assert "JSON object" in message(tmp_path)

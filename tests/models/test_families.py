@@ -1,0 +1,298 @@
+"""Every registered family: against transformers, and against itself executed in other ways."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import draw_config, draw_params, mesh_layout, on_layout, small_lm
+
+from jaxllm.core import tree
+from jaxllm.hf import load_hf
+from jaxllm.hf.export import save
+from jaxllm.hf.weights import weight_table
+from jaxllm.models import FAMILIES
+from jaxllm.models.layout import fit_layout
+from jaxllm.models.stack import loop, scan
+from jaxllm.nn.context import CachePosition
+
+# Logits of standard deviation 1 to 3 in float32 (DESIGN, section 5).
+TOLERANCE = 1e-4
+
+QUICK, ALL = range(6), range(6, 36)
+LENGTH = 24
+
+
+def tokens_of(config, batch=2, length=LENGTH, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
+
+
+def logits_of(lm, params, tokens, **kwargs):
+    return np.asarray(jax.jit(lm.logits)(params, tokens, **kwargs))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """`(config, params) -> (transformers' model of them)`, through a folder written by the export."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+
+    def load(config, params):
+        folder = tmp_path_factory.mktemp("hf") / "model"
+        save(small_lm(config), params, folder)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype="float32", output_loading_info=True
+        )
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        return model.eval()
+
+    def run(config, params, tokens):
+        with torch.no_grad():
+            out = load(config, params)(torch.tensor(tokens).long(), output_attentions=True)
+        return out.logits.numpy(), [a.numpy() for a in out.attentions]
+
+    return run
+
+
+def entropy(weights):
+    """The mean entropy of attention rows over that of flat ones, from the fourth row on."""
+    rows = np.arange(3, weights.shape[-1])
+    bits = -(weights * np.log(np.maximum(weights, 1e-30))).sum(-1)[..., rows]
+    return (bits / np.log(rows + 1)).mean()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("seed", [*QUICK, *(pytest.param(seed, marks=pytest.mark.full) for seed in ALL)])
+def test_logits_are_those_of_transformers(name, seed, reference):
+    config = draw_config(name, seed)
+    lm = small_lm(config)
+    params = draw_params(lm, seed)
+    tokens = tokens_of(config, seed=seed)
+    theirs, attentions = reference(config, params, tokens)
+    ours = logits_of(lm, params, tokens)
+    assert theirs.std() >= 1, "logits too small for the tolerance to mean anything"
+    assert all(0.1 < entropy(a) < 0.9 for a in attentions), "attention is flat or looks at one token"
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def interleaved_groups(params, config):
+    """Query heads in an order under which head h would look at key head h % K, not h // (H / K)."""
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    order = np.arange(heads).reshape(kv, heads // kv).T.reshape(-1)
+    columns = (order[:, None] * config.head_dim + np.arange(config.head_dim)).reshape(-1)
+    leaves = tree.flatten(params)
+    for leaf, axis in (("q/kernel", 2), ("q/bias", 1), ("o/kernel", 1)):
+        if f"layers/attn/{leaf}" in leaves:
+            leaves[f"layers/attn/{leaf}"] = jnp.take(leaves[f"layers/attn/{leaf}"], columns, axis)
+    return tree.unflatten(leaves)
+
+
+# What a field becomes on our side only. A dict changes several at once, keeping the shapes of the weights.
+CHANGES = {
+    "rms_norm_eps": {"rms_norm_eps": 1e-2},
+    "rope_theta": {"rope_theta": 1000.0},
+    "num_attention_heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    "head_dim": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+    "num_key_value_heads": {},  # interleaved_groups
+    "hidden_act": {"hidden_act": "gelu"},
+    "tie_word_embeddings": {"tie_word_embeddings": True},
+    "attention_bias": {"attention_bias": False},
+    "mlp_bias": {"mlp_bias": False},
+}
+# A wrong size does not fit the file, and the others are no part of the computation.
+SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
+INERT = {"max_position_embeddings", "initializer_range", "type"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_comparison_has_teeth(name, reference):
+    """A wrong value of any field misses transformers' logits by at least 100 times the tolerance."""
+    switches = {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "hidden_act": "silu"}
+    fields = set(FAMILIES[name].config.model_fields)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
+    numbers = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+    fixed = {k: v for k, v in {**switches, **sizes, **numbers}.items() if k in fields}
+    config = draw_config(name, 0, **fixed)
+    lm = small_lm(config)
+    params = draw_params(lm, 1)
+    tokens = tokens_of(config)
+    theirs, _ = reference(config, params, tokens)
+    assert fields - SIZES - INERT <= set(CHANGES), "a new field needs a change that this test must notice"
+
+    def wrong(field, change):
+        if field == "num_key_value_heads":
+            return lm.logits(interleaved_groups(params, config), tokens)
+        return small_lm(config.model_copy(update=change)).logits(params, tokens)
+
+    changes = {field: change for field, change in CHANGES.items() if field in fields}
+    wrongs = jax.jit(lambda: {field: wrong(field, change) for field, change in changes.items()})()
+    misses = {field: float(np.abs(logits - theirs).max()) for field, logits in wrongs.items()}
+    assert {field: miss for field, miss in misses.items() if miss < 100 * TOLERANCE} == {}
+    np.testing.assert_allclose(logits_of(lm, params, tokens), theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_axes_and_weight_table_cover_every_parameter(name):
+    for seed in QUICK:
+        lm = small_lm(draw_config(name, seed))
+        leaves = tree.flatten(lm.abstract())
+        names = jax.tree.flatten_with_path(lm.axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))[0]
+        axes = {tree.path_string(path): leaf for path, leaf in names}
+        assert {path: len(names) for path, names in axes.items()} == {p: x.ndim for p, x in leaves.items()}
+        assert {axis for names in axes.values() for axis in names} <= set(lm.layout.rules)
+        assert sorted(rule.path for rule in lm.family.rules(lm.config)) == sorted(leaves)
+        keys = [key for entry in weight_table(lm) for key in entry.names]
+        assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_checkpoint_comes_back_bit_for_bit(name, dtype, tmp_path):
+    """params → files → params. (files → params → files: tests/hf/test_weights.py)"""
+    for seed in (0, 1):
+        lm = small_lm(draw_config(name, seed), dtype=dtype)
+        params = draw_params(lm)
+        save(lm, params, tmp_path / str(seed))
+        again, loaded = load_hf(tmp_path / str(seed))
+        assert again.config == lm.config
+        assert again.param_dtype == jnp.dtype(dtype)
+        jax.tree.map(np.testing.assert_array_equal, bits(loaded), bits(params))
+
+
+def bits(params):
+    return jax.tree.map(lambda leaf: np.asarray(leaf).view(f"u{leaf.dtype.itemsize}"), params)
+
+
+@pytest.fixture
+def double():
+    """float64, in which two programs that mean the same agree to 1e-10 of the largest value (DESIGN, section 5)."""
+    with jax.enable_x64(True):
+        yield
+
+
+def double_lm(name, seed, **fixed):
+    config = draw_config(name, seed, **fixed)
+    lm = small_lm(config, dtype="float64")
+    return lm, draw_params(lm, seed)
+
+
+def assert_same(ours, theirs):
+    def check(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * np.abs(np.asarray(b)).max())
+
+    jax.tree.map(check, ours, theirs)
+
+
+def loss_of(lm, stack):
+    """The sum of squares of what the stack gives the head, where every block matters."""
+
+    def loss(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x, _ = lm.hidden(params, tokens, lm.context(positions), stack)
+        return jnp.mean(jnp.square(lm.head(params, x)))
+
+    return loss
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "stack", [scan("full"), pytest.param(scan("dots", unroll=2), marks=pytest.mark.full)], ids=["full", "dots"]
+)
+def test_scan_is_the_loop_in_value_and_gradient(name, stack, double):
+    lm, params = double_lm(name, 0)
+    tokens = tokens_of(lm.config)
+    scanned = jax.jit(jax.value_and_grad(loss_of(lm, stack)))(params, tokens)
+    looped = jax.jit(jax.value_and_grad(loss_of(lm, loop())))(params, tokens)
+    assert_same(scanned, looped)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefill_and_decode_are_the_full_forward_pass(name, double):
+    """Two rows of different lengths, padded in front, prefilled at once and decoded token by token."""
+    lm, params = double_lm(name, 1)
+    tokens = tokens_of(lm.config, length=8)
+    prompt, slots, padding = 5, 10, np.array([0, 2])
+    segments = (np.arange(slots) >= padding[:, None]).astype(np.int32)
+
+    @jax.jit
+    def part(params, tokens, positions, offset, segments, cache):
+        ctx = lm.context(positions, cache=CachePosition(offset, segments))
+        x, cache = lm.hidden(params, tokens, ctx, cache=cache)
+        return lm.head(params, x), cache
+
+    shifted = np.stack([np.roll(row, pad) for row, pad in zip(tokens, padding, strict=True)])
+    positions = np.maximum(np.arange(8) - padding[:, None], 0)
+    cache, logits = lm.new_cache(2, slots), []
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, 8))]:
+        here = segments * (np.arange(slots) < stop)
+        z, cache = part(params, shifted[:, start:stop], positions[:, start:stop], np.int32(start), here, cache)
+        logits.append(z)
+    decoded = np.concatenate(logits, axis=1)
+    full = logits_of(lm, params, tokens)
+    for row, pad in enumerate(padding):
+        assert_same(decoded[row, pad:], full[row, : 8 - pad])
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_documents_do_not_see_each_other(name):
+    lm = small_lm(draw_config(name, 2))
+    params = draw_params(lm)
+    tokens = tokens_of(lm.config, batch=1)
+    first = 10  # tokens of the first document; the second has the rest but for two of padding
+    segments = np.array([[1] * first + [2] * (LENGTH - first - 2) + [0] * 2], np.int32)
+    positions = np.array([[*range(first), *range(LENGTH - first)]], np.int32)
+    run = jax.jit(lambda tokens: lm.logits(params, tokens, positions=positions, segments=segments))
+    other = tokens.copy()
+    other[0, :first] = (other[0, :first] + 1) % lm.config.vocab_size
+    packed, perturbed = np.asarray(run(tokens)), np.asarray(run(other))
+    assert (packed[0, first:].view("u4") == perturbed[0, first:].view("u4")).all()
+    assert (packed[0, :first] != perturbed[0, :first]).any()
+    alone = logits_of(lm, params, tokens[:, first:-2])
+    np.testing.assert_allclose(packed[0, first:-2], alone[0], rtol=0, atol=1e-5)
+
+
+MESHES = [
+    {"fsdp": 2, "tensor": 4},
+    {"tensor": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 8},
+    {"fsdp": 8},
+    {"data": 2, "tensor": 4},
+    {"data": 4, "fsdp": 2},
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "sizes", [*MESHES[:2], *(pytest.param(sizes, marks=pytest.mark.full) for sizes in MESHES[2:])], ids=str
+)
+def test_sharded_is_unsharded(name, sizes, double):
+    """The same logits on any mesh, of a vocabulary that does not divide and fewer KV heads than tensor shards."""
+    size = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+    }
+    lm, params = double_lm(name, 3, **size)
+    tokens = tokens_of(lm.config, batch=8, length=6)
+    layout = fit_layout(lm.config, mesh_layout(**sizes))
+    sharded, placed = on_layout(lm, layout, params)
+    assert sharded.vocab_padded > 61 or layout.size("vocab") == 1
+    assert_same(logits_of(sharded, placed, tokens), logits_of(lm, params, tokens))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "sizes", [MESHES[0], *(pytest.param(sizes, marks=pytest.mark.full) for sizes in MESHES[1:])], ids=str
+)
+def test_init_has_the_same_bits_on_any_mesh(name, sizes):
+    lm = small_lm(draw_config(name, 3, num_attention_heads=8, num_key_value_heads=2, vocab_size=61))
+    layout = fit_layout(lm.config, mesh_layout(**sizes))
+    sharded, expected = on_layout(lm, layout, lm.init(jax.random.key(5)))
+    drawn = sharded.init(jax.random.key(5))
+    jax.tree.map(np.testing.assert_array_equal, bits(drawn), bits(expected))
+    assert jax.tree.map(lambda leaf: leaf.sharding, drawn) == sharded.shardings()

@@ -1,0 +1,155 @@
+"""The `optim:` section: what it accepts, what it builds, what it refuses."""
+
+import inspect
+from pathlib import Path
+from typing import Annotated, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from pydantic import ValidationError
+
+from jaxllm import optim
+from jaxllm.core.config import ByType, Section, dump, load
+from jaxllm.core.errors import UserError
+from jaxllm.optim import schedule
+from jaxllm.optim.build import OPTIMIZERS, SCHEDULES, AdamW, OptimizerConfig, build
+
+
+class Root(Section):
+    optim: Annotated[OptimizerConfig, ByType(OPTIMIZERS)]
+
+
+def read(tmp_path: Path, text: str) -> OptimizerConfig:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"optim: {{{text}}}")
+    return load(file, [], Root).optim
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_defaults_are_those_of_the_transform(name: str) -> None:
+    config = OPTIMIZERS[name](type=name, learning_rate=1e-3)
+    defaults = {p.name: p.default for p in inspect.signature(getattr(optim, name)).parameters.values()}
+    for field, value in config:
+        if field in defaults and field != "learning_rate":
+            assert value == defaults[field], field
+
+
+@pytest.mark.parametrize("registry", [OPTIMIZERS, SCHEDULES])
+def test_the_registered_name_is_the_type(registry) -> None:
+    for name in registry:
+        assert get_args(registry[name].model_fields["type"].annotation) == (name,)
+
+
+def test_a_section_in_full_is_read_built_and_written_back(tmp_path: Path) -> None:
+    text = (
+        "type: adamw, learning_rate: 1e-3, b1: 0.8, weight_decay: 1, no_decay: ['*/bias'], "
+        "schedule: {type: wsd, warmup: 0.1, decay: 20, final: 0.5}"
+    )
+    config = read(tmp_path, text)
+    assert isinstance(config, AdamW)
+    (tmp_path / "again.yaml").write_text(dump(Root(optim=config)))
+    assert load(tmp_path / "again.yaml", [], Root).optim == config
+
+    _, rate = build(config, total_steps=100)
+    steps = np.arange(100)
+    np.testing.assert_array_equal(
+        jax.vmap(rate)(steps), jax.vmap(schedule.wsd(1e-3, 100, warmup_steps=10, decay_steps=20, final=0.5))(steps)
+    )
+
+
+def test_the_default_schedule_is_a_cosine_to_a_tenth() -> None:
+    config = AdamW(type="adamw", learning_rate=1.0)
+    _, rate = build(config, total_steps=1000)
+    assert [float(rate(i)) for i in (0, 29, 1000)] == pytest.approx([1 / 30, 1.0, 0.1])
+
+
+PARAMS = {
+    "embed": {"table": jnp.ones((4, 2))},
+    "layers": {
+        "attn_norm": {"scale": jnp.ones((3, 2))},
+        "attn": {"q": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}},
+    },
+    "norm": {"scale": jnp.ones(2)},
+    "head": {"kernel": jnp.ones((2, 4))},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_biases_and_norms_do_not_decay(name: str) -> None:
+    config = OPTIMIZERS[name](type=name, learning_rate=0.1, weight_decay=0.5)
+    tx, _ = build(config, total_steps=1)
+
+    @jax.jit
+    def step(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.apply_updates(params, tx.update(zeros, tx.init(params), params)[0])
+
+    after = step(PARAMS)
+    changed = jax.tree.map(lambda a, b: bool((a != b).all()), after, PARAMS)
+    unchanged = jax.tree.map(lambda a, b: bool((a == b).all()), after, PARAMS)
+    assert changed == {
+        "embed": {"table": True},
+        "layers": {"attn_norm": {"scale": False}, "attn": {"q": {"kernel": True, "bias": False}}},
+        "norm": {"scale": False},
+        "head": {"kernel": True},
+    }
+    assert unchanged == jax.tree.map(lambda moved: not moved, changed)
+
+
+def test_decay_patterns_may_match_nothing() -> None:
+    config = AdamW(type="adamw", learning_rate=0.1, weight_decay=0.5, no_decay=("*/nothing",))
+    tx, _ = build(config, total_steps=1)
+    tx.init(PARAMS)
+
+
+def test_adalomo_takes_stacked_layers() -> None:
+    config = OPTIMIZERS["adalomo"](type="adalomo", learning_rate=0.1)
+    state = jax.eval_shape(build(config, total_steps=1)[0].init, PARAMS)
+    assert optax.tree.get(state, "v_row")["layers"]["attn"]["q"]["kernel"].shape == (3, 2)
+
+
+def test_warmup_longer_than_the_run_is_refused() -> None:
+    section = '{"type": "adamw", "learning_rate": 1, "schedule": {"type": "linear", "warmup": 11}}'
+    with pytest.raises(UserError, match=r"optim\.schedule\.warmup is 11 steps, but the run has 10"):
+        build(AdamW.model_validate_json(section), total_steps=10)
+
+
+def test_decay_longer_than_the_rest_of_the_run_is_refused() -> None:
+    section = '{"type": "adamw", "learning_rate": 1, "schedule": {"type": "wsd", "warmup": 0.5, "decay": 6}}'
+    with pytest.raises(UserError, match=r"warmup \(5 steps\) and decay \(6 steps\) do not fit into the run of 10"):
+        build(AdamW.model_validate_json(section), total_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("type: adamw, learning_rate: -1e-3", "config.yaml:1: optim.learning_rate: must be greater than 0"),
+        ("type: adamw, learning_rate: .nan", "config.yaml:1: optim.learning_rate: "),
+        ("type: adamw, learning_rate: fast", "config.yaml:1: optim.learning_rate: must be a number"),
+        ("type: adamw, learning_rate: 1, b2: 1.0", "config.yaml:1: optim.b2: must be less than 1"),
+        ("type: adamw, learning_rate: 1, b1: -0.1", "config.yaml:1: optim.b1: must be "),
+        ("type: adamw, learning_rate: 1, weight_decay: -1", "config.yaml:1: optim.weight_decay: must be "),
+        ("type: adamw, learning_rate: 1, rho: 0.1", "config.yaml:1: optim.rho: unknown key"),
+        ("type: adanw, learning_rate: 1", "Did you mean 'ad"),
+        ("type: adamw, learning_rate: 1, schedule: {type: cosin}", "Did you mean 'cosine'?"),
+        ("type: adamw, learning_rate: 1, schedule: {type: constant, final: 0.1}", "optim.schedule.final: unknown key"),
+        ("type: adamw, learning_rate: 1, schedule: {type: linear, warmup: 1.5}", "must be a number of steps"),
+        ("type: adamw, learning_rate: 1, schedule: {type: linear, warmup: -1}", "must be a number of steps"),
+        ("type: adamw, learning_rate: 1, schedule: {type: linear, warmup: true}", "must be a number of steps"),
+        ("type: adamw, learning_rate: 1, schedule: {type: linear, warmup: '3'}", "must be a number of steps"),
+    ],
+)
+def test_bad_input_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read(tmp_path, text)
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_sections_are_strict_in_python_too() -> None:
+    assert AdamW(type="adamw", learning_rate=1).learning_rate == 1.0
+    with pytest.raises(ValidationError):
+        AdamW(type="adamw", learning_rate="1e-3")

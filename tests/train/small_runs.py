@@ -1,0 +1,150 @@
+"""Small training runs: a tiny Llama, ragged batches, and some steps on any mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from families import draw_params, on_layout, small_lm
+
+from jaxllm.core import tree
+from jaxllm.core.mesh import Layout
+from jaxllm.models import FAMILIES, LM
+from jaxllm.models.base import FamilyConfig
+from jaxllm.models.layout import fit_layout
+from jaxllm.models.stack import Stack, scan
+from jaxllm.optim.build import AdamW, Cosine, build
+from jaxllm.train.state import TrainState, abstract_state, new_state
+from jaxllm.train.step import BATCH_AXES, CompiledStep, batch_shapes, compile_step, make_step
+
+VOCAB = 101  # no mesh divides it
+ROWS, LENGTH = 32, 12
+STEPS = 20
+
+# The norm of a few of the first gradients is above, that of the others below (asserted by test_mesh_equality).
+MAX_GRAD_NORM = 4.0
+OPTIMIZER = AdamW(
+    type="adamw", learning_rate=1e-2, weight_decay=0.1, schedule=Cosine(type="cosine", warmup=5)
+)
+
+
+def llama(**changes: Any) -> FamilyConfig:
+    """Two layers of width 32 with 8 heads."""
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    heads = dict(num_attention_heads=8, num_key_value_heads=8, head_dim=4, max_position_embeddings=64)
+    return FAMILIES["llama"].config(**{**sizes, **heads, **changes})
+
+
+def ragged_batch(seed: int, rows: int = ROWS, length: int = LENGTH) -> dict[str, np.ndarray]:
+    """`[rows, length]` arrays: documents of every length packed into rows, padding at their ends.
+
+    The first eighth of the rows trains nothing, so the first of up to eight micro-batches is empty; the next row is
+    all padding; of the others between none and all tokens are trained.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (rows, length)
+    positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row in range(rows):
+        start, document = 0, 0
+        end = 0 if row == rows // 8 else rng.integers(1, length + 1)
+        while start < end:
+            document += 1
+            stop = min(end, start + rng.integers(1, length))
+            positions[row, start:stop] = np.arange(stop - start)
+            segments[row, start:stop] = document
+            start = stop
+    trained = (rng.random(shape) < rng.random((rows, 1))) & (segments > 0)
+    trained[: rows // 8] = False
+    return {
+        "tokens": rng.integers(0, VOCAB, shape, dtype=np.int32),
+        "targets": rng.integers(0, VOCAB, shape, dtype=np.int32),
+        "positions": positions,
+        "segments": segments,
+        "loss_mask": trained.astype(np.float32),
+    }
+
+
+class Program(NamedTuple):
+    """A compiled training step and the state that it starts from."""
+
+    lm: LM
+    layout: Layout
+    compiled: CompiledStep
+    start: Any  # a function: the step gives its argument's buffers away
+
+    def place(self, batch: dict[str, np.ndarray], micro_batches: int = 1) -> dict[str, jax.Array]:
+        """The batch cut into micro-batches and laid out."""
+        sharding = self.layout.sharding(*BATCH_AXES)
+        return {
+            name: jax.device_put(a.reshape(micro_batches, -1, a.shape[-1]), sharding)
+            for name, a in batch.items()
+        }
+
+
+def program(
+    config: FamilyConfig,
+    layout: Layout | None = None,
+    *,
+    tx: Any = None,
+    trainable: Any = None,
+    micro_batches: int = 1,
+    stack: Stack | None = None,
+    max_grad_norm: float | None = MAX_GRAD_NORM,
+    dtype: str = "float32",
+    shape: tuple[int, int] = (ROWS, LENGTH),
+) -> Program:
+    """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout."""
+    lm = small_lm(config, dtype=dtype)
+    layout = fit_layout(config, layout or Layout.single())
+    transform, schedule = build(OPTIMIZER, STEPS) if tx is None else (tx, lambda step: 1.0)
+    moved, params = on_layout(lm, layout, draw_params(lm))
+    chosen = jax.tree.map(lambda _: True, params) if trainable is None else trainable
+    abstract = abstract_state(moved.abstract(), chosen, transform, layout)
+    step = make_step(moved, transform, schedule, stack=stack or scan(), max_grad_norm=max_grad_norm)
+    rows, length = shape
+    batch = batch_shapes((micro_batches, rows // micro_batches, length), layout)
+    compiled = compile_step(step, abstract, batch, layout)
+    host = jax.tree.map(np.asarray, params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def start() -> TrainState:
+        return jax.device_put(new_state(jax.tree.map(jnp.array, host), chosen, transform), shardings)
+
+    return Program(moved, layout, compiled, start)
+
+
+class Trained(NamedTuple):
+    """What `train` did. metrics: `{name: [steps]}`. state: `{path: array}` of parameters and moments."""
+
+    metrics: dict[str, np.ndarray]
+    state: dict[str, np.ndarray]
+
+
+def train(config: FamilyConfig, layout: Layout | None = None, *, steps: int = STEPS, **how: Any) -> Trained:
+    """`steps` steps on four batches in turn."""
+    made = program(config, layout, **how)
+    batches = [made.place(ragged_batch(seed), how.get("micro_batches", 1)) for seed in range(4)]
+    state, metrics = made.start(), []
+    for step in range(steps):
+        state, values = made.compiled.run(state, batches[step % 4])
+        metrics.append(jax.tree.map(float, values))
+    leaves = tree.flatten({"params": state.params, "opt_state": state.opt_state})
+    return Trained(
+        {name: np.array([values[name] for values in metrics]) for name in metrics[0]},
+        {path: np.asarray(leaf) for path, leaf in leaves.items()},
+    )
+
+
+def assert_trained_alike(ours: Trained, theirs: Trained, tolerance: float) -> None:
+    """Every metric, parameter and moment within `tolerance` of its largest value; padding of the vocabulary is zero."""
+    assert ours.state.keys() == theirs.state.keys()
+    for part, wanted in ((ours.metrics, theirs.metrics), (ours.state, theirs.state)):
+        misses = {name: _miss(part[name], wanted[name]) for name in wanted}
+        assert {name: miss for name, miss in misses.items() if not miss <= tolerance} == {}
+
+
+def _miss(ours: np.ndarray, theirs: np.ndarray) -> float:
+    padded = np.zeros_like(ours)
+    padded[tuple(slice(size) for size in theirs.shape)] = theirs
+    largest, difference = np.abs(theirs).max(), np.abs(ours - padded).max()
+    return float(difference / largest if largest else difference)
