@@ -19,7 +19,6 @@ from rich.progress import (
 from jaxllm.core.errors import UserError
 from jaxllm.train.state import Event
 
-
 # Of the records of a bad step, how many are named.
 RECORDS_NAMED = 50
 
@@ -41,9 +40,7 @@ class MetricsFile:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line, and hands it to the operating system at once."""
-        self._file.write(
-            json.dumps({"step": step, **{name: _finite(value) for name, value in values.items()}}) + "\n"
-        )
+        self._file.write(json.dumps({"step": step, **{name: _finite(value) for name, value in values.items()}}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -66,7 +63,8 @@ def _step_of(line: str) -> float:
 class Log:
     """Reports finished steps.
 
-    tokens_through: the real tokens seen through a step. flops: operations a token, by the papers' convention and useful.
+    tokens_through: the real tokens seen through a step. flops: operations a token, by the papers' convention and the
+    useful ones.
     peak: of all devices together in FLOP/s, if known. first: metrics for the first line (`perf/compile_s`, …).
     records: where the records of a step's batch come from. max_bad_steps: how many steps in a row may have a loss or
     gradient that is not finite (the step itself leaves the parameters alone then).
@@ -167,11 +165,10 @@ class Log:
             raise UserError(
                 f"{self._bad_steps} steps in a row up to step {step} had a loss or gradient that is not finite "
                 f"(last: {found}); none of them was applied. Look at the records named above, or start again from an "
-                "earlier checkpoint (checkpoint.resume) in a new output_dir with a lower optim.learning_rate or a longer "
-                "optim.schedule.warmup"
+                "earlier checkpoint (checkpoint.resume) in a new output_dir with a lower optim.learning_rate or a "
+                "longer optim.schedule.warmup"
             )
 
     def close(self) -> None:
-        """Ends the progress bar and closes the file."""
+        """Ends the progress bar."""
         self._progress.stop()
-        self._metrics.close()

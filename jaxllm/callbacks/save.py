@@ -13,9 +13,7 @@ class Save:
     facts: what to store beside the state, for a step.
     """
 
-    def __init__(
-        self, store: CheckpointStore, every: int | None, facts: Callable[[int], Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, store: CheckpointStore, every: int | None, facts: Callable[[int], Mapping[str, Any]]) -> None:
         self._store = store
         self._every = every
         self._facts = facts

@@ -79,9 +79,7 @@ class CheckpointStore:
         """
 
         def argument(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
-            return ocp.ArrayRestoreArgs(
-                sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=False
-            )
+            return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=False)
 
         restore = ocp.args.PyTreeRestore(
             item=abstract, restore_args=jax.tree.map(argument, abstract), partial_restore=partial

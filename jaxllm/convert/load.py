@@ -54,9 +54,7 @@ def open_model(
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(
-            f"{path}: there is no such folder; give a Hugging Face folder, a run or one of its checkpoints"
-        )
+        raise UserError(f"{path}: there is no such folder; give a Hugging Face folder, a run or one of its checkpoints")
     if (path / RUN_MODEL / "config.json").is_file():
         return _from_checkpoint(path, None, layout, param_dtype, compute_dtype)
     if path.parent.name == RUN_CHECKPOINTS and path.name.isdigit():

@@ -1,6 +1,6 @@
 """Named components. A component is registered beside its code; its name is then valid in a config."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from jaxllm.core.errors import UserError, did_you_mean
@@ -26,15 +26,6 @@ class Registry(Generic[T]):
         if name in self._entries:
             raise ValueError(f"the {self.kind} {name!r} is registered twice")
         self._entries[name] = component
-
-    def register(self, name: str) -> Callable[[T], T]:
-        """The decorator form of `add`."""
-
-        def decorate(component: T) -> T:
-            self.add(name, component)
-            return component
-
-        return decorate
 
     def __getitem__(self, name: str) -> T:
         """The component called `name`. Raises UserError naming the closest one."""

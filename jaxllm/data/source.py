@@ -66,15 +66,17 @@ def describe_origin(file: str, index: int) -> str:
 
 
 def find_files(config: SourceConfig) -> list[str]:
-    """The files that `config.path` names, sorted. Raises UserError when there is none."""
+    """The files that `config.path` names, sorted. Raises UserError when there is none or one cannot be read."""
     path = os.path.expanduser(config.path)
-    if os.path.isfile(path):
-        return [path]
     if os.path.isdir(path):
         raise UserError(f"data path {config.path!r} is a folder; name a file or a glob such as {path}/**/*.jsonl")
-    files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    files = [file for file in found if os.path.isfile(file)]
     if not files:
         raise UserError(f"no data file matches {config.path!r} (looked from {os.getcwd()})")
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise UserError(f"data file {file!r} may not be read; change its permissions or leave it out of `path`")
     return files
 
 

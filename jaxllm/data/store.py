@@ -1,5 +1,7 @@
 """The token store: every sample of a data set, tokenized once into memory-mapped files in a cache folder."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import hashlib
@@ -11,18 +13,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerFast
 
 from jaxllm.core.errors import UserError
 from jaxllm.data import source, template, tokenize
 from jaxllm.data.source import Record, SourceConfig
 from jaxllm.data.template import FORMATS, Segment
 from jaxllm.data.tokenize import Encoder, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VERSION = 1  # of the files' meaning; another version is another folder
 BATCH_RECORDS = 4096  # records tokenized in one call …

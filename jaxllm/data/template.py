@@ -1,14 +1,18 @@
 """From a record to segments of text, each trained or not: one `Format` a layout of columns."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.core.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 AUTO = "auto"
 
@@ -122,6 +126,11 @@ def _messages(columns: Columns, tokenizer: PreTrainedTokenizerBase) -> list[Segm
             "format 'messages' needs a chat template and the tokenizer has none. Put a chat_template.jinja "
             "into the tokenizer's folder, or write the data as prompt and completion"
         )
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise UserError(
+            "format 'messages' needs the marks of the chat template as tokens, and this tokenizer reads them as plain "
+            'text; set "split_special_tokens": false in its tokenizer_config.json'
+        )
     whole = _chat(messages, tokenizer)
     segments: list[Segment] = []
     done = 0
@@ -144,7 +153,9 @@ def _messages(columns: Columns, tokenizer: PreTrainedTokenizerBase) -> list[Segm
     return [*segments, Segment(whole[done:], False)]
 
 
-def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
+def _chat(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
+) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError) as error:

@@ -1,15 +1,19 @@
 """From segments to token ids, and which of them are trained."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from jaxllm.core.errors import UserError
 from jaxllm.data.template import Segment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class Sample(NamedTuple):

@@ -58,9 +58,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
             if "tokenizer.model" in present
             else "holds no tokenizer"
         )
-        raise UserError(
-            f"the folder {folder} {problem}; it needs tokenizer.json, or vocab.json and merges.txt"
-        )
+        raise UserError(f"the folder {folder} {problem}; it needs tokenizer.json, or vocab.json and merges.txt")
     logging.getLogger("transformers").addFilter(_is_not_about_torch)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -194,9 +192,7 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
         # option that we do not have.
         reason = str(error).rpartition("] ")[2].partition(" or decrease character_coverage")[0].strip()
         reason = reason or "There is no text."
-        raise UserError(
-            f"cannot train a tokenizer with vocab_size {vocab_size} on this text. {reason}"
-        ) from error
+        raise UserError(f"cannot train a tokenizer with vocab_size {vocab_size} on this text. {reason}") from error
     return model.getvalue()
 
 

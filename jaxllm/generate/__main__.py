@@ -1,7 +1,6 @@
 """`python -m jaxllm.generate MODEL --prompt TEXT`: completes text with a model."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,16 +31,17 @@ def main(arguments: list[str]) -> int:
     from jaxllm.convert.load import open_model
     from jaxllm.core.errors import UserError
     from jaxllm.core.mesh import Layout
-    from jaxllm.data.tokenizer import load_tokenizer
     from jaxllm.generate.decode import decode
     from jaxllm.generate.sample import Sampling
 
     try:
         if options.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+        if not 0 <= options.seed < 1 << 32:
+            raise UserError(f"--seed must be from 0 to {(1 << 32) - 1}, got {options.seed}")
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
         model = open_model(options.model, Layout.single())
-        tokenizer = load_tokenizer(model.folder)
+        tokenizer = model.tokenizer()
         prompts = [tokenizer(prompt)["input_ids"] for prompt in options.prompt]
         completions = decode(
             model.lm,
@@ -61,11 +61,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _stop_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the model's own list, else the tokenizer's end of text."""
-    file = folder / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    """The tokens that end a text: the model's own, as transformers finds them, else the tokenizer's end of text."""
+    from jaxllm.hf.config import read_json
+
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    found = [read_json(file).get("eos_token_id") for file in files if file.is_file()]
+    ids = next((ids for ids in [*found, tokenizer.eos_token_id] if ids is not None), [])
+    return ids if isinstance(ids, list) else [ids]
 
 
 if __name__ == "__main__":

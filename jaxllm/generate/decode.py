@@ -55,9 +55,7 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every prompt, int32 `[prompts]`, `max_new_tokens` times."""
     if any(not prompt for prompt in prompts):
-        raise UserError(
-            "a prompt has no token; give it some text, or use a tokenizer that begins texts with one"
-        )
+        raise UserError("a prompt has no token; give it some text, or use a tokenizer that begins texts with one")
     sampling = sampling or Sampling()
     longest = max(len(prompt) for prompt in prompts)
     slots = longest + max_new_tokens

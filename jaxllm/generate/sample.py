@@ -1,5 +1,6 @@
 """Choosing the next token from its logits."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -22,9 +23,12 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature must be at least 0 (0 = the most likely token), got {self.temperature}")
+        if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
             raise UserError(
-                f"temperature must be at least 0 (0 = the most likely token), got {self.temperature}"
+                f"top_k {self.top_k} and top_p {self.top_p} choose what is sampled from, and temperature 0 takes the "
+                "most likely token; set temperature above 0, or leave them out"
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, got {self.top_k}")

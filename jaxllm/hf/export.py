@@ -98,7 +98,7 @@ def save(
 
 def check_replaceable(folder: Path, source: Source | None = None) -> None:
     """Raises UserError unless an export may take the place of `folder`: none, empty or an older export."""
-    if source is not None and folder.exists() and folder.samefile(source.folder):
+    if source is not None and folder.resolve() == source.folder.resolve():
         raise UserError(f"{folder}: is the checkpoint that this model came from; write to another folder")
     if not folder.exists():
         return
@@ -117,13 +117,17 @@ def _is_export_file(path: Path) -> bool:
 
 def _side_files(source: Source | None, tokenizer_folder: str | Path | None) -> list[Path]:
     """The files to copy: from beside the source's weights, the tokenizer's from `tokenizer_folder`."""
-    origins = dict.fromkeys(SIDE_FILES, source.folder) if source else {}
+    files = {name: source.folder / name for name in source.side_files} if source else {}
     if tokenizer_folder is not None:
-        origins.update(dict.fromkeys(TOKENIZER_FILES, Path(tokenizer_folder)))
-    found = [origin / name for name, origin in origins.items() if (origin / name).is_file()]
-    if tokenizer_folder is not None and not any(path.parent == Path(tokenizer_folder) for path in found):
-        raise UserError(f"{tokenizer_folder}: has none of a tokenizer's files ({', '.join(TOKENIZER_FILES)})")
-    return found
+        own = {name: path for name in TOKENIZER_FILES if (path := Path(tokenizer_folder) / name).is_file()}
+        if not own:
+            names = ", ".join(TOKENIZER_FILES)
+            raise UserError(f"{tokenizer_folder}: has none of a tokenizer's files ({names})")
+        files = {name: path for name, path in files.items() if name not in TOKENIZER_FILES} | own
+    for path in files.values():
+        if not path.is_file():
+            raise UserError(f"{path}: was there when the model was read, and is gone; put it back")
+    return list(files.values())
 
 
 def _names(entry: Entry, source: Source | None) -> list[str]:
@@ -168,8 +172,8 @@ def _layer(leaf: jax.Array, i: jax.Array, sharding: NamedSharding) -> jax.Array:
 def _gather(lm: LM, leaf: jax.Array, entry: Entry) -> np.ndarray:
     """One tensor as it stands in the file, whole. A collective operation of all processes."""
     everywhere, axis = lm.layout.replicated, entry.rule.vocab_axis
-    stacked = entry.layer is not None
-    whole = _layer(leaf, np.int32(entry.layer), everywhere) if stacked else jax.device_put(leaf, everywhere)
+    i = entry.layer
+    whole = jax.device_put(leaf, everywhere) if i is None else _layer(leaf, np.int32(i), everywhere)
     # Any of the copies: all devices hold the same.
     tensor = np.asarray(whole.addressable_data(0))
     if axis is not None:

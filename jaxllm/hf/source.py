@@ -56,13 +56,14 @@ class Source:
     """Where a model came from, and everything that its export gives back.
 
     config: `config.json` as read. tensors: by their names in the files. index: `model.safetensors.index.json`
-    without its map, None for a checkpoint of one file.
+    without its map, None for a checkpoint of one file. side_files: the names of the tokenizer's and others.
     """
 
     folder: Path
     config: RawConfig = field(repr=False)
     tensors: dict[str, StoredTensor] = field(repr=False)
     index: dict[str, Any] | None = field(repr=False)
+    side_files: tuple[str, ...] = field(repr=False)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The slices `index` of a tensor, without reading the rest of it.
@@ -119,7 +120,9 @@ def read_source(folder: str | Path) -> Source:
     for key, name in (wanted or {}).items():
         if key not in tensors:
             raise UserError(f"{folder / name}: lacks the tensor {key!r}, which {INDEX} says is there")
-    return Source(folder, config, {k: t for k, t in tensors.items() if not _BUFFER.search(k)}, index)
+    tensors = {key: tensor for key, tensor in tensors.items() if not _BUFFER.search(key)}
+    side_files = tuple(name for name in SIDE_FILES if (folder / name).is_file())
+    return Source(folder, config, tensors, index, side_files)
 
 
 def _weight_map(index: dict[str, Any], path: Path) -> dict[str, str]:

@@ -128,7 +128,8 @@ def _newest(run: Path) -> Resume | None:
 def _named_checkpoint(config: Config) -> Resume:
     path = Path(config.checkpoint.resume)
     run = path.parent.parent
-    if not (path.parent.name == RUN_CHECKPOINTS and path.name.isdigit() and path.is_dir() and (run / RESOLVED).is_file()):
+    is_checkpoint = path.parent.name == RUN_CHECKPOINTS and path.name.isdigit() and path.is_dir()
+    if not is_checkpoint or not (run / RESOLVED).is_file():
         raise UserError(
             f"checkpoint.resume: {path} is no checkpoint; give auto, none or a folder <run>/{RUN_CHECKPOINTS}/<step>"
         )
@@ -142,7 +143,8 @@ def _resume(run: Path, store: CheckpointStore, step: int) -> Resume:
     try:
         return Resume(run, Facts(**facts))
     except ValidationError as error:
-        raise UserError(f"the checkpoint {store.folder / str(step)} was written by another version of jaxllm") from error
+        written = store.folder / str(step)
+        raise UserError(f"the checkpoint {written} was written by another version of jaxllm") from error
 
 
 def _check_same(config: Config, run: Path, names: Sequence[str]) -> None:
@@ -154,8 +156,8 @@ def _check_same(config: Config, run: Path, names: Sequence[str]) -> None:
     ]
     if changed:
         raise UserError(
-            f"{run} holds a run with another config: {'; '.join(changed)}. Choose another output_dir, or go on with the "
-            f"run's own settings ({run / RESOLVED}); model.path={run} starts a new run from its weights"
+            f"{run} holds a run with another config: {'; '.join(changed)}. Choose another output_dir, or go on with "
+            f"the run's own settings ({run / RESOLVED}); model.path={run} starts a new run from its weights"
         )
 
 

@@ -23,8 +23,8 @@ def loop(
 
     A step's metrics are read after the next one is dispatched, so that the device never waits for the host. Those of
     the last step, and of each for which `settle` says yes, come with their own event: whoever saves that step's state
-    waits for it anyway, and finds its metrics reported. To the step's own metrics it adds `step_time_s` and `data_wait_s`.
-    `stop` is asked after each dispatch; if it says yes, that step is the last.
+    waits for it anyway, and finds its metrics reported. To the step's own metrics it adds `step_time_s` and
+    `data_wait_s`. `stop` is asked after each dispatch; if it says yes, that step is the last.
     """
     clock = _Clock()
     pending: dict[int, Metrics] = {}

@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ def run(config: Config, console: Console, devices: Sequence[jax.Device] | None =
     if lm.layout.rules != layout.rules:
         say("", f"the {lm.config.num_key_value_heads} key-value heads are held by every device of the tensor axis")
     if config.data.seq_len > lm.config.max_position_embeddings:
-        say("note", f"data.seq_len is longer than the {lm.config.max_position_embeddings} tokens the model is meant for")
+        most = lm.config.max_position_embeddings
+        say("note", f"data.seq_len is longer than the {most} tokens the model is meant for")
     own_tokenizer = lm.source is not None and model.folder == lm.source.folder
     special_ids = None if own_tokenizer else _special_ids(tokenizer)
     folder = Path(config.output_dir)
@@ -118,13 +119,11 @@ def run(config: Config, console: Console, devices: Sequence[jax.Device] | None =
             place = loader.state_after(done - start)._asdict()
             return Facts(step=done, **place, tokens=tokens_through(done), data=facts.data).model_dump()
 
-        metrics = MetricsFile(folder / METRICS, start if resume else None)
-        open_things.callback(metrics.close)
-        checkpoints = CheckpointStore(folder / RUN_CHECKPOINTS, keep=config.checkpoint.keep)
-        save = Save(checkpoints, config.checkpoint.every, facts_at)
-        open_things.callback(save.close)
-        evaluate = Evaluate(Perplexity(lm), sets, metrics, console, last=steps)
         interrupt = open_things.enter_context(Interrupt())
+        metrics = open_things.enter_context(closing(MetricsFile(folder / METRICS, start if resume else None)))
+        checkpoints = CheckpointStore(folder / RUN_CHECKPOINTS, keep=config.checkpoint.keep)
+        save = open_things.enter_context(closing(Save(checkpoints, config.checkpoint.every, facts_at)))
+        evaluate = open_things.enter_context(closing(Evaluate(Perplexity(lm), sets, metrics, console, last=steps)))
         if not resume:
             evaluate.before(state)
         log = Log(
@@ -139,7 +138,7 @@ def run(config: Config, console: Console, devices: Sequence[jax.Device] | None =
             records=lambda done: _records(loader, done - start - 1),
             max_bad_steps=config.train.max_bad_steps,
         )
-        open_things.callback(log.close)
+        open_things.enter_context(closing(log))
 
         intervals = [config.checkpoint.every, *(held_out.every for held_out in config.evals)]
         events = loop(
@@ -184,8 +183,8 @@ def _clear_errors(folder: Path, out_of_memory: Callable[[], str]) -> Iterator[No
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
-            f"output_dir {folder} cannot be written: {error.strerror}. Free some space; the same command goes on from the "
-            "newest checkpoint"
+            f"output_dir {folder} cannot be written: {error.strerror}. Free some space; the same command goes on from "
+            "the newest checkpoint"
         ) from error
 
 
@@ -193,7 +192,7 @@ def _open_model(config: Config, layout: Layout) -> tuple[OpenModel, PreTrainedTo
     """The model of the config, new or from a folder, and its tokenizer."""
     chosen, dtypes = config.model, (config.train.param_dtype, config.train.computes_in())
     if isinstance(chosen, NewModel):
-        family_config = chosen.family_config(len(load_tokenizer(chosen.tokenizer)))
+        family_config = chosen.family_config(1 + max(load_tokenizer(chosen.tokenizer).get_vocab().values()))
         lm = LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout), *dtypes)
         model = OpenModel(lm, Path(chosen.tokenizer), lambda: lm.init(jax.random.key(config.seed)))
     else:
@@ -226,9 +225,7 @@ def _evaluation_sets(
             *rows,
             micro_batches=1,
             micro_batch_size=batch_size,
-            place=lambda arrays: _place(
-                lm.layout, BATCH_AXES[1:], {name: a[0] for name, a in arrays.items()}
-            ),
+            place=lambda arrays: _place(lm.layout, BATCH_AXES[1:], {name: a[0] for name, a in arrays.items()}),
             epochs=1,
             shuffle=False,
         )

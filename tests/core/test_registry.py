@@ -22,17 +22,6 @@ def test_components_keep_their_order(shapes):
     assert shapes["circle"] == "○"
 
 
-def test_the_decorator_registers_and_returns_what_it_decorates():
-    functions = Registry[object]("function")
-
-    @functions.register("two")
-    def two() -> int:
-        return 2
-
-    assert functions["two"] is two
-    assert two() == 2
-
-
 def test_an_unknown_name_names_the_closest(shapes):
     with pytest.raises(UserError) as caught:
         shapes["sqare"]

@@ -76,6 +76,12 @@ def test_missing_files(tmp_path: Path):
     assert "is a folder" in message(tmp_path)
 
 
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(source.os, "access", lambda *_: False)  # the tests may run as root, who reads everything
+    assert "a.txt' may not be read" in message(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
 @pytest.mark.parametrize("content", ["", " \n\n"])
 def test_an_empty_file(tmp_path: Path, name: str, content: str):

@@ -83,6 +83,12 @@ def test_messages_need_a_chat_template(byte_tokenizer):
     assert "chat_template.jinja" in message("messages", {"messages": TURNS}, bare)
 
 
+def test_a_tokenizer_that_reads_the_marks_as_text_is_refused(byte_tokenizer):
+    plain = copy.deepcopy(byte_tokenizer)
+    plain.split_special_tokens = True
+    assert '"split_special_tokens": false' in message("messages", {"messages": TURNS}, plain)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(byte_tokenizer):
     rewriting = copy.deepcopy(byte_tokenizer)
     rewriting.chat_template = (

@@ -323,7 +323,7 @@ def test_tokenizer_files_and_special_ids_come_along(small, tmp_path):
     lm, params = small
     (tmp_path / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer.model", "training.log"):
-        (tmp_path / "tokenizer" / name).write_text(name)
+        (tmp_path / "tokenizer" / name).write_text("{}")
     ids = {"bos_token_id": 3, "eos_token_id": [4, 5]}
     save(lm, params, tmp_path / "model", tokenizer_folder=tmp_path / "tokenizer", special_ids=ids)
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
@@ -335,6 +335,12 @@ def test_tokenizer_files_and_special_ids_come_along(small, tmp_path):
         **ids,
         "pad_token_id": None,
     }
+    loaded_lm, loaded = load_hf(tmp_path / "model")
+    save(loaded_lm, loaded, tmp_path / "again", tokenizer_folder=tmp_path / "tokenizer")
+    assert contents(tmp_path / "again") == contents(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.model: was there"):
+        save_hf(loaded_lm, loaded, tmp_path / "later")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="none of a tokenizer's files"):
         save(lm, params, tmp_path / "other", tokenizer_folder=tmp_path / "empty")

@@ -1,10 +1,12 @@
 """Small training runs: a tiny Llama, ragged batches, and some steps on any mesh."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from families import draw_params, on_layout, small_lm
 
 from jaxllm.core import tree
@@ -70,7 +72,7 @@ class Program(NamedTuple):
     lm: LM
     layout: Layout
     compiled: CompiledStep
-    start: Any  # a function: the step gives its argument's buffers away
+    start: Callable[[], TrainState]  # made anew each time: a step gives away the buffers of its argument
 
     def place(self, batch: dict[str, np.ndarray], micro_batches: int = 1) -> dict[str, jax.Array]:
         """The batch cut into micro-batches and laid out."""
@@ -86,21 +88,27 @@ def program(
     layout: Layout | None = None,
     *,
     tx: Any = None,
-    trainable: Any = None,
+    schedule: optax.Schedule = lambda step: 1.0,
+    frozen: Sequence[str] = (),
     micro_batches: int = 1,
     stack: Stack | None = None,
     max_grad_norm: float | None = MAX_GRAD_NORM,
     dtype: str = "float32",
     shape: tuple[int, int] = (ROWS, LENGTH),
 ) -> Program:
-    """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout."""
+    """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
+
+    schedule: what `tx` was built with. frozen: patterns of the parameters that do not train. shape: sequences in a
+    whole batch, and tokens in each.
+    """
     lm = small_lm(config, dtype=dtype)
     layout = fit_layout(config, layout or Layout.single())
-    transform, schedule = build(OPTIMIZER, STEPS) if tx is None else (tx, lambda step: 1.0)
+    if tx is None:
+        tx, schedule = build(OPTIMIZER, STEPS)
     moved, params = on_layout(lm, layout, draw_params(lm))
-    chosen = jax.tree.map(lambda _: True, params) if trainable is None else trainable
-    abstract = abstract_state(moved.abstract(), chosen, transform, layout)
-    step = make_step(moved, transform, schedule, stack=stack or scan(), max_grad_norm=max_grad_norm)
+    chosen = tree.match(params, "*", exclude=frozen)
+    abstract = abstract_state(moved.abstract(), chosen, tx, layout)
+    step = make_step(moved, tx, schedule, stack=stack or scan(), max_grad_norm=max_grad_norm)
     rows, length = shape
     batch = batch_shapes((micro_batches, rows // micro_batches, length), layout)
     compiled = compile_step(step, abstract, batch, layout)
@@ -108,7 +116,7 @@ def program(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def start() -> TrainState:
-        return jax.device_put(new_state(jax.tree.map(jnp.array, host), chosen, transform), shardings)
+        return jax.device_put(new_state(jax.tree.map(jnp.array, host), chosen, tx), shardings)
 
     return Program(moved, layout, compiled, start)
 
