@@ -26,7 +26,7 @@ class Linear(nn.Module):
         """`[..., in]` → `[..., out]` in the compute dtype."""
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", nn.initializers.normal(self.stddev), self.axes, shape)
-        y = x @ kernel.astype(self.dtype)
+        y = multiply(x, kernel.astype(self.dtype))
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros_init(), self.axes[1:], (self.features,))
             y += bias.astype(self.dtype)
@@ -49,4 +49,12 @@ class Head(nn.Module):
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x @ kernel` multiplied in x's dtype and accumulated in at least float32."""
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=at_least_float32(x.dtype))
+    return multiply(x, kernel.astype(x.dtype), at_least_float32(x.dtype))
+
+
+def multiply(x: jax.Array, kernel: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """`[..., in]` times `[in, out]`, in `dtype` where one is given."""
+    # As a product of matrices: of a batch of them, XLA's CPU backend copies every operand of the backward pass into
+    # another order first, which made a feed-forward layer's gradient 1.7 times as slow.
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -92,16 +92,14 @@ def test_ten_steps_are_those_of_torch(tmp_path):
     for step in range(STEPS):
         state, values = made.compiled.run(state, made.place(BATCHES[step % 3], 2))
         metrics.append({name: float(value) for name, value in values.items()})
-    # Float32. AdamW's first steps move every weight by the rate, however small its gradient, so what is rounding in a
-    # gradient close to zero shows in the weights: about 1e-6 in the losses, 1e-5 in the norms, 1e-4 in the weights.
-    # A norm that decays, or a rate that is one step off, misses the losses by 1e-4 or more.
+    # Float32: rounding comes to about 2e-6 of the losses, 6e-6 of the norms and 3e-6 of the largest weights. Decay of
+    # norms and biases misses the losses by 7e-4, a rate one step off by 6e-2, b2 = 0.998 by 4e-5.
     ours = {name: [values[name] for values in metrics] for name in metrics[0]}
     np.testing.assert_allclose(ours["loss"], losses, rtol=1e-5)
-    np.testing.assert_allclose(ours["grad_norm"], norms, rtol=5e-5)
+    np.testing.assert_allclose(ours["grad_norm"], norms, rtol=3e-5)
     np.testing.assert_allclose(ours["learning_rate"], [OPTIM.learning_rate * rate(i) for i in range(STEPS)], rtol=1e-6)
     save_hf(lm, state.params, tmp_path / "trained")
     trained = load_file(tmp_path / "trained" / "model.safetensors")
     assert trained.keys() == weights.keys()
     misses = {name: np.abs(trained[name] - w).max() / np.abs(w).max() for name, w in weights.items()}
-    print(sorted(misses.items(), key=lambda kv: -kv[1])[:4])
-    assert {name: miss for name, miss in misses.items() if miss > 5e-4} == {}
+    assert {name: miss for name, miss in misses.items() if miss > 2e-5} == {}
