@@ -17,7 +17,7 @@ CONFIG = Path("configs/quickstart.yaml")
 RUN = Path("runs/quickstart")
 DATA = Path("runs/quickstart-data")
 VOCAB_SIZE = 2048
-HELD_OUT_EVERY = 20  # of so many files one is kept for evaluation
+HELD_OUT_EVERY = 100  # of so many files one is kept for evaluation
 
 SNIPPETS = (
     "import os\nimport sys\n\ndef main(",

@@ -54,7 +54,6 @@ def shared() -> Path:
 def _cheap_compilation(request: pytest.FixtureRequest):
     """Compiles without optimization, at half the time, unless the test is marked `optimized`."""
     jax.config.update("jax_disable_most_optimizations", "optimized" not in request.keywords)
-    yield
 
 
 _seconds: dict[str, float] = defaultdict(float)

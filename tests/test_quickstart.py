@@ -64,9 +64,7 @@ def test_held_out_files_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(script, "VOCAB_SIZE", 400)
     monkeypatch.setattr(script, "HELD_OUT_EVERY", 3)
     script.prepare()
-    train, held_out = (
-        set((script.DATA / name).read_text().splitlines()) for name in ("train.jsonl", "held_out.jsonl")
-    )
+    train, held_out = (set((script.DATA / name).read_text().splitlines()) for name in ("train.jsonl", "held_out.jsonl"))
     assert train
     assert held_out
     assert not train & held_out

@@ -5,6 +5,8 @@ Beside them, the text file `latest` names the newest complete one.
 """
 
 import logging
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,20 +50,23 @@ class CheckpointStore:
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
         self._saving: int | None = None
-        if not read_only:
-            self._point_to(self.latest())  # a run killed during a save may have named one that never came to be
+        self._pointing: threading.Thread | None = None
+        if not read_only and (newest := self.latest()) is not None:
+            self._point_to(newest)  # a run that was killed may have missed it
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
         """Copies the state off the devices and returns; a background thread writes it. `facts` must be JSON."""
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(dict(facts)))
+        self.wait()
+        self._saving = step
         with self._write_errors():
-            self._manager.wait_until_finished()
-            self._saving = step
             self._manager.save(step, args=args)
+        self._pointing = threading.Thread(target=self._point_when_complete, args=(step,), daemon=True)
+        self._pointing.start()
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -90,9 +95,12 @@ class CheckpointStore:
         """Returns when everything saved so far is complete on disk."""
         with self._write_errors():
             self._manager.wait_until_finished()
+        if self._pointing is not None:
+            self._pointing.join()
 
     def close(self) -> None:
-        """Waits for the last save and ends the background thread."""
+        """Waits for the last save and ends the background threads."""
+        self.wait()
         with self._write_errors():
             self._manager.close()
 
@@ -107,17 +115,21 @@ class CheckpointStore:
         except Exception as error:  # Orbax raises nothing narrower for a damaged file
             raise UserError(damaged(self.folder / str(step), _short(error))) from error
 
-    def _finish(self) -> None:
+    def _seal(self) -> None:
         # Orbax calls this when everything is written, and renames the folder right after.
         (unfinished,) = self.folder.glob(f"{self._saving}.*")
         write_sizes(unfinished)
-        self._point_to(self._saving)
 
-    def _point_to(self, step: int | None) -> None:
-        if step is not None:
-            pointer = self.folder / "latest.tmp"
-            pointer.write_text(f"{step}\n")
-            pointer.rename(self.folder / "latest")
+    def _point_when_complete(self, step: int) -> None:
+        while not (complete := (self.folder / str(step)).is_dir()) and self._manager.is_saving_in_progress():
+            time.sleep(0.01)
+        if complete:
+            self._point_to(step)
+
+    def _point_to(self, step: int) -> None:
+        pointer = self.folder / "latest.tmp"
+        pointer.write_text(f"{step}\n")
+        pointer.rename(self.folder / "latest")
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:

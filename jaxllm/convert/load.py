@@ -77,7 +77,7 @@ def _from_checkpoint(
         family,
         config,
         fit_layout(config, layout),
-        param_dtype or raw["torch_dtype"],
+        param_dtype or raw.get("torch_dtype") or raw["dtype"],
         compute_dtype or ("bfloat16" if on_gpu else "float32"),
     )
 

@@ -68,16 +68,12 @@ class MeshConfig(Section):
         sizes = self.sizes
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise ValueError(
-                    f"mesh.{axis} must be a positive number of devices, or -1 for the rest; got {size}"
-                )
+                raise ValueError(f"mesh.{axis} must be a positive number of devices, or -1 for the rest; got {size}")
         if list(sizes.values()).count(-1) > 1:
             raise ValueError(f"only one mesh axis may be -1 (the rest of the devices); got {sizes}")
         for name, axes in self.rules.items():
             if name not in DEFAULT_RULES:
-                raise ValueError(
-                    f"mesh.rules: unknown array axis {name!r}.{did_you_mean(name, DEFAULT_RULES)}"
-                )
+                raise ValueError(f"mesh.rules: unknown array axis {name!r}.{did_you_mean(name, DEFAULT_RULES)}")
             for axis in axes:
                 if axis not in AXES:
                     raise ValueError(

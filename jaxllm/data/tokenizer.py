@@ -4,7 +4,6 @@ A trained tokenizer is a SentencePiece BPE model and the same tokenizer in Huggi
 same ids for every text, and the ids of every text decode to exactly that text.
 """
 
-import hashlib
 import importlib
 import io
 import itertools
@@ -16,20 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core.errors import UserError
+from jaxllm.core.hub import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 _SPECIAL_TOKENS = {
     "unk_token": "<|unknown|>",
@@ -80,15 +69,6 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
 
 def _is_not_about_torch(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("PyTorch was not found")
-
-
-def fingerprint(folder: str | Path) -> str:
-    """A hash of the names and contents of the tokenizer's files; UserError if the folder holds none."""
-    digest = hashlib.sha256()
-    for path in _files(folder):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def copy_tokenizer(source: str | Path, destination: str | Path) -> None:

@@ -20,9 +20,10 @@ from safetensors.numpy import save_file
 
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
+from jaxllm.core.hub import GENERATION_CONFIG, TOKENIZER_FILES
 from jaxllm.core.tree import Params
 from jaxllm.hf.config import read_json, write_config
-from jaxllm.hf.source import DTYPES, GENERATION_CONFIG, INDEX, SIDE_FILES, TOKENIZER_FILES, WEIGHTS, Source
+from jaxllm.hf.source import DTYPES, INDEX, SIDE_FILES, WEIGHTS, Source
 from jaxllm.hf.weights import Entry, copy, weight_table
 from jaxllm.models.base import LM
 

@@ -12,23 +12,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxllm.core.errors import UserError
+from jaxllm.core.hub import GENERATION_CONFIG, TOKENIZER_FILES
 from jaxllm.hf.config import RawConfig, read_config, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES)
 
 # The dtypes of a checkpoint that can be trained, by the names of safetensors.

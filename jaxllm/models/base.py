@@ -113,9 +113,7 @@ class LM:
     def axes(self) -> Params:
         """The logical axis names of every parameter."""
         boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
-        names = jax.tree.map(
-            lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
-        )
+        names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
         # Under `vmap` a box does not learn of the new leading axis.
         names["layers"] = jax.tree.map(
             lambda leaf: ("layers", *leaf), names["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple)
@@ -235,9 +233,7 @@ class LM:
         x, _ = self.hidden(params, tokens, self.context(positions, segments))
         return self.head(params, x)[..., : self.config.vocab_size]
 
-    def loss_sum(
-        self, params: Params, batch: Mapping[str, jax.Array], stack: Stack | None = None
-    ) -> jax.Array:
+    def loss_sum(self, params: Params, batch: Mapping[str, jax.Array], stack: Stack | None = None) -> jax.Array:
         """The sum of the cross entropies of a batch's trained targets, a scalar in at least float32.
 
         batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each.

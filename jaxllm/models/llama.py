@@ -80,9 +80,7 @@ class LlamaBlock(nn.Module):
             self.dtype,
             name="attn",
         )
-        mlp = GatedMLP(
-            c.intermediate_size, c.hidden_act, c.mlp_bias, c.initializer_range, self.dtype, name="mlp"
-        )
+        mlp = GatedMLP(c.intermediate_size, c.hidden_act, c.mlp_bias, c.initializer_range, self.dtype, name="mlp")
         y, cache = attention(RMSNorm(c.rms_norm_eps, name="attn_norm")(x), ctx, cache)
         x = ctx.layout.constrain(x + y, "batch", "act_length", "act_embed")
         y = mlp(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x), ctx)
@@ -93,9 +91,7 @@ def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
     """The weight table of Hugging Face's LlamaForCausalLM."""
     layer = "model.layers.{i}."
     tied = config.tie_word_embeddings
-    table = Rule(
-        "embed/table", "model.embed_tokens.weight", alias="lm_head.weight" if tied else None, vocab_axis=0
-    )
+    table = Rule("embed/table", "model.embed_tokens.weight", alias="lm_head.weight" if tied else None, vocab_axis=0)
     rules = [table, Rule("norm/scale", "model.norm.weight")]
     if not tied:
         rules.append(Rule("head/kernel", "lm_head.weight", T, vocab_axis=1))

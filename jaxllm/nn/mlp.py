@@ -37,7 +37,5 @@ class GatedMLP(nn.Module):
 
         gate = linear(self.features, ("embed", "mlp"), "gate")(x)
         up = linear(self.features, ("embed", "mlp"), "up")(x)
-        hidden = ctx.layout.constrain(
-            ACTIVATIONS[self.activation](gate) * up, "batch", "act_length", "act_mlp"
-        )
+        hidden = ctx.layout.constrain(ACTIVATIONS[self.activation](gate) * up, "batch", "act_length", "act_mlp")
         return linear(x.shape[-1], ("mlp", "embed"), "down")(hidden)

@@ -7,9 +7,7 @@ from jax.typing import DTypeLike
 from jaxllm.core.dtypes import at_least_float32
 
 
-def rope_tables(
-    positions: jax.Array, head_dim: int, theta: float, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions: jax.Array, head_dim: int, theta: float, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines `[B, T, head_dim / 2]` of `position · theta^(-2i / head_dim)`, in at least float32."""
     wide = at_least_float32(dtype)
     inverse = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)

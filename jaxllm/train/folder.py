@@ -15,7 +15,7 @@ from jaxllm.convert.load import RUN_CHECKPOINTS, RUN_MODEL
 from jaxllm.core.config import Section, dump, load
 from jaxllm.core.errors import UserError
 from jaxllm.core.versions import environment
-from jaxllm.data.tokenizer import copy_tokenizer, fingerprint
+from jaxllm.data.tokenizer import copy_tokenizer
 from jaxllm.hf.config import parse_config, read_config, write_config
 from jaxllm.hf.source import GENERATION_CONFIG
 from jaxllm.models.base import LM
@@ -59,25 +59,26 @@ class Resume:
         store.close()
         return state
 
-    def check(self, lm: LM, tokenizer_folder: Path, data: str, steps: int) -> None:
-        """Raises UserError if what the config names is no longer what the checkpoint was trained with."""
-        before = self.run / RUN_MODEL
-        if parse_config(read_config(before), before / "config.json")[1] != lm.config:
-            raise UserError(self._changed("the model's config", f"{before / 'config.json'}"))
-        if fingerprint(before) != fingerprint(tokenizer_folder):
-            raise UserError(self._changed(f"the tokenizer {tokenizer_folder}", f"the one in {before}"))
+    def check(self, lm: LM, data: str, steps: int) -> None:
+        """Raises UserError if what the config names is no longer what the checkpoint was trained with.
+
+        data: the key of the token store, which covers the text and the tokenizer.
+        """
+        before = self.run / RUN_MODEL / "config.json"
+        if parse_config(read_config(before.parent), before)[1] != lm.config:
+            raise UserError(self._changed(f"the model's config (there: {before})"))
         if self.facts.data != data:
-            raise UserError(self._changed("the content of data.sources", "what the run was trained on"))
+            raise UserError(self._changed("what data.sources hold, or the tokenizer,"))
         if self.facts.step > steps:
             raise UserError(
                 f"the run has done {self.facts.step} steps ({self}), and the config asks for {steps}; raise "
                 "train.steps or train.epochs, or choose a new output_dir"
             )
 
-    def _changed(self, what: str, before: str) -> str:
+    def _changed(self, what: str) -> str:
         return (
-            f"{what} has changed since {self} was written (compare {before}), so the run cannot go on. Put it back, or "
-            f"choose a new output_dir; model.path={self} starts a new run from its weights"
+            f"{what} has changed since {self} was written, so the run cannot go on. Put it back, or choose a new "
+            f"output_dir; model.path={self} starts a new run from its weights"
         )
 
     def __str__(self) -> str:

@@ -76,7 +76,7 @@ def run(config: Config, console: Console, devices: Sequence[jax.Device] | None =
     steps = config.train.steps or -(-plan.rows * (config.train.epochs or 0) // config.train.batch_size)
     sets = _evaluation_sets(config, lm, tokenizer, store, held_out, micro_batch)
     if resume:
-        resume.check(lm, model.folder, store.folder.name, steps)
+        resume.check(lm, store.folder.name, steps)
 
     tx, schedule = build(config.optim, steps)
     everything = jax.tree.map(lambda _: True, lm.abstract())

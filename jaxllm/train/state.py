@@ -44,9 +44,7 @@ def new_state(params: Params, trainable: Any, tx: optax.GradientTransformation) 
     return TrainState(jnp.zeros((), jnp.int32), chosen, frozen, tx.init(chosen))
 
 
-def abstract_state(
-    params: Params, trainable: Any, tx: optax.GradientTransformation, layout: Layout
-) -> TrainState:
+def abstract_state(params: Params, trainable: Any, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
     """Shapes, dtypes and shardings of `new_state`, for abstract `params` that have shardings.
 
     A leaf of the optimizer's state that is shaped like its parameter is laid out like it, any other one is held

@@ -19,10 +19,12 @@ OPTIMIZERS = Registry[type[Section]]("optimizer")
 FAMILIES = Registry[type[Section]]("model")
 
 
-@SCHEDULES.register("cosine")
 class Cosine(Section):
     type: Literal["cosine"]
     warmup: float = 0.03
+
+
+SCHEDULES.add("cosine", Cosine)
 
 
 class Optim(Section):
@@ -34,22 +36,28 @@ class Optim(Section):
     schedule: Annotated[Section, ByType(SCHEDULES)] = Cosine(type="cosine")
 
 
-@OPTIMIZERS.register("adamw")
 class AdamW(Optim):
     type: Literal["adamw"]
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
 
 
-@OPTIMIZERS.register("lion")
+OPTIMIZERS.add("adamw", AdamW)
+
+
 class Lion(Optim):
     type: Literal["lion"]
 
 
-@FAMILIES.register("llama")
+OPTIMIZERS.add("lion", Lion)
+
+
 class Llama(Section):
     type: Literal["llama"]
     hidden_size: PositiveInt
+
+
+FAMILIES.add("llama", Llama)
 
 
 class Pretrained(Section):

@@ -124,7 +124,9 @@ def test_one_chunk_of_logits_exists_at_a_time():
         compiled_gradient(Layout.single(), n, batch, length, width, vocab).memory_analysis().temp_size_in_bytes
         for n in (1, chunks)
     )
-    print(whole / logits, chunked / (logits / chunks), (chunked - 2 * head) / (logits / chunks), head / (logits / chunks))
+    print(
+        whole / logits, chunked / (logits / chunks), (chunked - 2 * head) / (logits / chunks), head / (logits / chunks)
+    )
     assert whole >= logits
 
 
@@ -137,4 +139,10 @@ def test_no_device_ever_holds_the_logits_of_the_whole_vocabulary(sizes):
     shapes = {tuple(int(n) for n in dims.split(",")) for dims in re.findall(r"\w+\[([\d,]+)\]", text)}
     assert any(dim % 13 == 0 for dims in shapes for dim in dims), "the program has no vocabulary"
     assert {dims for dims in shapes if len(dims) > 1 and any(dim % 13 == 0 and dim >= vocab for dim in dims)} == set()
-    print([l.strip()[:150] for l in text.splitlines() if re.search(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", l)])
+    print(
+        [
+            l.strip()[:150]
+            for l in text.splitlines()
+            if re.search(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", l)
+        ]
+    )

@@ -25,9 +25,7 @@ STEPS = 20
 
 # The norm of a few of the first gradients is above, that of the others below (asserted by test_mesh_equality).
 MAX_GRAD_NORM = 4.0
-OPTIMIZER = AdamW(
-    type="adamw", learning_rate=1e-2, weight_decay=0.1, schedule=Cosine(type="cosine", warmup=5)
-)
+OPTIMIZER = AdamW(type="adamw", learning_rate=1e-2, weight_decay=0.1, schedule=Cosine(type="cosine", warmup=5))
 
 
 def llama(**changes: Any) -> FamilyConfig:
@@ -77,10 +75,7 @@ class Program(NamedTuple):
     def place(self, batch: dict[str, np.ndarray], micro_batches: int = 1) -> dict[str, jax.Array]:
         """The batch cut into micro-batches and laid out."""
         sharding = self.layout.sharding(*BATCH_AXES)
-        return {
-            name: jax.device_put(a.reshape(micro_batches, -1, a.shape[-1]), sharding)
-            for name, a in batch.items()
-        }
+        return {name: jax.device_put(a.reshape(micro_batches, -1, a.shape[-1]), sharding) for name, a in batch.items()}
 
 
 def program(

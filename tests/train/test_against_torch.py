@@ -5,8 +5,8 @@ import math
 import numpy as np
 import torch
 from families import draw_params, small_lm
-from small_runs import MAX_GRAD_NORM, OPTIMIZER, llama, program, ragged_batch
 from safetensors.numpy import load_file
+from small_runs import MAX_GRAD_NORM, OPTIMIZER, llama, program, ragged_batch
 from transformers import LlamaForCausalLM
 
 from jaxllm.hf import save_hf

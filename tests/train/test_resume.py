@@ -96,17 +96,16 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.optimized
-def test_killed_twice_and_interrupted(workplace, never_stopped):
+def test_killed_then_interrupted(workplace, never_stopped):
     folder = workplace.parent / "stopped"
     command = (workplace, *CHANGES, f"output_dir={folder}")
-    # Between two checkpoints: in the second epoch, then in the third.
-    for moment in (MOMENTS.randint(5, 7), MOMENTS.randint(9, 11)):
-        process = start(*command)
-        wait_for_step(process, folder, moment)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert not (folder / "export").exists()
+    process = start(*command)
+    # In the second epoch, between two checkpoints.
+    wait_for_step(process, folder, MOMENTS.randint(5, 7))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "export").exists()
 
     process = start(*command)
     wait_for_step(process, folder, 13)
@@ -131,6 +130,15 @@ def test_one_process_that_is_never_stopped_logs_each_step_once(never_stopped):
     lines = logged(never_stopped)
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "eval/held_out/loss" in line] == [0, 6, 12, 18, 20]
+
+
+def test_killed_before_the_first_checkpoint(workplace, never_stopped):
+    """The run begins anew, and what the killed one logged is not there twice."""
+    folder = workplace.parent / "anew"
+    shutil.copytree(never_stopped, folder, ignore=shutil.ignore_patterns("[0-9]*", "latest", "export"))
+    ran = train(workplace, *CHANGES, "train.steps=2", f"output_dir={folder}")
+    assert "resuming" not in ran.said
+    assert [line["step"] for line in ran.metrics()] == [0, 1, 2, 2]
 
 
 def test_a_checkpoint_on_another_mesh_is_the_same_state(never_stopped):
