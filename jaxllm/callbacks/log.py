@@ -151,7 +151,7 @@ class Log:
         self._bad_steps = self._bad_steps + 1 if values["bad"] else 0
         if not self._bad_steps:
             return
-        found = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+        found = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
         records = self._records(step)
         named = ", ".join(records[:RECORDS_NAMED])
         more = len(records) - RECORDS_NAMED

@@ -5,6 +5,8 @@ Beside them, the text file `latest` names the newest complete one.
 """
 
 import logging
+import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -137,10 +139,12 @@ class CheckpointStore:
         try:
             yield
         except (OSError, ValueError) as error:
-            if not isinstance(error, OSError) and "os_error_code" not in str(error):  # tensorstore's form of it
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's form of an OSError
+            if not isinstance(error, OSError) and code is None:
                 raise
+            reason = os.strerror(int(code[1])) if code else _short(error)
             raise UserError(
-                f"writing a checkpoint to {self.folder} failed: {_short(error)}. Free some space or lower "
+                f"writing a checkpoint to {self.folder} failed: {reason}. Free some space or lower "
                 "checkpoint.keep; the checkpoints before it are complete, and the run resumes from the newest"
             ) from error
 

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     from jaxllm.convert.load import open_model
     from jaxllm.core.errors import UserError
     from jaxllm.core.mesh import Layout
-    from jaxllm.generate.decode import decode
+    from jaxllm.generate.decode import Decoder
     from jaxllm.generate.sample import Sampling
 
     try:
@@ -43,8 +43,7 @@ def main(arguments: list[str]) -> int:
         model = open_model(options.model, Layout.single())
         tokenizer = model.tokenizer()
         prompts = [tokenizer(prompt)["input_ids"] for prompt in options.prompt]
-        completions = decode(
-            model.lm,
+        completions = Decoder(model.lm)(
             model.load(),
             prompts,
             max_new_tokens=options.max_new_tokens,

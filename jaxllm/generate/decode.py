@@ -15,75 +15,78 @@ from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition
 
 
-def decode(
-    lm: LM,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    stop_ids: Sequence[int] = (),
-    seed: int = 0,
-) -> list[list[int]]:
-    """The new token ids of each prompt, without the stop token that ended it.
+class Decoder:
+    """Completes prompts with `lm`, compiling once for each shape: prompts, longest prompt, tokens to add."""
 
-    Prompts of different lengths decode together, each exactly as it would alone. A prompt ends at the first of
-    `stop_ids`, or after `max_new_tokens`.
-    """
-    completions: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
-    steps = stream(lm, params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
-    for tokens in steps:
-        for row in sorted(running):
-            if tokens[row] in stop_ids:
-                running.remove(row)
-            else:
-                completions[row].append(int(tokens[row]))
-        if not running:
-            break
-    return completions
+    def __init__(self, lm: LM) -> None:
+        self._lm = lm
+        self._advance = jax.jit(partial(_advance, lm), static_argnames="sampling", donate_argnames="cache")
 
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop_ids: Sequence[int] = (),
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """The new token ids of each prompt, without the stop token that ended it.
 
-def stream(
-    lm: LM,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-) -> Iterator[np.ndarray]:
-    """Yields the next token of every prompt, int32 `[prompts]`, `max_new_tokens` times."""
-    if any(not prompt for prompt in prompts):
-        raise UserError("a prompt has no token; give it some text, or use a tokenizer that begins texts with one")
-    sampling = sampling or Sampling()
-    longest = max(len(prompt) for prompt in prompts)
-    slots = longest + max_new_tokens
-    tokens = np.zeros((len(prompts), longest), np.int32)
-    # Prompts end together: padding stands on the left, in a segment of its own that no token looks at.
-    segments = np.ones((len(prompts), slots), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = prompt
-        segments[row, : longest - len(prompt)] = 0
-    padding = jnp.asarray([[longest - len(prompt)] for prompt in prompts], jnp.int32)
-    advance = jax.jit(partial(_advance, lm), static_argnames="sampling", donate_argnames="cache")
+        Prompts of different lengths decode together; the most likely tokens of each are those that it has alone. A
+        prompt ends at the first of `stop_ids`, or after `max_new_tokens`.
+        """
+        completions: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        for tokens in self.stream(params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed):
+            for row in sorted(running):
+                if tokens[row] in stop_ids:
+                    running.remove(row)
+                else:
+                    completions[row].append(int(tokens[row]))
+            if not running:
+                break
+        return completions
 
-    cache, key = lm.new_cache(len(prompts), slots), jax.random.key(seed)
-    new, offset = jnp.asarray(tokens), 0
-    for step in range(max_new_tokens):
-        token, cache = advance(
-            params,
-            new,
-            cache,
-            jnp.int32(offset),
-            segments,
-            padding,
-            jax.random.fold_in(key, step),
-            sampling=sampling,
-        )
-        yield np.asarray(token)
-        offset += new.shape[1]
-        new = token[:, None]
+    def stream(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> Iterator[np.ndarray]:
+        """Yields the next token of every prompt, int32 `[prompts]`, `max_new_tokens` times."""
+        if any(not prompt for prompt in prompts):
+            raise UserError("a prompt has no token; give it some text, or use a tokenizer that begins texts with one")
+        longest = max(len(prompt) for prompt in prompts)
+        slots = longest + max_new_tokens
+        tokens = np.zeros((len(prompts), longest), np.int32)
+        # Prompts end together: padding stands on the left, in a segment of its own that no token looks at.
+        segments = np.ones((len(prompts), slots), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt) :] = prompt
+            segments[row, : longest - len(prompt)] = 0
+        padding = jnp.asarray([[longest - len(prompt)] for prompt in prompts], jnp.int32)
+
+        cache, key = self._lm.new_cache(len(prompts), slots), jax.random.key(seed)
+        new, offset = jnp.asarray(tokens), 0
+        for step in range(max_new_tokens):
+            token, cache = self._advance(
+                params,
+                new,
+                cache,
+                jnp.int32(offset),
+                segments,
+                padding,
+                jax.random.fold_in(key, step),
+                sampling=sampling or Sampling(),
+            )
+            yield np.asarray(token)
+            offset += new.shape[1]
+            new = token[:, None]
 
 
 def _advance(

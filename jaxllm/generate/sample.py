@@ -40,13 +40,19 @@ def draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """One token id for each row of `logits` `[B, V]`: int32 `[B]`."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    return jax.random.categorical(key, narrowed(logits, sampling), axis=-1).astype(jnp.int32)
+
+
+def narrowed(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """The logits `[B, V]` that a token is drawn from at a temperature above 0; −inf where it cannot be drawn."""
+    # Below 0, so that no temperature can make them overflow.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None:
         kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:
         logits = jnp.where(_outside_nucleus(logits, sampling.top_p), -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    return logits
 
 
 def _outside_nucleus(logits: jax.Array, top_p: float) -> jax.Array:

@@ -149,24 +149,29 @@ def _resume(run: Path, store: CheckpointStore, step: int) -> Resume:
 
 
 def _check_same(config: Config, run: Path, names: Sequence[str]) -> None:
-    before = load(run / RESOLVED, [], Config)
+    """Raises UserError unless `config` has the values of the run's own under each of `names`."""
+    there, now = (_values(c.model_dump(mode="json")) for c in (load(run / RESOLVED, [], Config), config))
     changed = [
-        f"{name} (there: {_short(old)}, now: {_short(new)})"
-        for name in names
-        if (old := _at(before, name)) != (new := _at(config, name))
+        f"{key} (there: {_short(there.get(key))}, now: {_short(now.get(key))})"
+        for key in dict.fromkeys((*there, *now))
+        if any(f"{key}.".startswith(f"{name}.") for name in names) and there.get(key) != now.get(key)
     ]
     if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(
-            f"{run} holds a run with another config: {'; '.join(changed)}. Choose another output_dir, or go on with "
-            f"the run's own settings ({run / RESOLVED}); model.path={run} starts a new run from its weights"
+            f"{run} holds a run with another config: {'; '.join(changed[:5])}{more}. Choose another output_dir, or go "
+            f"on with the run's own settings ({run / RESOLVED}); model.path={run} starts a new run from its weights"
         )
 
 
-def _at(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+def _values(config: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"data.sources.0.path": value}` of a config as plain data."""
+    if isinstance(config, list):
+        config = dict(enumerate(config))
+    if not isinstance(config, dict):
+        return {prefix: config}
+    parts = (_values(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _short(value: Any) -> str:

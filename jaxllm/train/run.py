@@ -41,7 +41,7 @@ from jaxllm.train.state import abstract_state, new_state
 from jaxllm.train.step import BATCH_AXES, batch_shapes, compile_step, make_step
 
 
-def run(config: Config, console: Console, devices: Sequence[jax.Device] | None = None) -> int:
+def run(config: Config, console: Console, devices: Sequence[Any] | None = None) -> int:
     """Trains as `config` says, on `devices` (default: all). Returns the exit status: 0, or 128 + the signal that
     interrupted the run.
 

@@ -1,0 +1,376 @@
+"""Wrong input gives one message that names thing and remedy, exit status 2, and nothing is lost."""
+
+import json
+import os
+import re
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from whole_runs import Ran, tiny_config, train, write_jsonl
+
+from jaxllm.train.__main__ import main
+
+
+class Place(NamedTuple):
+    """config: of a small run. folder: to write bad input into. shared: real models and data."""
+
+    config: Path
+    folder: Path
+    shared: Path
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, shared) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        jax.config.update("jax_disable_most_optimizations", True)
+        folder = tmp_path_factory.mktemp("runs")
+        patch.setenv("JAXLLM_CACHE", str(folder / "cache"))
+        yield tiny_config(folder, shared)
+
+
+@pytest.fixture(scope="module")
+def finished(config) -> Ran:
+    """A run of four steps with the checkpoints 2 and 4."""
+    return train(config, "train.steps=4", "checkpoint.every=2", "evals.0.every=4")
+
+
+@pytest.fixture
+def place(config, tmp_path, shared) -> Place:
+    return Place(config, tmp_path, shared)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fails(capfd, *arguments: str) -> str:
+    """Runs the command, which must end with status 2 and one message; returns that message on one line."""
+    capfd.readouterr()
+    status = main([*map(str, arguments)])
+    said = capfd.readouterr()
+    assert status == 2, said
+    assert said.err.count("error: ") == 1
+    assert "Traceback" not in said.out + said.err
+    return " ".join(said.err.partition("error: ")[2].split())
+
+
+# What the config says. The last words of each case are in the message.
+
+
+def test_misspelt_key(place, capfd):
+    path = place.folder / "misspelt.yaml"
+    path.write_text(place.config.read_text().replace("learning_rate:", "learning_rat:"))
+    line = 1 + path.read_text().splitlines().index("  learning_rat: 0.01")
+    said = fails(capfd, path)
+    assert f"{path}:{line}: optim.learning_rat" in said
+    assert "learning_rate" in said.partition("learning_rat")[2]
+
+
+CONFIGS = {
+    "missing section": (["optim=null"], ["optim"]),
+    "missing key": (["evals=[{name: held_out}]"], ["evals.0.every", "required", "steps between"]),
+    "steps and epochs": (["train.epochs=1"], ["either steps or epochs"]),
+    "batch and micro-batch": (
+        ["mesh={data: 2, fsdp: 4}", "train.batch_size=40", "train.micro_batch_size=2"],
+        ["train.batch_size 40", "multiple of 16", "train.micro_batch_size 2", "32 or 48"],
+    ),
+    "no such data file": (["data.sources.0.path=nowhere.jsonl"], ["no data file matches 'nowhere.jsonl'"]),
+    "mesh": (["mesh={fsdp: 3}"], ["fsdp 3", "8 device(s)", "-1"]),
+    "tensor axis and heads": (
+        ["mesh={tensor: 8, fsdp: 1}"],
+        ["4 attention heads", "mesh.tensor = 8", "4"],
+    ),
+    "held out, and never evaluated": (["evals=[]"], ["data.eval_fraction holds out 0.2", "nothing evaluates it"]),
+    "warm-up longer than the run": (["optim.schedule.warmup=13"], ["warmup is 13 steps", "the run has 12"]),
+    "no checkpoint": (["checkpoint.resume=somewhere"], ["checkpoint.resume: somewhere is no checkpoint"]),
+    "no model": (["model={path: nowhere}"], ["nowhere: there is no such folder"]),
+    "no tokenizer": (["model.tokenizer=nowhere"], ["tokenizer folder nowhere does not exist"]),
+    "vocabulary too small": (["model.vocab_size=511"], ["up to 511", "511 rows", "model.vocab_size"]),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config(case, place, capfd):
+    overrides, fragments = CONFIGS[case]
+    output = place.folder / "run"
+    said = fails(capfd, place.config, f"output_dir={output}", "train.micro_batch_size=1", *overrides)
+    for fragment in fragments:
+        assert fragment in said
+    assert not output.exists()
+
+
+# What a model's folder holds.
+
+
+def unknown_architecture(model: Path) -> None:
+    edit_json(model / "config.json", architectures=["LamaForCausalLM"])
+
+
+def unknown_field(model: Path) -> None:
+    edit_json(model / "config.json", attention_dropout=0.5)
+
+
+def truncated(model: Path) -> None:
+    file = model / "model-00002-of-00004.safetensors"
+    file.write_bytes(file.read_bytes()[:100_000])
+
+
+def missing_file(model: Path) -> None:
+    (model / "model-00003-of-00004.safetensors").unlink()
+
+
+def missing_tensor(model: Path) -> None:
+    edit_tensors(model / "model-00004-of-00004.safetensors", lambda tensors: tensors.popitem())
+
+
+def surplus_tensor(model: Path) -> None:
+    edit_tensors(model / "model-00004-of-00004.safetensors", lambda t: t.update(extra=np.zeros(3, np.float32)))
+
+
+def large_tokenizer(model: Path) -> None:
+    edit_json(model / "tokenizer.json", added_tokens=[added(i) for i in (4096, 4097)])
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    before = json.loads(path.read_text())
+    if "added_tokens" in changes:
+        changes["added_tokens"] = [*before["added_tokens"], *changes["added_tokens"]]  # pyright: ignore
+    path.write_text(json.dumps({**before, **changes}))
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> None:
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def added(i: int) -> dict[str, object]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": f"<|{i}|>", "special": True, **flags}
+
+
+MODELS = {
+    unknown_architecture: ["config.json", '"LamaForCausalLM" is not implemented', "LlamaForCausalLM", "Adding a model"],
+    unknown_field: ["config.json", "attention_dropout = 0.5"],
+    truncated: ["model-00002-of-00004.safetensors", "not a whole safetensors file", "100,000 bytes"],
+    missing_file: ["model-00003-of-00004.safetensors", "is missing"],
+    missing_tensor: ["model-00004-of-00004.safetensors", "lacks the tensor"],
+    surplus_tensor: ["model-00004-of-00004.safetensors", "'extra'"],
+    large_tokenizer: ["token ids up to 4,097", "4,096 rows"],
+}
+
+
+@pytest.mark.parametrize("damage", MODELS, ids=lambda damage: damage.__name__)
+def test_model(damage, place, capfd):
+    model, output = place.folder / "model", place.folder / "run"
+    shutil.copytree(place.shared / "models/stories3M", model, ignore=shutil.ignore_patterns("llama2c"))
+    for path in (model, *model.iterdir()):
+        path.chmod(0o755)
+    damage(model)
+    said = fails(capfd, place.config, f"model={{path: {model}}}", f"output_dir={output}", "train.micro_batch_size=1")
+    for fragment in (str(model), *MODELS[damage]):
+        assert fragment in said
+    assert not output.exists()
+
+
+# What the data holds.
+
+RECORD = {"prompt": "two and two", "completion": " is four"}
+DATA = {
+    "empty": ("", ["is empty", "no record"]),
+    "a broken line": (json.dumps(RECORD) + '\n\n{"prompt": "two\n', ["line 3 is not JSON"]),
+    "other columns": (json.dumps({"promt": "a", "completion": "b"}), ["line 1", "promt", "Did you mean 'prompt'"]),
+    "not UTF-8": ("\udcff", ["is not UTF-8", "offset 0"]),
+    "nothing trained": (3 * (json.dumps({**RECORD, "completion": ""}) + "\n"), ["nothing is trained", "none of 3"]),
+    "one record, and a share of it held out": (json.dumps(RECORD), ["data.eval_fraction = 0.2 of 1 samples"]),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data(case, place, capfd):
+    text, fragments = DATA[case]
+    data, output = place.folder / "data.jsonl", place.folder / "run"
+    data.write_bytes(text.encode(errors="surrogateescape"))
+    said = fails(capfd, place.config, f"data.sources.0.path={data}", f"output_dir={output}", "train.micro_batch_size=1")
+    for fragment in (*fragments, *([] if "eval_fraction" in fragments[0] else [str(data)])):
+        assert fragment in said
+    assert not output.exists()
+
+
+# Folders that are there already. Each case: overrides, and what the message says; nothing in the folder changes.
+
+SAME = ["train.steps=4", "train.micro_batch_size=1"]
+OTHER_RUNS = {
+    "another seed": (["seed=1"], ["another config: seed (there: 0, now: 1)", "another output_dir"]),
+    "another optimizer": (["optim.type=lion"], ["another config: optim.type (there: adamw, now: lion)"]),
+    "resume none": (["checkpoint.resume=none"], ["holds a run, and checkpoint.resume is none", "resume=auto"]),
+    "fewer steps than done": (["train.steps=3"], ["has done 4 steps", "asks for 3"]),
+    "an older checkpoint of itself": (["checkpoint.resume={run}/checkpoints/2"], ["checkpoint.resume (there: auto"]),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_RUNS)
+def test_the_folder_of_another_run(case, place, finished, capfd):
+    overrides, fragments = OTHER_RUNS[case]
+    before = contents(finished.folder)
+    overrides = [override.format(run=finished.folder) for override in overrides]
+    said = fails(capfd, place.config, f"output_dir={finished.folder}", *SAME, *overrides)
+    for fragment in (str(finished.folder), *fragments):
+        assert fragment in said
+    assert contents(finished.folder) == before
+
+
+def test_a_folder_that_is_no_run(place, capfd):
+    folder = place.folder / "photos"
+    folder.mkdir()
+    (folder / "holiday.jpg").write_bytes(b"jpg")
+    said = fails(capfd, place.config, f"output_dir={folder}")
+    assert f"{folder} holds 'holiday.jpg' and no config.resolved.yaml" in said
+    assert contents(folder) == {"holiday.jpg": b"jpg"}
+    said = fails(capfd, place.config, f"output_dir={folder / 'holiday.jpg' / 'run'}")
+    assert f"{folder / 'holiday.jpg'} is a file" in said
+
+
+def test_an_export_folder_with_other_files(place, finished, capfd):
+    """It is refused before the training, and not replaced after it."""
+    run = shutil.copytree(finished.folder, place.folder / "run")
+    (run / "export/hf/notes.txt").write_text("mine")
+    before = contents(run)
+    said = fails(capfd, place.config, f"output_dir={run}", "train.steps=6", "train.micro_batch_size=1")
+    assert "notes.txt" in said
+    assert contents(run) == before
+
+
+def test_data_that_changed_since_the_checkpoint(place, finished, capfd):
+    stories = place.config.parent / "stories.jsonl"
+    text, before = stories.read_text(), contents(finished.folder)
+    try:
+        stories.write_text(text.replace("Lily", "Anna"))
+        said = fails(capfd, place.config, f"output_dir={finished.folder}", *SAME)
+    finally:
+        stories.write_text(text)
+    assert "what data.sources hold, or the tokenizer, has changed" in said
+    assert f"model.path={finished.folder}/checkpoints/4" in said
+    assert contents(finished.folder) == before
+
+
+def test_another_run_s_checkpoint_with_another_model(place, finished, capfd):
+    named = f"checkpoint.resume={finished.folder}/checkpoints/4"
+    said = fails(capfd, place.config, f"output_dir={place.folder / 'run'}", *SAME, named, "model.hidden_size=64")
+    assert "another config: model.hidden_size (there: 32, now: 64)" in said
+    assert not (place.folder / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "no facts"])
+def test_a_damaged_checkpoint(damage, place, finished, capfd):
+    run = shutil.copytree(finished.folder, place.folder / "run")
+    newest = run / "checkpoints/4"
+    file = max((newest / "state").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut short":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        shutil.rmtree(newest / "facts")
+    before = contents(run)
+    said = fails(capfd, place.config, f"output_dir={run}", *SAME, "train.steps=6")
+    name = "facts/" if damage == "no facts" else str(file.relative_to(newest))
+    assert f"the checkpoint {newest} cannot be read: {name}" in said
+    assert "set checkpoint.resume to it and output_dir to a new folder" in said
+    assert contents(run) == before
+
+
+# What a run finds out later.
+
+
+def test_out_of_memory(place, capfd):
+    """Some 20 TB are refused when the step is compiled: nothing is allocated, nothing written."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    output = place.folder / "run"
+    huge = ["hidden_size=262144", "intermediate_size=1048576", "num_hidden_layers=1", "head_dim=64"]
+    said = fails(
+        capfd,
+        place.config,
+        f"output_dir={output}",
+        *(f"model.{size}" for size in huge),
+        "data.seq_len=16",
+        "train.micro_batch_size=1",
+    )
+    asked, parts, there = re.findall(r"(?:needs|\() ?([\d,.]+)(?: GiB| parameters)|and ([\d.]+) GiB are there", said)
+    assert float(asked[0]) > float(parts[0]) > 1000
+    assert 0 < float(there[1]) < 1000
+    helps = said.partition("help most: ")[2].split("; ")
+    assert len(helps) == 3
+    assert all(re.search(r"(mesh|train|optim|data)\.\w+", remedy) for remedy in helps)
+    assert not output.exists()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 1 << 20  # KiB: less than 1 GiB
+
+
+def test_losses_that_are_not_finite(place, capfd):
+    output = place.folder / "run"
+    bad = ["optim.learning_rate=1e30", "optim.schedule={type: constant, warmup: 0}", "train.max_grad_norm=null"]
+    said = fails(capfd, place.config, f"output_dir={output}", *bad, "train.micro_batch_size=1", "checkpoint.every=1")
+    assert "3 steps in a row up to step 4" in said
+    assert "optim.learning_rate" in said
+    # The first step's update was finite; it is there.
+    assert (output / "checkpoints/latest").read_text() == "3\n"
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    assert [line.get("train/bad_steps_in_a_row") for line in steps] == [None, 1, 2, 3]
+
+
+def test_records_of_bad_steps_are_named(place, capfd):
+    """Weights that are not finite: each bad step names its records, a few of many."""
+    model = place.folder / "model"
+    shutil.copytree(place.shared / "models/stories260K", model, ignore=shutil.ignore_patterns("llama2c"))
+    for path in (model, *model.iterdir()):
+        path.chmod(0o755)
+    edit_tensors(model / "model.safetensors", lambda tensors: tensors["model.norm.weight"].fill(np.inf))
+    data = write_jsonl(place.folder / "many.jsonl", [RECORD] * 120)
+    status = main(
+        [
+            str(place.config),
+            f"output_dir={place.folder / 'run'}",
+            f"model={{path: {model}}}",
+            f"data={{sources: [{{path: {data}}}], seq_len: 64}}",
+            "train={steps: 5, batch_size: 24, max_bad_steps: 2}",
+            "evals=[]",
+        ]
+    )
+    said = capfd.readouterr()
+    assert status == 2
+    assert "2 steps in a row up to step 2" in said.err
+    bad = [line for line in said.out.splitlines() if "not applied: loss nan" in line]
+    assert [line.split()[1] for line in bad] == ["1", "2"]
+    assert bad[0].count(f"{data}, line ") == 50
+    assert bad[0].endswith(" more")
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that is full: what is written beyond `size` bytes of a file is refused."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk(place, finished, capfd):
+    run = shutil.copytree(finished.folder, place.folder / "run")
+    with files_of_at_most(20_000):
+        said = fails(capfd, place.config, f"output_dir={run}", *SAME, "train.steps=6", "evals.0.every=4")
+    assert f"writing a checkpoint to {run / 'checkpoints'} failed: File too large. Free some space" in said
+    before, after = contents(finished.folder / "checkpoints"), contents(run / "checkpoints")
+    assert {name: after[name] for name in before} == before
+    assert contents(run / "export") == contents(finished.folder / "export")
