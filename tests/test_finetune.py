@@ -1,6 +1,5 @@
 """Fine-tuning a real pretrained model on real instructions, shortened: it learns, and what it learned comes out."""
 
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import train
 
 import jaxllm
 from jaxllm.generate.__main__ import main as generate
-from jaxllm.train.__main__ import main as train
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["train.steps=100", "data.seq_len=128", "data.eval_fraction=0.01"]
@@ -32,14 +31,15 @@ def test_finetuning(
     data: str, options: list[str], fall: float, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The held-out loss falls by at least `fall` nats; transformers computes the same with the export."""
-    run = tmp_path / "run"
-    paths = [f"output_dir={run}", f"model.path={shared / 'models' / 'stories3M'}"]
+    paths = [f"output_dir={tmp_path / 'run'}", f"model.path={shared / 'models' / 'stories3M'}"]
     records = f"data.sources.0.path={shared / 'data' / data}"
-    assert train([str(ROOT / "configs" / "finetune.yaml"), *paths, records, *options, *SHORT]) == 0
+    ran = train(ROOT / "configs" / "finetune.yaml", *paths, records, *options, *SHORT)
+    assert ran.status == 0
 
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    run, lines = ran.folder, ran.metrics()
     held_out = [line["eval/held_out/loss"] for line in lines if "eval/held_out/loss" in line]
-    print(f"{data}: held-out loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
+    with capsys.disabled():
+        print(f"{data}: held-out loss {held_out[0]:.4f} before, {held_out[-1]:.4f} after")
     assert held_out[-1] < held_out[0] - fall
 
     export = run / "export" / "hf"
@@ -52,7 +52,6 @@ def test_finetuning(
     with torch.no_grad():
         np.testing.assert_allclose(ours, theirs(torch.tensor([ids])).logits.numpy(), atol=1e-4)
         greedy = theirs.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0]
-    capsys.readouterr()
     for model in (run, export):
         assert generate([str(model), "--prompt", prompt, "--max-new-tokens", "30"]) == 0
         assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(greedy, skip_special_tokens=True).rstrip("\n")
