@@ -25,7 +25,8 @@ SNIPPETS = (
     "    def __init__(self, ",
 )
 
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+# Installed packages, test suites, and tables of data that are Python only by name.
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
 def stdlib_files() -> list[Path]:

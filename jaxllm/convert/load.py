@@ -1,11 +1,13 @@
 """A model from whatever holds one: a Hugging Face folder, a run, or one of its checkpoints."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jax.typing import DTypeLike
-from transformers import PreTrainedTokenizerFast
 
 from jaxllm.checkpoint.store import CheckpointStore
 from jaxllm.core.errors import UserError
@@ -16,6 +18,9 @@ from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
 from jaxllm.models.layout import fit_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Beside the checkpoints of a run: config.json and the tokenizer, an HF folder without weights.
 RUN_MODEL = "model"

@@ -27,7 +27,7 @@ def check_fits(compiled: CompiledStep, config: Config, micro_batch_size: int, li
 
 
 def out_of_memory(compiled: CompiledStep, config: Config, micro_batch_size: int, limit: int) -> str:
-    """What was asked of each device, what there is, and the three settings that would help most."""
+    """What was asked of each device, what there is, and the settings that would help most, three at the most."""
     return (
         f"out of memory: a training step needs {compiled.peak_bytes / GIB:.2f} GiB on each device "
         f"({compiled.argument_bytes / GIB:.2f} parameters, optimizer state and batch, "

@@ -1,15 +1,16 @@
 """One training run on one page: layout → model → data → optimizer → step → state → loop → export."""
 
+from __future__ import annotations
+
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
 from jaxllm.callbacks.evaluate import Evaluate, EvaluationSet
 from jaxllm.callbacks.log import Log, MetricsFile
@@ -39,6 +40,9 @@ from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
 from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.state import abstract_state, new_state
 from jaxllm.train.step import BATCH_AXES, batch_shapes, compile_step, make_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def run(config: Config, console: Console, devices: Sequence[Any] | None = None) -> int:

@@ -15,7 +15,11 @@ from jaxllm.core.tree import Params
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar array, updates done. params and frozen: the two halves of `tree.partition` by what trains."""
+    """The state of a run between two steps.
+
+    step: int32 scalar, updates applied, which the schedule counts. params, frozen: the two halves of
+    `tree.partition` by what trains.
+    """
 
     step: Any
     params: Params

@@ -79,7 +79,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         new, old = (params, opt_state), (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
-        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+        return TrainState(state.step + good, params, state.frozen, opt_state), metrics
 
     return step
 

@@ -68,9 +68,7 @@ def test_rotation_depends_on_distance_alone(double):
     q, k = normal(0, 1, 1, 1, 8), normal(1, 1, 1, 1, 8)
 
     def product(at: int, other: int) -> float:
-        turned = [
-            apply_rope(x, rope_tables(np.array([[p]]), 8, 1e4, jnp.float64)) for x, p in ((q, at), (k, other))
-        ]
+        turned = [apply_rope(x, rope_tables(np.array([[p]]), 8, 1e4, jnp.float64)) for x, p in ((q, at), (k, other))]
         return float(jnp.sum(turned[0] * turned[1]))
 
     np.testing.assert_allclose(product(5, 2), product(1003, 1000), rtol=1e-10)
@@ -131,7 +129,7 @@ def test_activations_are_those_of_transformers(name, double):
 
 
 def test_feed_forward_is_that_of_transformers(double):
-    config = LlamaConfig(hidden_size=12, intermediate_size=20, hidden_act="gelu", mlp_bias=True)
+    config = LlamaConfig(hidden_size=12, num_attention_heads=2, intermediate_size=20, hidden_act="gelu", mlp_bias=True)
     theirs, x = LlamaMLP(config).double(), normal(0, 2, 3, 12)
     params = {
         name: {

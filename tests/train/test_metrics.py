@@ -1,60 +1,61 @@
-"""What a run counts: operations a token, and whether a step fits."""
+"""Operations per token, counted by hand and by XLA, and the devices' peak."""
 
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from families import mesh_layout, small_lm
+from small_runs import llama
 
-from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.models import FAMILIES, LM
-from jaxllm.train.config import Config
-from jaxllm.train.memory import check_fits
+from jaxllm.models.stack import loop
 from jaxllm.train.metrics import flops_per_token, peak_flops
-from jaxllm.train.step import CompiledStep
 
-GIB = 2**30
-
-
-def test_flops_of_a_model_counted_by_hand() -> None:
-    llama = FAMILIES["llama"]
-    sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
-    lm = LM(llama, llama.config(vocab_size=10, num_key_value_heads=1, **sizes), Layout.single())
-    attention = 8 * 8 + 2 * 8 * 4 + 8 * 8
-    parameters = 10 * 8 + 3 * (attention + 3 * 8 * 16 + 2 * 8) + 8 + 8 * 10
-    assert lm.parameter_count() == parameters
-    quadratic = 12 * 3 * 2 * 4 * 32  # layers, heads, width of a head, length
-    assert flops_per_token(lm, 32) == (6 * parameters + quadratic, 6 * parameters + quadratic / 2)
-    assert peak_flops(Layout.single()) is None  # a CPU has no figure to be compared with
+LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB, LENGTH = 2, 32, 8, 2, 4, 48, 101, 64
+ATTENTION = WIDTH * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS)
+PARAMETERS = VOCAB * WIDTH + LAYERS * (ATTENTION + 3 * WIDTH * HIDDEN + 2 * WIDTH) + WIDTH
+ATTENDING = LAYERS * HEADS * HEAD_DIM * LENGTH
 
 
-def config(**train: object) -> Config:
-    return Config.model_validate(
-        {
-            "output_dir": "run",
-            "model": {"path": "model"},
-            "data": {"sources": [{"path": "text"}], "seq_len": 1024},
-            "optim": {"type": "adamw", "learning_rate": 1e-3},
-            "train": {"steps": 1, "batch_size": 8, **train},
-        }
-    )
+@pytest.mark.parametrize("layout", [Layout.single(), mesh_layout(tensor=2, fsdp=4)], ids=["one device", "eight"])
+def test_operations_of_a_token(layout):
+    """6 a parameter, whether or not the embedding is used twice, and 12 a pair of head dimension and token seen.
+
+    What a mesh adds to the vocabulary is not counted.
+    """
+    tied = small_lm(llama(num_key_value_heads=KV_HEADS, tie_word_embeddings=True), layout)
+    untied = small_lm(llama(num_key_value_heads=KV_HEADS), layout)
+    for lm, parameters in ((tied, PARAMETERS), (untied, PARAMETERS + VOCAB * WIDTH)):
+        assert lm.parameter_count() == parameters
+        assert flops_per_token(lm, LENGTH) == (
+            6 * parameters + 12 * ATTENDING,
+            6 * parameters + 6 * ATTENDING,
+        )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "temporary", "train", "first", "three"),
-    [
-        (2, 30, {}, "train.remat: full", ["train.micro_batch_size: 4 (now 8)", "mesh.fsdp"]),
-        (2, 30, {"remat": "full"}, "train.micro_batch_size: 4", ["data.seq_len: 512 (now 1024)", "mesh.fsdp"]),
-        (30, 2, {}, "mesh.fsdp", ["optim.type: lion", "train.remat: full"]),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_three_remedies(arguments, temporary, train, first, three) -> None:
-    peak = arguments + temporary
-    step = CompiledStep(lambda state, batch: (state, {}), 1.0, arguments * GIB, temporary * GIB, peak * GIB)
-    check_fits(step, config(**train), 8, peak * GIB)
-    with pytest.raises(UserError) as caught:
-        check_fits(step, config(**train), 8, 16 * GIB)
-    message = str(caught.value)
-    assert "32.00 GiB" in message
-    assert "16.00 GiB are there" in message
-    remedies = message.partition("What would help most: ")[2].split("; ")
-    assert len(remedies) == 3
-    assert first in remedies[0]
-    assert all(any(remedy in found for found in remedies[1:]) for remedy in three)
+def test_operations_are_three_times_those_that_xla_counts_forward():
+    """Of a tied model, whose every matrix is multiplied once; norms and softmax are what is left.
+
+    XLA multiplies masked scores too, so it counts attention whole.
+    """
+    wide = dict(hidden_size=256, intermediate_size=512, head_dim=32)
+    lm = small_lm(llama(tie_word_embeddings=True, **wide))
+    tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+
+    def forward(params, tokens):
+        positions = jnp.arange(LENGTH)[None]
+        return lm.head(params, lm.hidden(params, tokens, lm.context(positions), loop())[0])
+
+    counted = jax.jit(forward).lower(lm.abstract(), tokens).cost_analysis()["flops"]
+    np.testing.assert_allclose(flops_per_token(lm, LENGTH)[0] * LENGTH, 3 * counted, rtol=0.02)
+
+
+def test_the_peak_of_known_and_unknown_devices():
+    def layout(kind: str, count: int) -> SimpleNamespace:
+        return SimpleNamespace(mesh=SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)] * count)))
+
+    assert peak_flops(layout("NVIDIA H200", 8)) == 8 * 989e12
+    assert peak_flops(layout("NVIDIA A100-SXM4-80GB", 1)) == 312e12
+    assert peak_flops(Layout.single()) is None
