@@ -64,7 +64,7 @@ def test_no_file_names_a_path_of_one_machine():
     assert found == {}
 
 
-@pytest.mark.parametrize("text", ["open('/home/ann/x')", "cd /work/main", "DATA=/mnt/data1", "(/tmp/venv/bin/python)"])
+@pytest.mark.parametrize("text", ["open('/home/ann/x')", "cd /workspace/x", "DATA=/mnt/data1", "(/scratch/b/python)"])
 def test_machine_paths_are_seen(text):
     assert machine_paths(text)
 

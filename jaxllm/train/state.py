@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
 from jaxllm.core import tree
 from jaxllm.core.mesh import Layout
@@ -56,12 +55,12 @@ def abstract_state(params: Params, trainable: Any, tx: optax.GradientTransformat
     """
     shapes = jax.eval_shape(lambda params: new_state(params, trainable, tx), params)
 
-    def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def place(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def like_parameter(leaf: jax.ShapeDtypeStruct, param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         same = leaf.shape == param.shape
-        return place(leaf, param.sharding if same else layout.replicated)  # pyright: ignore
+        return place(leaf, param.sharding if same else layout.replicated)
 
     chosen, frozen = tree.partition(params, trainable)
     opt_state = optax.tree.map_params(
