@@ -13,7 +13,7 @@ TINY = [
     "train.batch_size=8",
     "data.seq_len=64",
     "model.num_hidden_layers=1",
-    "model.hidden_size=32",
+    "model.hidden_size=48",
     "model.intermediate_size=64",
     "evals.0.path=held_out_of_the_held_out.jsonl",
 ]
