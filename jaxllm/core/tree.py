@@ -31,18 +31,6 @@ def flatten(tree: Tree) -> dict[str, Any]:
     return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def unflatten(leaves: dict[str, Any]) -> Params:
-    """The nested dict whose `flatten` is `leaves`."""
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
 def match(tree: Tree, *globs: str, exclude: Sequence[str] = (), allow_unmatched: bool = False) -> Tree:
     """A mask: True for each leaf whose path matches one of `globs` and none of `exclude`.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from rich.console import Console
 
+from jaxllm.callbacks.base import Callback
 from jaxllm.callbacks.evaluate import Evaluate, EvaluationSet
 from jaxllm.callbacks.log import Log, MetricsFile
 from jaxllm.callbacks.save import Save
@@ -144,6 +145,7 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
         )
         open_things.enter_context(closing(log))
 
+        callbacks: tuple[Callback, ...] = (log, evaluate, save)
         intervals = [config.checkpoint.every, *(held_out.every for held_out in config.evals)]
         events = loop(
             compiled.run,
@@ -156,7 +158,7 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
         )
         done = start
         for event in events:
-            for callback in (log, evaluate, save):
+            for callback in callbacks:
                 callback.on_event(event)
             done, state = event.step, event.state
 

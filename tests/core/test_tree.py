@@ -26,10 +26,6 @@ def test_paths_name_every_leaf():
     assert tree.flatten({"a": [1, {"b": 2}]}) == {"a/0": 1, "a/1/b": 2}
 
 
-def test_unflatten_inverts_flatten():
-    assert tree.unflatten(tree.flatten(PARAMS)) == PARAMS
-
-
 def test_match_chooses_by_globs_that_cross_levels():
     def chosen(*globs, **options):
         return [path for path, on in tree.flatten(tree.match(PARAMS, *globs, **options)).items() if on]

@@ -4,9 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import pytest
-from whole_runs import tiny_config, train
+from whole_runs import train, workplace
 
 from jaxllm.generate.__main__ import main
 
@@ -16,12 +15,9 @@ PROMPT = ["--prompt", "Once upon a time"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, shared):
     """A run of two steps, with a checkpoint of each."""
-    with pytest.MonkeyPatch.context() as patch:
-        jax.config.update("jax_disable_most_optimizations", True)
-        folder = tmp_path_factory.mktemp("runs")
-        patch.setenv("JAXLLM_CACHE", str(folder / "cache"))
+    with workplace(tmp_path_factory.mktemp("runs"), shared) as config:
         model = f"model={{path: {shared / 'models/stories260K'}}}"
-        yield train(tiny_config(folder, shared), model, "train.steps=2", "checkpoint.every=1", "evals.0.every=9").folder
+        yield train(config, model, "train.steps=2", "checkpoint.every=1", "evals.0.every=9").folder
 
 
 @pytest.fixture

@@ -81,11 +81,8 @@ def interleaved_groups(params, config):
     heads, kv = config.num_attention_heads, config.num_key_value_heads
     order = np.arange(heads).reshape(kv, heads // kv).T.reshape(-1)
     columns = (order[:, None] * config.head_dim + np.arange(config.head_dim)).reshape(-1)
-    leaves = tree.flatten(params)
-    for leaf, axis in (("q/kernel", 2), ("q/bias", 1), ("o/kernel", 1)):
-        if f"layers/attn/{leaf}" in leaves:
-            leaves[f"layers/attn/{leaf}"] = jnp.take(leaves[f"layers/attn/{leaf}"], columns, axis)
-    return tree.unflatten(leaves)
+    axes = {"layers/attn/q/kernel": 2, "layers/attn/q/bias": 1, "layers/attn/o/kernel": 1}
+    return tree.map_with_path(lambda path, leaf: jnp.take(leaf, columns, axes[path]) if path in axes else leaf, params)
 
 
 # What a field becomes on our side only. A dict changes several at once, keeping the shapes of the weights.

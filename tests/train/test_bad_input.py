@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from whole_runs import Ran, tiny_config, train, write_jsonl
+from whole_runs import Ran, train, workplace, write_jsonl
 
 from jaxllm.train.__main__ import main
 
@@ -29,11 +28,8 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, shared) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        jax.config.update("jax_disable_most_optimizations", True)
-        folder = tmp_path_factory.mktemp("runs")
-        patch.setenv("JAXLLM_CACHE", str(folder / "cache"))
-        yield tiny_config(folder, shared)
+    with workplace(tmp_path_factory.mktemp("runs"), shared) as config:
+        yield config
 
 
 @pytest.fixture(scope="module")

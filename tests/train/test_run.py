@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from whole_runs import Ran, stories, sums, tiny_config, train, write_jsonl
+from whole_runs import Ran, stories, sums, train, workplace, write_jsonl
 
 import jaxllm
 from jaxllm.convert.load import open_model
@@ -26,29 +26,26 @@ LOSS = 1e-5
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, shared):
-    with pytest.MonkeyPatch.context() as patch:
-        jax.config.update("jax_disable_most_optimizations", True)
-        folder = tmp_path_factory.mktemp("runs")
-        patch.setenv("JAXLLM_CACHE", str(folder / "cache"))
-        yield tiny_config(folder, shared)
+def small_config(tmp_path_factory, shared):
+    with workplace(tmp_path_factory.mktemp("runs"), shared) as config:
+        yield config
 
 
 @pytest.fixture(scope="module")
-def scratch(workplace) -> Ran:
+def scratch(small_config) -> Ran:
     """A model from scratch."""
-    return train(workplace)
+    return train(small_config)
 
 
 @pytest.fixture(scope="module")
-def tuned(workplace, shared) -> Ran:
+def tuned(small_config, shared) -> Ran:
     """stories260K fine-tuned on one epoch of school maths, with two held-out sets of different formats."""
-    folder = workplace.parent
+    folder = small_config.parent
     data = write_jsonl(folder / "sums.jsonl", sums(shared, 10))
     maths = write_jsonl(folder / "maths.jsonl", sums(shared, 5, first=10))
     tales = write_jsonl(folder / "tales.jsonl", [{"text": r["text"][:300]} for r in stories(shared, 6)])
     return train(
-        workplace,
+        small_config,
         f"output_dir={folder / 'tuned'}",
         f"model={{path: {shared / 'models/stories260K'}}}",
         f"data={{sources: [{{path: {data}, fields: {{prompt: question, completion: answer}}}}], seq_len: 256}}",
@@ -209,11 +206,11 @@ def test_a_new_model_knows_its_tokenizer(scratch, shared):
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
 
-def test_a_model_goes_on_from_a_run_as_from_its_export(tuned, workplace):
+def test_a_model_goes_on_from_a_run_as_from_its_export(tuned, small_config):
     """The same weights, so the same first evaluation; the export of the export says what the first said."""
     both = [
         train(
-            workplace,
+            small_config,
             f"output_dir={tuned.folder.parent / name}",
             f"model={{path: {path}}}",
             "train={steps: 2, batch_size: 4}",
