@@ -34,8 +34,9 @@ OPTIM_FILES = ["__init__", "build", "wrappers"]
 SEE_EVERYTHING = [
     "__init__",
     "train/run",
-    "train/config",  # config, folder and memory are parts of the run, in files of their own
+    "train/config",  # config, folder, inputs and memory are parts of the run, in files of their own
     "train/folder",
+    "train/inputs",
     "train/memory",
     "convert",
     "plan",

@@ -37,14 +37,19 @@ class OpenModel:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer in `folder`. Raises UserError if it has a token that the model has no row for."""
-        tokenizer = load_tokenizer(self.folder)
-        largest, rows = max(tokenizer.get_vocab().values()), self.lm.config.vocab_size
-        if largest >= rows:
-            raise UserError(
-                f"the tokenizer {self.folder} has token ids up to {largest:,} and the model's embedding {rows:,} rows; "
-                "use the model's own tokenizer, or set model.vocab_size of a new model"
-            )
-        return tokenizer
+        return fitting_tokenizer(self.folder, self.lm.config.vocab_size)
+
+
+def fitting_tokenizer(folder: Path, rows: int) -> PreTrainedTokenizerFast:
+    """The tokenizer in `folder`, for a model whose embedding has so many rows. Raises UserError if they are too few."""
+    tokenizer = load_tokenizer(folder)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer {folder} has token ids up to {largest:,} and the model's embedding {rows:,} rows; "
+            "use the model's own tokenizer, or set model.vocab_size of a new model"
+        )
+    return tokenizer
 
 
 def open_model(
@@ -57,15 +62,28 @@ def open_model(
 
     param_dtype: None = as it is stored. compute_dtype: None = bfloat16 on GPU, float32 on CPU. Raises UserError.
     """
+    path, run = Path(path), _run_of(path)
+    if run is not None:
+        step = int(path.name) if run != path else None
+        return _from_checkpoint(run, step, layout, param_dtype, compute_dtype)
+    lm = read_model(path, layout, param_dtype, compute_dtype)
+    return OpenModel(lm, path, lambda: load_params(lm))
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder with the config.json and the tokenizer of the model in `path` (see `open_model`)."""
+    run = _run_of(path)
+    return Path(path) if run is None else run / RUN_MODEL
+
+
+def _run_of(path: str | Path) -> Path | None:
+    """The run that `path` is, or a checkpoint of; None for a Hugging Face folder. Raises UserError for no folder."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder; give a Hugging Face folder, a run or one of its checkpoints")
     if (path / RUN_MODEL / "config.json").is_file():
-        return _from_checkpoint(path, None, layout, param_dtype, compute_dtype)
-    if path.parent.name == RUN_CHECKPOINTS and path.name.isdigit():
-        return _from_checkpoint(path.parent.parent, int(path.name), layout, param_dtype, compute_dtype)
-    lm = read_model(path, layout, param_dtype, compute_dtype)
-    return OpenModel(lm, path, lambda: load_params(lm))
+        return path
+    return path.parent.parent if path.parent.name == RUN_CHECKPOINTS and path.name.isdigit() else None
 
 
 def _from_checkpoint(

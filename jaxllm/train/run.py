@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,34 +13,29 @@ import jax
 from rich.console import Console
 
 from jaxllm.callbacks.base import Callback
-from jaxllm.callbacks.evaluate import Evaluate, EvaluationSet
+from jaxllm.callbacks.evaluate import Evaluate
 from jaxllm.callbacks.log import Log, MetricsFile
 from jaxllm.callbacks.save import Save
 from jaxllm.checkpoint.store import CheckpointStore
-from jaxllm.convert.load import RUN_CHECKPOINTS, OpenModel, open_model
+from jaxllm.convert.load import RUN_CHECKPOINTS
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.data.loader import Arrays, Loader, State, plans
-from jaxllm.data.pack import PackPlan
-from jaxllm.data.source import describe_origin
-from jaxllm.data.store import Store, open_or_build
-from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.data.loader import State
 from jaxllm.evaluate.perplexity import Perplexity
 from jaxllm.hf import save as export
 from jaxllm.hf.export import check_replaceable
-from jaxllm.models import FAMILIES, LM
-from jaxllm.models.layout import fit_layout
 from jaxllm.models.stack import scan
 from jaxllm.optim.build import build
-from jaxllm.train.config import Config, NewModel
+from jaxllm.train.config import Config
 from jaxllm.train.folder import EXPORT, METRICS, Facts, find_resume, prepare
+from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, training_loader
 from jaxllm.train.interrupt import Interrupt
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
 from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.state import abstract_state, new_state
-from jaxllm.train.step import BATCH_AXES, batch_shapes, compile_step, make_step
+from jaxllm.train.step import batch_shapes, compile_step, make_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,8 +56,8 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
     micro_batches, micro_batch = config.train.accumulation(layout)
     say("devices", layout)
 
-    model, tokenizer = _open_model(config, layout)
-    lm = model.lm
+    model = open_chosen_model(config, layout)
+    lm, tokenizer = model.lm, model.tokenizer()
     say("model", f"{lm.config.type} with {lm.parameter_count():,} parameters, computing in {lm.compute_dtype}")
     if lm.layout.rules != layout.rules:
         say("", f"the {lm.config.num_key_value_heads} key-value heads are held by every device of the tensor axis")
@@ -74,12 +69,10 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
     folder = Path(config.output_dir)
     check_replaceable(folder / EXPORT, lm.source)
 
-    store = open_or_build(config.data.sources, tokenizer)
-    plan, held_out = plans(config.data, store, config.seed)
-    say("data", store.summary)
-    say("", plan)
+    inputs = read_inputs(config, tokenizer, say)
+    store, plan = inputs.train
     steps = config.train.steps or -(-plan.rows * (config.train.epochs or 0) // config.train.batch_size)
-    sets = _evaluation_sets(config, lm, tokenizer, store, held_out, micro_batch)
+    sets = evaluation_sets(config, inputs.held_out, lm.layout, micro_batch)
     if resume:
         resume.check(lm, store.folder.name, steps)
 
@@ -109,12 +102,11 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
         prepare(config, lm, model.folder, special_ids, keep_model=goes_on)
 
         start = facts.step
-        loader = Loader(
-            store,
-            plan,
+        loader = training_loader(
+            inputs.train,
+            lm.layout,
             micro_batches=micro_batches,
             micro_batch_size=micro_batch,
-            place=partial(_place, lm.layout, BATCH_AXES),
             start=State(facts.epoch, facts.position),
             epochs=config.train.epochs,
         )
@@ -140,7 +132,7 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
             flops=flops_per_token(lm, config.data.seq_len),
             peak=peak_flops(lm.layout),
             first={"perf/compile_s": compiled.compile_s, "mem/planned_gib": compiled.peak_bytes / 2**30},
-            records=lambda done: _records(loader, done - start - 1),
+            records=lambda done: records_of(loader, done - start - 1),
             max_bad_steps=config.train.max_bad_steps,
         )
         open_things.enter_context(closing(log))
@@ -194,61 +186,6 @@ def _clear_errors(folder: Path, out_of_memory: Callable[[], str]) -> Iterator[No
         ) from error
 
 
-def _open_model(config: Config, layout: Layout) -> tuple[OpenModel, PreTrainedTokenizerFast]:
-    """The model of the config, new or from a folder, and its tokenizer."""
-    chosen, dtypes = config.model, (config.train.param_dtype, config.train.computes_in())
-    if isinstance(chosen, NewModel):
-        family_config = chosen.family_config(1 + max(load_tokenizer(chosen.tokenizer).get_vocab().values()))
-        lm = LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout), *dtypes)
-        model = OpenModel(lm, Path(chosen.tokenizer), lambda: lm.init(jax.random.key(config.seed)))
-    else:
-        model = open_model(chosen.path, layout, *dtypes)
-        if chosen.tokenizer is not None:
-            model = OpenModel(model.lm, Path(chosen.tokenizer), model.load)
-    return model, model.tokenizer()
-
-
-def _evaluation_sets(
-    config: Config,
-    lm: LM,
-    tokenizer: PreTrainedTokenizerFast,
-    store: Store,
-    held_out: PackPlan | None,
-    batch_size: int,
-) -> list[EvaluationSet]:
-    """The held-out sets of the config, tokenized and packed."""
-    sets = []
-    for chosen in config.evals:
-        source = chosen.source()
-        if source is None:
-            assert held_out is not None  # the config was checked
-            rows = (store, held_out)
-        else:
-            own = open_or_build([source], tokenizer)
-            data = config.data.model_copy(update={"sources": [source], "eval_fraction": 0.0})
-            rows = (own, plans(data, own, config.seed)[0])
-        loader = Loader(
-            *rows,
-            micro_batches=1,
-            micro_batch_size=batch_size,
-            place=lambda arrays: _place(lm.layout, BATCH_AXES[1:], {name: a[0] for name, a in arrays.items()}),
-            epochs=1,
-            shuffle=False,
-        )
-        sets.append(EvaluationSet(chosen.name, partial(_arrays, loader), chosen.every))
-    return sets
-
-
-def _arrays(loader: Loader[Any]) -> Any:
-    return (batch.arrays for batch in loader)
-
-
-def _place(layout: Layout, axes: tuple[str, ...], arrays: Arrays) -> Mapping[str, jax.Array]:
-    """Host arrays as global arrays of the layout."""
-    sharding = layout.sharding(*axes)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
-
-
 def _running_total(of: Callable[[int], int], start: int, before: int) -> Callable[[int], int]:
     """The function `step → before + of(0) + … + of(step - start - 1)`."""
     totals = [before]
@@ -259,12 +196,6 @@ def _running_total(of: Callable[[int], int], start: int, before: int) -> Callabl
         return totals[step - start]
 
     return total
-
-
-def _records(loader: Loader[Any], batch: int) -> list[str]:
-    """Where the records of a batch come from, each once."""
-    origins = [origin for row in loader.origins(loader.rows_of(batch)) for origin in row]
-    return [describe_origin(*origin) for origin in dict.fromkeys(origins)]
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -1,0 +1,133 @@
+"""What a config names to read: its model and tokenizer, the rows to train on, and the held-out sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from jaxllm.callbacks.evaluate import EvaluationSet
+from jaxllm.convert.load import OpenModel, fitting_tokenizer, model_folder, open_model
+from jaxllm.core.mesh import Layout
+from jaxllm.data.loader import Arrays, Loader, plans
+from jaxllm.data.pack import PackPlan
+from jaxllm.data.source import describe_origin
+from jaxllm.data.store import Store, open_or_build
+from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.hf.config import parse_config, read_config
+from jaxllm.models import FAMILIES, LM
+from jaxllm.models.base import FamilyConfig
+from jaxllm.models.layout import fit_layout
+from jaxllm.train.config import Config, NewModel
+from jaxllm.train.step import BATCH_AXES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Say = Callable[[str, object], None]
+"""Prints a line for people: what it is about, and what there is to say."""
+
+
+def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
+    """The model of the config, new or from a folder, beside its tokenizer."""
+    chosen, dtypes = config.model, (config.train.param_dtype, config.train.computes_in())
+    if isinstance(chosen, NewModel):
+        family_config, tokenizer_folder = _model_config(config)
+        lm = LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout), *dtypes)
+        return OpenModel(lm, tokenizer_folder, lambda: lm.init(jax.random.key(config.seed)))
+    model = open_model(chosen.path, layout, *dtypes)
+    return model if chosen.tokenizer is None else OpenModel(model.lm, Path(chosen.tokenizer), model.load)
+
+
+def open_tokenizer(config: Config) -> PreTrainedTokenizerFast:
+    """The tokenizer of the config's model, which needs no weights and no devices for it."""
+    family_config, folder = _model_config(config)
+    return fitting_tokenizer(folder, family_config.vocab_size)
+
+
+def _model_config(config: Config) -> tuple[FamilyConfig, Path]:
+    """The config of the model, and the folder of its tokenizer."""
+    chosen = config.model
+    if isinstance(chosen, NewModel):
+        largest = max(load_tokenizer(chosen.tokenizer).get_vocab().values())
+        return chosen.family_config(1 + largest), Path(chosen.tokenizer)
+    folder = model_folder(chosen.path)
+    _, family_config = parse_config(read_config(folder), folder / "config.json")
+    return family_config, folder if chosen.tokenizer is None else Path(chosen.tokenizer)
+
+
+class Rows(NamedTuple):
+    """Tokenized records, and how they are packed into rows."""
+
+    store: Store
+    plan: PackPlan
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The rows to train on; those of each held-out set, by its name."""
+
+    train: Rows
+    held_out: Mapping[str, Rows]
+
+
+def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) -> Inputs:
+    """The data of the config, tokenized unless the cache has it, and packed. Says what there is."""
+    store = open_or_build(config.data.sources, tokenizer)
+    plan, held_out_share = plans(config.data, store, config.seed)
+    say("data", store.summary)
+    say("", plan)
+    held_out: dict[str, Rows] = {}
+    for chosen in config.evals:
+        source = chosen.source()
+        if source is None:
+            assert held_out_share is not None  # the config was checked
+            held_out[chosen.name] = Rows(store, held_out_share)
+            continue
+        own = open_or_build([source], tokenizer)
+        data = config.data.model_copy(update={"sources": [source], "eval_fraction": 0.0})
+        held_out[chosen.name] = Rows(own, plans(data, own, config.seed)[0])
+    return Inputs(Rows(store, plan), held_out)
+
+
+def training_loader(rows: Rows, layout: Layout, **options: Any) -> Loader[Mapping[str, jax.Array]]:
+    """Batches to train on as global arrays of the layout; `options` are those of `Loader`."""
+    return Loader(*rows, place=partial(_place, layout, BATCH_AXES), **options)
+
+
+def evaluation_sets(
+    config: Config, held_out: Mapping[str, Rows], layout: Layout, batch_size: int
+) -> list[EvaluationSet]:
+    """The held-out sets of the config, in batches of `batch_size` rows over all devices."""
+    return [
+        EvaluationSet(chosen.name, partial(_batches, held_out[chosen.name], layout, batch_size), chosen.every)
+        for chosen in config.evals
+    ]
+
+
+def _batches(rows: Rows, layout: Layout, batch_size: int) -> Iterator[Mapping[str, jax.Array]]:
+    loader = Loader(
+        *rows,
+        micro_batches=1,
+        micro_batch_size=batch_size,
+        place=lambda arrays: _place(layout, BATCH_AXES[1:], {name: a[0] for name, a in arrays.items()}),
+        epochs=1,
+        shuffle=False,
+    )
+    return (batch.arrays for batch in loader)
+
+
+def _place(layout: Layout, axes: tuple[str, ...], arrays: Arrays) -> Mapping[str, jax.Array]:
+    """Host arrays as global arrays of the layout."""
+    sharding = layout.sharding(*axes)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+
+
+def records_of(loader: Loader[Any], batch: int) -> list[str]:
+    """Where the records of a batch come from, each once."""
+    origins = [origin for row in loader.origins(loader.rows_of(batch)) for origin in row]
+    return [describe_origin(*origin) for origin in dict.fromkeys(origins)]
