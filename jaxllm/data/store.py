@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from jaxllm.core.cache import cache_root
 from jaxllm.core.errors import UserError
 from jaxllm.data import source, template, tokenize
 from jaxllm.data.source import Record, SourceConfig
@@ -101,11 +102,6 @@ class Store:
     def origin(self, i: int) -> tuple[str, int]:
         """The file of sample `i` and its record there, counted from 1 (see `source.Record`)."""
         return self._files[self._file[i]], int(self._record[i])
-
-
-def cache_root() -> Path:
-    """The folder of all stores: `$JAXLLM_CACHE`, else `~/.cache/jaxllm`."""
-    return Path(os.environ.get("JAXLLM_CACHE") or "~/.cache/jaxllm").expanduser()
 
 
 def open_or_build(

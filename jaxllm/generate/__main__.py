@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxllm.core.cache import keep_programs
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -29,7 +31,8 @@ def main(arguments: list[str]) -> int:
 
     # Imported after the help, which should be instant.
     from jaxllm.convert.load import open_model
-    from jaxllm.core.errors import UserError
+    from jaxllm.core.cache import keep_programs
+from jaxllm.core.errors import UserError
     from jaxllm.core.mesh import Layout
     from jaxllm.generate.decode import Decoder
     from jaxllm.generate.sample import Sampling
@@ -70,4 +73,5 @@ def _stop_ids(folder: Path, tokenizer: Any) -> list[int]:
 
 
 if __name__ == "__main__":
+    keep_programs()
     sys.exit(main(sys.argv[1:]))

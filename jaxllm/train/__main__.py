@@ -3,6 +3,7 @@
 import os
 import sys
 
+from jaxllm.core.cache import keep_programs
 from jaxllm.core.errors import UserError
 
 USAGE = """usage: python -m jaxllm.train CONFIG.yaml [section.key=value ...]
@@ -41,4 +42,5 @@ if __name__ == "__main__":
     # JAX leaves a quarter of a GPU to other programs by default; a training run has it for itself.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    keep_programs()
     sys.exit(main(sys.argv[1:]))

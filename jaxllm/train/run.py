@@ -19,6 +19,7 @@ from jaxllm.callbacks.save import Save
 from jaxllm.checkpoint.store import CheckpointStore
 from jaxllm.convert.load import RUN_CHECKPOINTS
 from jaxllm.core import tree
+from jaxllm.core.cache import programs_read
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.data.loader import State
@@ -81,13 +82,14 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
     state_shapes = abstract_state(lm.abstract(), everything, tx, lm.layout)
     step = make_step(lm, tx, schedule, stack=scan(config.train.remat), max_grad_norm=config.train.max_grad_norm)
     batch = batch_shapes((micro_batches, micro_batch, config.data.seq_len), lm.layout)
-    with console.status("compiling the training step"):
+    with console.status("compiling the training step"), programs_read() as read:
         compiled = compile_step(step, state_shapes, batch, lm.layout)
     limit = device_bytes(lm.layout.mesh.local_devices[0])
     per_device = micro_batch // lm.layout.size("batch")
     check_fits(compiled, config, per_device, limit)
     needs = f"{compiled.peak_bytes / 2**30:.2f} of {limit / 2**30:.1f} GiB of each device"
-    say("compiled", f"the training step in {compiled.compile_s:.1f} s; it takes {needs}")
+    from_cache = ", read from the cache" if read else ""
+    say("compiled", f"the training step in {compiled.compile_s:.1f} s{from_cache}; it takes {needs}")
 
     with ExitStack() as open_things:
         open_things.enter_context(_clear_errors(folder, lambda: out_of_memory(compiled, config, per_device, limit)))
