@@ -3,8 +3,13 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import LlamaForCausalLM
 
 from jaxllm.core.config import load
 from jaxllm.generate.__main__ import main as generate
@@ -70,6 +75,15 @@ def test_configs_parse(number: int, tmp_path: Path) -> None:
 def test_python_runs(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "MODEL").symlink_to(shared / "models" / "stories260K")
+    names: dict[str, Any] = {}
     for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
-    assert (tmp_path / "COPY" / "model.safetensors").is_file()
+        exec(compile(block, "README.md", "exec"), names)
+    # The logits are those of transformers, and what was saved is what was loaded.
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "MODEL")
+    with torch.no_grad():
+        wanted = model(torch.tensor([[1, 2, 3]])).logits.numpy()
+    assert names["logits"].dtype == "float32"
+    np.testing.assert_allclose(names["logits"], wanted, atol=1e-4)
+    original, copy = (load_file(tmp_path / folder / "model.safetensors") for folder in ("MODEL", "COPY"))
+    assert original.keys() == copy.keys()
+    assert all(np.array_equal(original[name], copy[name]) for name in original)

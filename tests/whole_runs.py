@@ -111,8 +111,7 @@ def train(path: Path, *overrides: str, devices: int = 1) -> Ran:
 def start(path: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
     """The command in a process of its own, with one device; its output is one stream."""
     command = [sys.executable, "-u", "-m", "jaxllm.train", str(path), *overrides]
-    # Without torch, which transformers would import where it is installed.
-    environment = {**os.environ, "XLA_FLAGS": "", "USE_TORCH": "0", "COLUMNS": "200", **environment}
+    environment = {**os.environ, "XLA_FLAGS": "", "COLUMNS": "200", **environment}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=path.parent
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.core.cache import keep_programs
+from jaxllm.core.process import without_torch
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,8 +32,7 @@ def main(arguments: list[str]) -> int:
 
     # Imported after the help, which should be instant.
     from jaxllm.convert.load import open_model
-    from jaxllm.core.cache import keep_programs
-from jaxllm.core.errors import UserError
+    from jaxllm.core.errors import UserError
     from jaxllm.core.mesh import Layout
     from jaxllm.generate.decode import Decoder
     from jaxllm.generate.sample import Sampling
@@ -73,5 +73,6 @@ def _stop_ids(folder: Path, tokenizer: Any) -> list[int]:
 
 
 if __name__ == "__main__":
+    without_torch()
     keep_programs()
     sys.exit(main(sys.argv[1:]))

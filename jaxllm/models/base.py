@@ -225,9 +225,18 @@ class LM:
     ) -> jax.Array:
         """The logits of the next token at every place: `[B, T]` int32 → `[B, T, V]` in at least float32.
 
-        positions: `[B, T]` int32, default 0, 1, 2, …; segments: `[B, T]` int32, which document each token is of
-        (attention does not cross documents), default one a row.
+        params: as `init` or `load_hf` gives them. tokens: ids below `config.vocab_size`. positions: `[B, T]` int32,
+        default 0, 1, 2, …; segments: `[B, T]` int32, which document each token is of (attention does not cross
+        documents), default one a row. May be jitted and differentiated; no mesh need be set.
+
+        Raises ValueError for an array of another shape, or of numbers that are not whole.
         """
+        for name, array in (("tokens", tokens), ("positions", positions), ("segments", segments)):
+            if array is not None and (array.ndim != 2 or array.shape != tokens.shape or array.dtype.kind not in "iu"):
+                raise ValueError(
+                    f"{name} must be whole numbers of the shape [B, T]{'' if name == 'tokens' else ' of tokens'}; "
+                    f"got {array.dtype} {tuple(array.shape)}, and tokens are {tuple(tokens.shape)}"
+                )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         x, _ = self.hidden(params, tokens, self.context(positions, segments))

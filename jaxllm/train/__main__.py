@@ -5,6 +5,7 @@ import sys
 
 from jaxllm.core.cache import keep_programs
 from jaxllm.core.errors import UserError
+from jaxllm.core.process import without_torch
 
 USAGE = """usage: python -m jaxllm.train CONFIG.yaml [section.key=value ...]
 
@@ -42,5 +43,6 @@ if __name__ == "__main__":
     # JAX leaves a quarter of a GPU to other programs by default; a training run has it for itself.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    without_torch()
     keep_programs()
     sys.exit(main(sys.argv[1:]))

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from jaxllm.core.cache import cache_root, keep_programs
 
 # Compiles one program and says what became of it: its result to the last bit, and what JAX read.
