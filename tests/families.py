@@ -75,6 +75,20 @@ def write_checkpoint(folder: Path, config: FamilyConfig, seed: int = 0, dtype: s
     return folder
 
 
+def transformers_model(config: FamilyConfig, params: dict[str, Any], folder: Path) -> Any:
+    """transformers' model of `config` and `params`, through `folder` as the export writes it, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    save(small_lm(config), params, folder)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype="float32", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
 def mesh_layout(**sizes: int) -> Layout:
     """A layout over all devices of the tests, one where no size is given."""
     return Layout.of(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: int(np.prod(list(sizes.values())))])

@@ -8,11 +8,13 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import ValidationError
 
 from jaxllm.core.errors import UserError, did_you_mean
+from jaxllm.hf.rope import FIELDS as ROPE_FIELDS
+from jaxllm.hf.rope import read_rope, shown, write_rope, write_theta
 from jaxllm.models import FAMILIES
 from jaxllm.models.base import Family, FamilyConfig
 
@@ -20,9 +22,9 @@ RawConfig = dict[str, Any]
 
 _BOOKKEEPING = """
 _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation
-dtype model_type tokenizer_class torch_dtype torchscript transformers_version unsloth_fixed unsloth_version
-use_bfloat16 bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id max_sequence_length
-pretraining_tp
+dtype model_type tokenizer_class torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed
+unsloth_version use_bfloat16 bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id
+gradient_checkpointing max_sequence_length pretraining_tp
 """
 # generation_config.json's business
 _GENERATION = """
@@ -43,7 +45,6 @@ INERT = frozenset((_BOOKKEEPING + _GENERATION + _OTHER_TASKS).split())
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
-    "partial_rotary_factor": (1.0,),
     "per_layer_config": ({},),
     "pruned_heads": ({},),
     "tie_encoder_decoder": (False,),
@@ -55,8 +56,6 @@ REFUSED = {
 }
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,21 +94,25 @@ def parse_config(raw: RawConfig, file: str | Path = "config.json") -> tuple[Fami
     """
     for name, why in REFUSED.items():
         if raw.get(name) is not None:
-            raise UserError(f"{file}: {name} = {_shown(raw[name])} is refused: {why}")
+            raise UserError(f"{file}: {name} = {shown(raw[name])} is refused: {why}")
     family = _family(raw, file)
-    fields = set(family.config.model_fields) - {"type", *_ROPE}
+    fields = set(family.config.model_fields) - {"type", "rope", *ROPE_FIELDS}
     neutral = {**NEUTRAL, **family.neutral}
-    values = {**family.defaults, **_rope(raw, file)}
+    values = dict(family.defaults)
     for name, value in raw.items():
         if name in fields:
             values[name] = value
-        elif not (value is None or name in INERT or name in _ROPE or value in neutral.get(name, ())):
-            _refuse(file, name, value, did_you_mean(name, fields))
+        elif not (value is None or name in INERT or name in ROPE_FIELDS or value in neutral.get(name, ())):
+            raise UserError(
+                f"{file}: this version does not implement {name} = {shown(value)}.{did_you_mean(name, fields)} Remove "
+                "the field only if you know that the model computes the same without it."
+            )
+    values |= read_rope(raw, file, values["max_position_embeddings"])
     try:
         return family, family.config(**values)
     except ValidationError as error:
         problems = "; ".join(
-            "".join(f"{part} = {_shown(detail['input'])}: " for part in detail["loc"])
+            "".join(f"{part} = {shown(detail['input'])}: " for part in detail["loc"])
             + detail["msg"].removeprefix("Value error, ")
             for detail in error.errors(include_url=False)
         )
@@ -137,16 +140,19 @@ def write_config(
         # Where these ids are absent transformers takes Llama 2's, which this tokenizer may not have.
         ids = {name: special_ids.get(name) for name in SPECIAL_IDS}
         head = {"architectures": [family.architecture], "model_type": family.model_type}
-        return {**head, **values, **ids, "rope_scaling": None, "torch_dtype": dtype or "float32"}
+        del values["rope"]
+        raw = {**head, **values, **ids, "torch_dtype": dtype or "float32"}
+        write_rope(raw, config.rope, config.rope_theta)
+        return raw
     raw: RawConfig = json.loads(json.dumps(source))
     before = parse_config(source)[1].model_dump(mode="json", exclude={"type"})
     changed = {name: value for name, value in values.items() if value != before[name]}
-    if "rope_theta" in changed:
-        theta = changed.pop("rope_theta")
-        places = (raw, *_rope_tables(raw).values())
-        for place in [place for place in places if place.get("rope_theta") is not None] or [raw]:
-            place["rope_theta"] = theta
-    raw.update(changed)
+    raw.update({name: value for name, value in changed.items() if name not in ("rope", "rope_theta")})
+    # An original length that is not given is max_position_embeddings.
+    if "rope" in changed or ("max_position_embeddings" in changed and config.rope.type != "default"):
+        write_rope(raw, config.rope, config.rope_theta)
+    elif "rope_theta" in changed:
+        write_theta(raw, config.rope_theta)
     raw.update(special_ids)
     if dtype is not None:
         for name in [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]:
@@ -169,51 +175,13 @@ def _family(raw: RawConfig, file: str | Path) -> Family:
     if not isinstance(given, str) or given not in known:
         nearest = difflib.get_close_matches(str(given), known, n=1, cutoff=0)[0]
         raise UserError(
-            f"{file}: the {what} {_shown(given)} is not implemented; the nearest that is: {nearest} (all: "
+            f"{file}: the {what} {shown(given)} is not implemented; the nearest that is: {nearest} (all: "
             f"{', '.join(sorted(known))}). The README says how to add one, under “Adding a model family”."
         )
     family = known[given]
     if model_type is not None and model_type != family.model_type:
         raise UserError(
-            f"{file}: architectures = {_shown(given)} and model_type = {_shown(model_type)} contradict each "
+            f"{file}: architectures = {shown(given)} and model_type = {shown(model_type)} contradict each "
             f"other; the model_type of {given} is {family.model_type}"
         )
     return family
-
-
-def _rope_tables(raw: RawConfig) -> dict[str, dict[str, Any]]:
-    return {name: table for name, table in raw.items() if name in _ROPE and isinstance(table, dict)}
-
-
-def _rope(raw: RawConfig, file: str | Path) -> dict[str, Any]:
-    """`{"rope_theta": base}` of plain rotary embedding, wherever it stands, or {}. Refuses other kinds."""
-    thetas = {"rope_theta": raw.get("rope_theta")}
-    for name in ("rope_scaling", "rope_parameters"):
-        table = raw.get(name) or {}
-        if not isinstance(table, dict):
-            _refuse(file, name, table)
-        for key, value in table.items():
-            if key == "rope_theta":
-                thetas[f"{name}.{key}"] = value
-            elif key in ("rope_type", "type") and value == "default":
-                continue
-            elif value is not None and value not in NEUTRAL.get(key, ()):
-                _refuse(file, f"{name}.{key}", value)
-    thetas = {name: theta for name, theta in thetas.items() if theta is not None}
-    # transformers 4 and 5 would take different ones.
-    if any(theta != next(iter(thetas.values())) for theta in thetas.values()):
-        written = " and ".join(f"{name} = {_shown(theta)}" for name, theta in thetas.items())
-        raise UserError(f"{file}: {written} contradict each other; keep that of the training")
-    return {"rope_theta": next(iter(thetas.values()))} if thetas else {}
-
-
-def _refuse(file: str | Path, name: str, value: Any, hint: str = "") -> NoReturn:
-    raise UserError(
-        f"{file}: this version does not implement {name} = {_shown(value)}.{hint} Remove the field only if "
-        "you know that the model computes the same without it."
-    )
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 100 else text[:97] + "…"

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from jaxllm.core import tree
-from jaxllm.core.config import Section
+from jaxllm.core.config import ByType, Section
 from jaxllm.core.mesh import Layout
 from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
@@ -24,7 +24,7 @@ from jaxllm.nn.embed import Embed
 from jaxllm.nn.linear import Head, project
 from jaxllm.nn.loss import cross_entropy, loss_chunks
 from jaxllm.nn.norm import RMSNorm
-from jaxllm.nn.rope import rope_tables
+from jaxllm.nn.rope import ROPES, DefaultRope, Rope, Rotation, rope_tables
 
 
 class FamilyConfig(Section):
@@ -49,10 +49,21 @@ class FamilyConfig(Section):
     """added to the mean square in a norm"""
     rope_theta: PositiveFloat = 10000.0
     """base of the rotation angles"""
+    rope: Annotated[Rope, ByType(ROPES)] = DefaultRope()
     tie_word_embeddings: bool = False
     """whether the output matrix is the embedding"""
     initializer_range: PositiveFloat = 0.02
     """standard deviation of new weights"""
+
+    @property
+    def rotation(self) -> Rotation:
+        """What the rotary embedding follows from besides its kind."""
+        return Rotation(self.head_dim, self.rope_theta, self.max_position_embeddings)
+
+    @model_validator(mode="after")
+    def _defined_rope(self) -> "FamilyConfig":
+        self.rope.check(self.rotation)
+        return self
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,7 @@ class LM:
     ) -> Context:
         """The context of a batch with `positions` `[B, T]` int32 and `segments` `[B, T]` int32."""
         c = self.config
-        tables = rope_tables(positions, c.head_dim, c.rope_theta, self.compute_dtype)
+        tables = rope_tables(positions, c.rotation, self.compute_dtype, c.rope, segments)
         return Context(self.layout, tables, segments, cache)
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:

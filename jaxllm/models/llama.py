@@ -133,6 +133,6 @@ FAMILIES.add(
             "attention_bias": False,
             "mlp_bias": False,
         },
-        neutral={"attention_dropout": (0.0,)},
+        neutral={"attention_dropout": (0.0,), "is_llama_config": (True,), "rope_interleaved": (False,)},
     ),
 )

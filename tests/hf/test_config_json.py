@@ -84,7 +84,7 @@ def test_transformers_reads_what_we_write_and_we_what_it_writes(name, tmp_path):
         raw = write_config(family, config, dtype="bfloat16", special_ids={"eos_token_id": 5})
         (tmp_path / "config.json").write_text(json.dumps(raw))
         theirs = AutoConfig.from_pretrained(tmp_path)
-        values = config.model_dump(exclude={"type", "rope_theta"})
+        values = config.model_dump(exclude={"type", "rope", "rope_theta"})
         assert {field: getattr(theirs, field) for field in values} == values
         assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
         assert (theirs.eos_token_id, theirs.bos_token_id, str(theirs.dtype)) == (5, None, "torch.bfloat16")
@@ -100,7 +100,7 @@ def test_an_absent_field_means_what_transformers_means(name):
     family = FAMILIES[name]
     theirs = CONFIG_MAPPING[family.model_type]()
     _, config = parse_config({"model_type": family.model_type})
-    values = config.model_dump(exclude={"type", "rope_theta"})
+    values = config.model_dump(exclude={"type", "rope", "rope_theta"})
     assert {field: getattr(theirs, field) for field in values} == values
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
     assert set(family.defaults) <= set(family.config.model_fields)
@@ -117,23 +117,8 @@ REFUSED = {
     "unknown field": ({"sliding_window": 4096}, ["sliding_window = 4096", "does not implement"]),
     "misspelt field": ({"rms_norm_epsilon": 1e-3}, ["rms_norm_epsilon = 0.001", "'rms_norm_eps'"]),
     "dropout": ({"attention_dropout": 0.1}, ["attention_dropout = 0.1"]),
-    "scaled rope": (
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-        ['rope_scaling.rope_type = "llama3"', "does not implement"],
-    ),
-    "scaled rope, old": (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        ['rope_scaling.type = "linear"'],
-    ),
-    "rope by layer": (
-        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-        ["rope_parameters.full_attention"],
-    ),
-    "partial rope": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor = 0.5"]),
-    "two ropes": (
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-        ["rope_theta = 500000", "rope_parameters.rope_theta = 1000000.0", "contradict"],
-    ),
+    "parallel windows": ({"sliding_window": 4096, "use_sliding_window": True}, ["sliding_window = 4096"]),
+    "interleaved rope": ({"rope_interleaved": True}, ["rope_interleaved = true"]),
     "quantised": ({"quantization_config": {"bits": 4}}, ["quantization_config", "before quantisation"]),
     "code": ({"auto_map": {"AutoModel": "x.Y"}}, ["auto_map", "code that came with the checkpoint"]),
     "architecture": (
@@ -164,8 +149,8 @@ def test_what_is_not_implemented_is_refused_by_name(case):
 
 def test_fields_that_change_nothing_are_let_through():
     neutral = {"attention_dropout": 0.0, "is_encoder_decoder": False, "per_layer_config": {}, "unknown": None}
-    rope = {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 1.0}}
-    assert parse_config({**V4, **neutral, **rope}) == parse_config(V4)
+    smollm = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}
+    assert parse_config({**V4, **neutral, **smollm, "pretraining_tp": 2}) == parse_config(V4)
 
 
 def test_a_folder_without_a_good_config_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import draw_config, draw_params, mesh_layout, on_layout, small_lm
+from families import draw_config, draw_params, mesh_layout, on_layout, small_lm, transformers_model
 
 from jaxllm.core import tree
 from jaxllm.hf import load_hf
@@ -14,6 +14,7 @@ from jaxllm.models import FAMILIES
 from jaxllm.models.layout import fit_layout
 from jaxllm.models.stack import loop, scan
 from jaxllm.nn.context import CachePosition
+from jaxllm.nn.rope import LinearRope
 
 # Logits of standard deviation 1 to 3 in float32 (DESIGN, section 5).
 TOLERANCE = 1e-4
@@ -32,24 +33,13 @@ def logits_of(lm, params, tokens, **kwargs):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """`(config, params) -> (transformers' model of them)`, through a folder written by the export."""
+    """`(config, params, tokens) -> (logits, attention weights)` of transformers."""
     import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(1)
-
-    def load(config, params):
-        folder = tmp_path_factory.mktemp("hf") / "model"
-        save(small_lm(config), params, folder)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", dtype="float32", output_loading_info=True
-        )
-        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        return model.eval()
 
     def run(config, params, tokens):
+        model = transformers_model(config, params, tmp_path_factory.mktemp("hf") / "model")
         with torch.no_grad():
-            out = load(config, params)(torch.tensor(tokens).long(), output_attentions=True)
+            out = model(torch.tensor(tokens).long(), output_attentions=True)
         return out.logits.numpy(), [a.numpy() for a in out.attentions]
 
     return run
@@ -89,6 +79,7 @@ def interleaved_groups(params, config):
 CHANGES = {
     "rms_norm_eps": {"rms_norm_eps": 1e-2},
     "rope_theta": {"rope_theta": 1000.0},
+    "rope": {"rope": LinearRope(factor=2.0)},  # its own fields: tests/models/test_rope.py
     "num_attention_heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
     "head_dim": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
     "num_key_value_heads": {},  # interleaved_groups

@@ -14,7 +14,7 @@ from jaxllm.nn.attention import attend, causal_mask
 from jaxllm.nn.context import Context
 from jaxllm.nn.mlp import ACTIVATIONS, GatedMLP
 from jaxllm.nn.norm import RMSNorm
-from jaxllm.nn.rope import apply_rope, rope_tables
+from jaxllm.nn.rope import Rotation, apply_rope, rope_tables
 
 # One layer in float64 on both sides: only the order of sums differs.
 DOUBLE = dict(rtol=1e-12, atol=1e-13)
@@ -55,7 +55,7 @@ def test_rotation_is_that_of_transformers():
     q, k = normal(0, 2, 5, 4, 8).astype(np.float32), normal(1, 2, 5, 2, 8).astype(np.float32)
     cos, sin = LlamaRotaryEmbedding(config)(torch.tensor(q), torch.tensor(positions))
     theirs = apply_rotary_pos_emb(*(torch.tensor(a).transpose(1, 2) for a in (q, k)), cos, sin)
-    tables = rope_tables(positions, 8, 5e5, jnp.bfloat16)
+    tables = rope_tables(positions, Rotation(8, 5e5, 2048), jnp.bfloat16)
     assert {table.dtype.name for table in tables} == {"float32"}
     atol = 4 * 1000 * 2.0**-23
     for ours, rotated in zip((q, k), theirs, strict=True):
@@ -68,7 +68,10 @@ def test_rotation_depends_on_distance_alone(double):
     q, k = normal(0, 1, 1, 1, 8), normal(1, 1, 1, 1, 8)
 
     def product(at: int, other: int) -> float:
-        turned = [apply_rope(x, rope_tables(np.array([[p]]), 8, 1e4, jnp.float64)) for x, p in ((q, at), (k, other))]
+        turned = [
+            apply_rope(x, rope_tables(np.array([[p]]), Rotation(8, 1e4, 2048), jnp.float64))
+            for x, p in ((q, at), (k, other))
+        ]
         return float(jnp.sum(turned[0] * turned[1]))
 
     np.testing.assert_allclose(product(5, 2), product(1003, 1000), rtol=1e-10)
@@ -115,7 +118,9 @@ def test_scores_of_bfloat16_are_accumulated_in_float32():
 
 def test_a_token_sees_the_earlier_ones_of_its_segment():
     segments = np.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3]], np.int32)
-    ctx = Context(Layout.single(), rope_tables(np.zeros((2, 6)), 2, 1e4, jnp.float32), jnp.asarray(segments))
+    ctx = Context(
+        Layout.single(), rope_tables(np.zeros((2, 6)), Rotation(2, 1e4, 2048), jnp.float32), jnp.asarray(segments)
+    )
     expected = [
         [[key <= query and row[key] == row[query] for key in range(6)] for query in range(6)] for row in segments
     ]
@@ -138,6 +143,6 @@ def test_feed_forward_is_that_of_transformers(double):
         }
         for name in ("gate", "up", "down")
     }
-    ctx = Context(Layout.single(), rope_tables(np.zeros((2, 3)), 2, 1e4, jnp.float64))
+    ctx = Context(Layout.single(), rope_tables(np.zeros((2, 3)), Rotation(2, 1e4, 2048), jnp.float64))
     ours = GatedMLP(20, "gelu", True, 0.02, jnp.float64).apply({"params": params}, x, ctx)
     np.testing.assert_allclose(ours, theirs(torch.tensor(x)).detach().numpy(), **DOUBLE)
