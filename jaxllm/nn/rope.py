@@ -264,8 +264,12 @@ def document_lengths(positions: jax.Array, segments: jax.Array | None) -> jax.Ar
     """The largest position + 1 of the document of each token: `[B, 1]` without segments, else `[B, T]`."""
     if segments is None:
         return jnp.max(positions, axis=1, keepdims=True) + 1
-    same = segments[:, :, None] == segments[:, None, :]
-    return jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1) + 1
+
+    def row(positions: jax.Array, segments: jax.Array) -> jax.Array:
+        document = jnp.searchsorted(jnp.sort(segments), segments)  # a number below T, whatever the ids are
+        return jax.ops.segment_max(positions, document, num_segments=len(segments))[document] + 1
+
+    return jax.vmap(row)(positions, segments)
 
 
 def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:

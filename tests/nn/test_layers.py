@@ -14,7 +14,7 @@ from jaxllm.nn.attention import attend, causal_mask
 from jaxllm.nn.context import Context
 from jaxllm.nn.mlp import ACTIVATIONS, GatedMLP
 from jaxllm.nn.norm import RMSNorm
-from jaxllm.nn.rope import Rotation, apply_rope, rope_tables
+from jaxllm.nn.rope import Rotation, apply_rope, document_lengths, rope_tables
 
 # One layer in float64 on both sides: only the order of sums differs.
 DOUBLE = dict(rtol=1e-12, atol=1e-13)
@@ -146,3 +146,12 @@ def test_feed_forward_is_that_of_transformers(double):
     ctx = Context(Layout.single(), rope_tables(np.zeros((2, 3)), Rotation(2, 1e4, 2048), jnp.float64))
     ours = GatedMLP(20, "gelu", True, 0.02, jnp.float64).apply({"params": params}, x, ctx)
     np.testing.assert_allclose(ours, theirs(torch.tensor(x)).detach().numpy(), **DOUBLE)
+
+
+def test_the_length_of_a_document_is_its_own():
+    """Whatever the ids of the documents are, and in whatever order they stand."""
+    segments = np.array([[7, 7, 7, -2, -2, 0, 7], [1, 1, 2, 2, 2, 2, 2]], np.int32)
+    positions = np.array([[0, 1, 2, 0, 1, 0, 3], [0, 1, 0, 1, 2, 3, 4]], np.int32)
+    lengths = document_lengths(jnp.asarray(positions), jnp.asarray(segments))
+    np.testing.assert_array_equal(lengths, [[4, 4, 4, 2, 2, 1, 4], [2, 2, 5, 5, 5, 5, 5]])
+    np.testing.assert_array_equal(document_lengths(jnp.asarray(positions), None), [[4], [5]])
