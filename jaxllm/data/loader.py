@@ -8,12 +8,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import grain
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jaxllm.core.config import Section
+from jaxllm.core.errors import UserError
 from jaxllm.data import pack
-from jaxllm.data.pack import Packing, PackPlan
-from jaxllm.data.source import SourceConfig
+from jaxllm.data.mixture import mix
+from jaxllm.data.order import Shuffled
+from jaxllm.data.pack import LongSamples, Packing, PackPlan
+from jaxllm.data.source import SourceConfig, describe_origin
 from jaxllm.data.store import Store
 
 T = TypeVar("T")
@@ -28,21 +31,67 @@ class DataConfig(Section):
     """What is trained on."""
 
     sources: list[SourceConfig] = Field(min_length=1)
-    """where records come from; they are mixed by shuffling all of them together"""
+    """where records come from. Without weights they are all shuffled together, and an epoch is each of them once.
+    With weights, which then all of them need, a weight is a share of the tokens of an epoch, and an epoch has as
+    many tokens as all the sources together: a source that is smaller than its share is repeated, one that is larger
+    goes on in the next epoch; weight 0 leaves it out. No record comes again before all of its source were seen"""
     seq_len: int = Field(ge=1)
     """tokens in a row"""
     packing: Packing = "best_fit"
-    """how samples share rows: best_fit, concat or none"""
+    """how samples share rows: best_fit (whole samples), concat (one stream, cut at the borders of rows), none (one
+    sample a row) or grouped (one sample a row, and batches of like length, padded to seq_len or to a half, a quarter
+    or an eighth of it, each a program of its own)"""
+    long_samples: LongSamples = "auto"
+    """what becomes of a sample that is longer than seq_len: split (over rows), cut (at its end), drop or error; auto:
+    text is split, and with packing concat everything, the rest is cut"""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """the share of samples that is held out for evaluation"""
 
+    @model_validator(mode="after")
+    def _sound_mixture(self) -> "DataConfig":
+        given = [source.weight is not None for source in self.sources]
+        if any(given) and not all(given):
+            raise ValueError(
+                f"sources.{given.index(False)} has no weight and sources.{given.index(True)} has one; give a weight to "
+                "all of the sources or to none"
+            )
+        if all(source.weight == 0 for source in self.sources):
+            raise ValueError("every source has weight 0, so nothing would be trained on; give one a weight above 0")
+        options = [source.model_dump(exclude={"weight"}) for source in self.sources]
+        for i, same in enumerate(options):
+            if same in options[:i]:
+                raise ValueError(
+                    f"sources.{options.index(same)} and sources.{i} are the same ({same['path']!r}); remove one. To "
+                    "see its records more often than others, give every source a weight"
+                )
+        return self
 
-def plans(config: DataConfig, store: Store, seed: int) -> tuple[PackPlan, PackPlan | None]:
-    """The rows to train on, and those held out, of the sources' `store`.
 
-    None is held out when `config.eval_fraction` is 0. Raises UserError when either would be empty.
+def plans(config: DataConfig, store: Store, seed: int, batch_size: int) -> tuple[PackPlan, PackPlan | None]:
+    """The rows to train on in batches of `batch_size`, and those held out, of the sources' `store`.
+
+    None is held out when `config.eval_fraction` is 0, else that share of all samples, with weights that of each
+    source. Raises UserError when either would be empty.
     """
+    weighted = [(i, source) for i, source in enumerate(config.sources) if source.weight]
+    if not weighted:
+        train, held_out = _plans_of(np.arange(len(store)), config, store, seed)
+    else:
+        parts = []
+        for i, source in weighted:
+            first, end = int(store.source_ends[i - 1]) if i else 0, int(store.source_ends[i])
+            try:
+                parts.append(_plans_of(np.arange(first, end), config, store, seed))
+            except UserError as error:
+                raise UserError(f"data.sources.{i} ({source.path!r}): {error}") from None
+        names, weights = zip(*((source.path, source.weight) for _, source in weighted), strict=True)
+        train = mix([train for train, _ in parts], names, weights, seed)
+        rests = [rest for _, rest in parts if rest is not None]
+        held_out = pack.join(rests, Shuffled(sum(rest.rows for rest in rests), seed)) if rests else None
+    return pack.group(train, batch_size, seed) if config.packing == "grouped" else train, held_out
 
+
+def _plans_of(samples: np.ndarray, config: DataConfig, store: Store, seed: int) -> tuple[PackPlan, PackPlan | None]:
     def plan(samples: np.ndarray) -> PackPlan:
         return pack.plan(
             store.lengths,
@@ -51,13 +100,17 @@ def plans(config: DataConfig, store: Store, seed: int) -> tuple[PackPlan, PackPl
             seed=seed,
             splittable=store.splittable,
             first_trained=store.first_trained,
+            origin=lambda i: describe_origin(*store.origin(i)),
             samples=samples,
+            long_samples=config.long_samples,
         )
 
+    if not len(samples):
+        raise UserError("there is nothing in it to train on; remove it, or check its `format` and `fields`")
     if not config.eval_fraction:
-        return plan(np.arange(len(store))), None
-    train, held_out = pack.split(len(store), config.eval_fraction, seed)
-    return plan(train), plan(held_out)
+        return plan(samples), None
+    train, held_out = pack.split(len(samples), config.eval_fraction, seed)
+    return plan(samples[train]), plan(samples[held_out])
 
 
 class State(NamedTuple):
@@ -74,9 +127,10 @@ START = State(0, 0)
 class Batch(Generic[T]):
     """One step's rows.
 
-    `arrays`: what `place` made of the host's arrays [micro-batches, rows, seq_len] (see `PackPlan.row`).
-    `rows`: the row of the plan at each place, int64 [micro-batches, rows]; −1 where the data had ended and an
-    empty row stands. `state`: where the batch after this one begins.
+    `arrays`: what `place` made of the host's arrays [micro-batches, rows, T] (see `PackPlan.row`), where T is the
+    least of the plan's widths that holds every row of the batch, over all hosts.
+    `rows`: the row of the plan at each place, int64 [micro-batches, rows]; −1 where an empty row
+    stands, as the data had ended or the order leaves a place empty. `state`: where the batch after this one begins.
     """
 
     arrays: T
@@ -87,9 +141,9 @@ class Batch(Generic[T]):
 class Loader(Generic[T]):
     """Iterates over batches of `micro_batches` × `micro_batch_size` rows.
 
-    The rows of all epochs stand in one sequence, row k being `plan.order(k // rows)[k % rows]`, and a batch
-    is the next stretch of it; so the rest of the sequence follows from `start` alone, on any number of
-    hosts. After `epochs` the last batch is completed by empty rows.
+    The rows of all epochs stand in one sequence, row k being `plan.order(k // n)[k % n]` with n places in an
+    epoch, and a batch is the next stretch of it; so the rest of the sequence follows from `start` alone, on any
+    number of hosts. After `epochs` the last batch is completed by empty rows.
 
     Args:
         place: puts a batch's arrays on the devices; called on a thread, up to two batches ahead.
@@ -116,8 +170,9 @@ class Loader(Generic[T]):
         self._plan = plan
         self._shape = (micro_batches, micro_batch_size)
         self._place = place
-        self._first = start.epoch * plan.rows + start.position
-        self._last = ENDLESS if epochs is None else epochs * plan.rows
+        self._places = len(plan.order) if shuffle else plan.rows
+        self._first = start.epoch * self._places + start.position
+        self._last = ENDLESS if epochs is None else epochs * self._places
         self._shuffle = shuffle
         self._row_slice = row_slice
         self._orders: dict[int, np.ndarray] = {}
@@ -148,12 +203,12 @@ class Loader(Generic[T]):
         """The plan's rows in a batch, counted from the start, over all hosts; see `Batch.rows`."""
         first = self._first + batch * self.batch_size
         rows = [self._row_at(place) for place in range(first, first + self.batch_size)]
-        return np.array(rows).reshape(self._shape)
+        return np.array(rows, np.int64).reshape(self._shape)
 
     def state_after(self, batches: int) -> State:
         """The place in the data when `batches` of them are behind, counted from the start."""
         behind = min(self._first + batches * self.batch_size, self._last)
-        return State(*divmod(behind, self._plan.rows))
+        return State(*divmod(behind, self._places))
 
     def tokens_of(self, batch: int) -> int:
         """The tokens in a batch, counted from the start, over all hosts; padding is not counted."""
@@ -161,17 +216,17 @@ class Loader(Generic[T]):
         return int(self._plan.row_tokens[rows[rows >= 0]].sum())
 
     def _assemble(self, batch: int) -> tuple[Arrays, np.ndarray, State]:
-        rows = self.rows_of(batch)[:, self._row_slice]
-        filled = [
-            self._plan.row(self._store, row) if row >= 0 else self._plan.empty_row() for row in rows.ravel().tolist()
-        ]
+        rows = self.rows_of(batch)
+        width = self._plan.width_of(rows)
+        rows = rows[:, self._row_slice]
+        filled = [self._plan.row(self._store, row, width) for row in rows.ravel().tolist()]
         arrays = {name: np.stack([row[name] for row in filled]).reshape(*rows.shape, -1) for name in filled[0]}
         return arrays, rows, self.state_after(batch + 1)
 
     def _row_at(self, place: int) -> int:
         if place >= self._last:
             return -1
-        epoch, position = divmod(place, self._plan.rows)
+        epoch, position = divmod(place, self._places)
         return int(self._order(epoch)[position]) if self._shuffle else position
 
     def _order(self, epoch: int) -> np.ndarray:

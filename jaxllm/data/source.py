@@ -37,10 +37,12 @@ class RecordsConfig(Section):
 
 
 class SourceConfig(RecordsConfig):
-    """Where records come from, and how they become text."""
+    """Where records come from, how they become text, and how much of them is trained on."""
 
     path: str = Field(min_length=1)
     """a file or a glob such as lib/**/*.py: .jsonl, .json, .txt, or with `format: text` any text"""
+    weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """its share of the tokens, beside the weights of the other sources; default: every record once an epoch"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +101,10 @@ def read(config: SourceConfig) -> Iterator[Record]:
 
 
 def fingerprint(sources: Sequence[SourceConfig]) -> str:
-    """A hash of the content of every file of `sources` and of all their options."""
+    """A hash of the content of every file of `sources` and of all options that decide what is in a record."""
     digest = hashlib.blake2b(digest_size=16)
     for config in sources:
-        digest.update(config.model_dump_json().encode())
+        digest.update(config.model_dump_json(exclude={"weight"}).encode())
         for file in find_files(config):
             digest.update(json.dumps(file).encode())
             with open(file, "rb") as stream:

@@ -30,7 +30,7 @@ from jaxllm.data.tokenize import Encoder, Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 1  # of the files' meaning; another version is another folder
+VERSION = 2  # of the files' meaning; another version is another folder
 BATCH_RECORDS = 4096  # records tokenized in one call …
 BATCH_BYTES = 1 << 20  # … or fewer, once they take so many bytes of their file
 STALE_SECONDS = 24 * 3600.0  # a build that wrote nothing for so long was killed
@@ -71,6 +71,7 @@ class Store:
 
     Attributes:
         folder: where it is.
+        source_ends: int64 [sources], how many samples there are up to the last of each source.
         summary: counts and formats.
         lengths: int64 [n], the ids of each sample.
         first_trained: int64 [n], the place of each sample's first trained target; at least 1.
@@ -82,6 +83,7 @@ class Store:
         meta = json.loads((folder / "meta.json").read_text())
         self.summary = Summary(**meta["summary"])
         self._files: list[str] = meta["files"]
+        self.source_ends = np.array(meta["source_ends"], np.int64)
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _DTYPES}
         self._tokens, self._trained, self._ends = arrays["tokens"], arrays["trained"], arrays["ends"]
         self._file, self._record = arrays["file"], arrays["record"]
@@ -200,6 +202,7 @@ def _write(
     encoder = Encoder(tokenizer)
     summary = Summary(formats={config.path: name for config, name in zip(sources, formats, strict=True)})
     files: dict[str, int] = {}
+    source_ends: list[int] = []
     small = max(tokenizer.get_vocab().values()) < 1 << 16
     with contextlib.ExitStack() as stack:
         append = {
@@ -228,13 +231,14 @@ def _write(
                     append["file"]([files.setdefault(record.file, len(files))])
                     append["record"]([record.index])
                 bar.advance(task, sum(record.size for record in records))
+            source_ends.append(summary.samples)
         bar.update(task, completed=size)
     if not summary.samples:
         raise UserError(
             f"nothing is trained in {', '.join(repr(config.path) for config in sources)}: none of "
             f"{summary.untrained:,} records has text to train on. Check `format` and `fields`"
         )
-    meta = {"summary": asdict(summary), "files": list(files)}
+    meta = {"summary": asdict(summary), "files": list(files), "source_ends": source_ends}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 

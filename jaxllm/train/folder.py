@@ -134,7 +134,9 @@ def _named_checkpoint(config: Config) -> Resume:
         raise UserError(
             f"checkpoint.resume: {path} is no checkpoint; give auto, none or a folder <run>/{RUN_CHECKPOINTS}/<step>"
         )
-    _check_same(config, run, FIXED_FROM_CHECKPOINT)
+    # Batches of like length are made for one size, so their order does not go on in another.
+    grouped = ("train.batch_size",) if config.data.packing == "grouped" else ()
+    _check_same(config, run, (*FIXED_FROM_CHECKPOINT, *grouped))
     return _resume(run, CheckpointStore(path.parent, read_only=True), int(path.name))
 
 

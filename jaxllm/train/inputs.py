@@ -78,7 +78,7 @@ class Inputs:
 def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) -> Inputs:
     """The data of the config, tokenized unless the cache has it, and packed. Says what there is."""
     store = open_or_build(config.data.sources, tokenizer)
-    plan, held_out_share = plans(config.data, store, config.seed)
+    plan, held_out_share = plans(config.data, store, config.seed, config.train.batch_size)
     say("data", store.summary)
     say("", plan)
     held_out: dict[str, Rows] = {}
@@ -90,7 +90,7 @@ def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) ->
             continue
         own = open_or_build([source], tokenizer)
         data = config.data.model_copy(update={"sources": [source], "eval_fraction": 0.0})
-        held_out[chosen.name] = Rows(own, plans(data, own, config.seed)[0])
+        held_out[chosen.name] = Rows(own, plans(data, own, config.seed, config.train.batch_size)[0])
     return Inputs(Rows(store, plan), held_out)
 
 

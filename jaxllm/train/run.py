@@ -36,7 +36,7 @@ from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
 from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.state import abstract_state, new_state
-from jaxllm.train.step import batch_shapes, compile_step, make_step
+from jaxllm.train.step import batch_shapes, compile_steps, make_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +72,7 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
 
     inputs = read_inputs(config, tokenizer, say)
     store, plan = inputs.train
-    steps = config.train.steps or -(-plan.rows * (config.train.epochs or 0) // config.train.batch_size)
+    steps = config.train.steps or -(-len(plan.order) * (config.train.epochs or 0) // config.train.batch_size)
     sets = evaluation_sets(config, inputs.held_out, lm.layout, micro_batch)
     if resume:
         resume.check(lm, store.folder.name, steps)
@@ -81,9 +81,9 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
     everything = jax.tree.map(lambda _: True, lm.abstract())
     state_shapes = abstract_state(lm.abstract(), everything, tx, lm.layout)
     step = make_step(lm, tx, schedule, stack=scan(config.train.remat), max_grad_norm=config.train.max_grad_norm)
-    batch = batch_shapes((micro_batches, micro_batch, config.data.seq_len), lm.layout)
+    batches = [batch_shapes((micro_batches, micro_batch, width), lm.layout) for width in plan.widths]
     with console.status("compiling the training step"), programs_read() as read:
-        compiled = compile_step(step, state_shapes, batch, lm.layout)
+        compiled = compile_steps(step, state_shapes, batches, lm.layout)
     limit = device_bytes(lm.layout.mesh.local_devices[0])
     per_device = micro_batch // lm.layout.size("batch")
     check_fits(compiled, config, per_device, limit)

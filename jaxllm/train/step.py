@@ -1,8 +1,8 @@
 """The training step: gradients of the trainable half, clipping, the optimizer. Compiled in one place."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -126,3 +126,19 @@ def compile_step(step: Step, state: Any, batch: Any, layout: Layout) -> Compiled
         memory.temp_size_in_bytes,
         peak,
     )
+
+
+def compile_steps(step: Step, state: Any, batches: Sequence[Any], layout: Layout) -> CompiledStep:
+    """Compiles `step` for each of several shapes of a batch; `run` takes the program of its batch's shape.
+
+    The bytes are those of the largest program, and the seconds those of all.
+    """
+    compiled = {batch["tokens"].shape: compile_step(step, state, batch, layout) for batch in batches}
+    largest = max(compiled.values(), key=lambda one: one.peak_bytes)
+    if len(compiled) == 1:
+        return largest
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return compiled[batch["tokens"].shape].run(state, batch)
+
+    return replace(largest, run=run, compile_s=sum(one.compile_s for one in compiled.values()))

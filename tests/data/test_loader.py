@@ -35,7 +35,7 @@ def config(store: Store, **options) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def plan(store: Store) -> PackPlan:
-    return plans(config(store), store, seed=1)[0]
+    return plans(config(store), store, seed=1, batch_size=6)[0]
 
 
 def loader(store: Store, plan: PackPlan, micro_batches: int = 2, micro_batch_size: int = 3, **options) -> Loader:
@@ -210,11 +210,11 @@ def test_closing_ends_the_threads_at_once(store: Store, plan: PackPlan):
 
 
 def test_held_out_samples_are_not_trained(store: Store):
-    train, held_out = plans(config(store, eval_fraction=0.25), store, seed=3)
+    train, held_out = plans(config(store, eval_fraction=0.25), store, seed=3, batch_size=6)
     assert held_out is not None
     assert (len(set(train.piece_sample)), len(set(held_out.piece_sample))) == (45, 15)
     assert not set(train.piece_sample) & set(held_out.piece_sample)
-    assert plans(config(store), store, seed=3)[1] is None
+    assert plans(config(store), store, seed=3, batch_size=6)[1] is None
 
 
 def test_bad_settings(store: Store, tmp_path: Path, byte_tokenizer):
@@ -227,7 +227,7 @@ def test_bad_settings(store: Store, tmp_path: Path, byte_tokenizer):
     single = DataConfig(sources=[SourceConfig(path=str(tmp_path / "a.txt"))], seq_len=4, eval_fraction=0.1)
     built = open_or_build(single.sources, byte_tokenizer, cache=tmp_path, progress=False)
     with pytest.raises(UserError, match="separator"):
-        plans(single, built, seed=0)
+        plans(single, built, seed=0, batch_size=6)
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
@@ -239,7 +239,7 @@ def test_real_text_is_trained_once_an_epoch(shared: Path, tmp_path: Path, packin
         sources=[SourceConfig(path=str(shared / "data/alpaca_gpt4/alpaca_en_demo.json"))], seq_len=256, packing=packing
     )
     built = open_or_build(data.sources, tokenizer, cache=tmp_path, progress=False)
-    packed, _ = plans(data, built, seed=0)
+    packed, _ = plans(data, built, seed=0, batch_size=6)
     lost = 0
     if packing != "concat":  # answers behind the window are cut off
         lost = sum(int(built.sample(int(i)).trained[257:].sum()) for i in np.flatnonzero(built.lengths > 257))
