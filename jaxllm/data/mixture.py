@@ -60,9 +60,10 @@ class Mixed:
     def __str__(self) -> str:
         whole = sum(part.tokens_taken for part in self._parts)
         shares = ", ".join(
-            f"{part.name} {part.tokens_taken / whole:.1%} ({part.taken / part.rows:.3g} times)" for part in self._parts
+            f"{part.tokens_taken / whole:.1%} of the tokens from {part.name}, seen {part.taken / part.rows:.3g} times"
+            for part in self._parts
         )
-        return f"of the tokens of an epoch of {len(self):,} rows: {shares}"
+        return f"an epoch of {len(self):,} rows has {shares}"
 
 
 def mix(plans: Sequence[PackPlan], names: Sequence[str], weights: Sequence[float], seed: int) -> PackPlan:

@@ -88,4 +88,4 @@ class Grouped:
         return np.concatenate([batches.ravel(), last, empty])
 
     def __str__(self) -> str:
-        return f"in batches of like length{self._rows}"
+        return "; ".join(filter(None, ("in batches of like length", str(self._rows))))

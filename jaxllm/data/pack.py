@@ -178,9 +178,9 @@ def plan(
     if long_samples == "error" and long.any():
         first = int(chosen[np.argmax(long)])
         raise UserError(
-            f"{origin(first)} has {lengths[first]:,} tokens, and a row has data.seq_len = {seq_len}: so have "
-            f"{int(long.sum()):,} of {len(chosen):,} samples. Raise data.seq_len, or set data.long_samples to split, "
-            "cut or drop"
+            f"{origin(first)} has {lengths[first]:,} tokens, and a row of data.seq_len = {seq_len} holds "
+            f"{seq_len + 1:,}; {int(long.sum()):,} of {len(chosen):,} samples are too long. Raise data.seq_len, or set "
+            "data.long_samples to split, cut or drop"
         )
     by_default = splittable[chosen] | (packing == "concat")
     may_split = by_default if long_samples == "auto" else np.full(len(chosen), long_samples == "split")

@@ -190,7 +190,7 @@ def test_tokens_come_in_proportion_to_the_weights(sources, store, packing):
     # To a row of 20 tokens each way in an epoch of about 700.
     for path, share in zip(sources, shares, strict=True):
         assert tokens[str(path)] / whole == pytest.approx(share, abs=0.04)
-        planned = re.search(rf"{path} ([0-9.]+)% \(", str(plan))
+        planned = re.search(rf"([0-9.]+)% of the tokens from {path}, seen", str(plan))
         assert planned is not None
         assert float(planned[1]) / 100 == pytest.approx(tokens[str(path)] / whole, abs=0.01)
     assert whole / 6 == pytest.approx((store.lengths - 1).sum(), rel=0.08)

@@ -190,7 +190,7 @@ def test_some_samples_alone_and_their_origins():
 
 def test_a_long_sample_can_be_an_error_that_names_the_first():
     store = Samples([(5, 1, True), (6, 1, True), (9, 1, False), (7, 1, True)])
-    with pytest.raises(UserError, match=r"^file, record 1 has 6 tokens, .* = 4: so have 3 of 4 samples\."):
+    with pytest.raises(UserError, match=r"^file, record 1 has 6 tokens, .* = 4 holds 5; 3 of 4 samples are too long\."):
         store.plan(4, "best_fit", long_samples="error")
     assert store.plan(8, "best_fit", long_samples="error").samples == 4
     with pytest.raises(UserError, match=r"none of 1 samples .* is no longer than that"):
