@@ -1,17 +1,37 @@
-"""What a callback is."""
+"""What a callback is, and how a config chooses one."""
 
-from typing import Protocol
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from jaxllm.core.config import Section
+from jaxllm.core.registry import Registry
 from jaxllm.train.state import Event
 
 
-class Callback(Protocol):
-    """Sees every event of a run, in the order of the callbacks."""
+class Callback:
+    """Sees what happens in a run, in the order of the callbacks. A method that is not overridden does nothing."""
 
     def on_event(self, event: Event) -> None:
         """Called after each dispatched step; `event.state` may be read until this returns."""
-        ...
+
+    def on_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Called for each line of `metrics.jsonl`, with the names that it has there."""
 
     def close(self) -> None:
         """Called once, when the run ends in whatever way."""
-        ...
+
+
+class CallbackConfig(Section):
+    """An item of `callbacks:`."""
+
+    type: Any
+    """The name of the callback, as each section narrows it."""
+
+    @abstractmethod
+    def open(self, folder: Path, resumed_at: int | None) -> Callback:
+        """The callback of the run in `folder`, which goes on after step `resumed_at`; None: it begins anew."""
+
+
+CALLBACKS = Registry[type[CallbackConfig]]("callback")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 from rich.console import Console
 
+from jaxllm.callbacks.base import Callback
 from jaxllm.callbacks.log import MetricsFile
 from jaxllm.core import tree
 from jaxllm.evaluate.perplexity import HeldOut, Perplexity
@@ -21,7 +22,7 @@ class EvaluationSet:
     every: int
 
 
-class Evaluate:
+class Evaluate(Callback):
     """Evaluates each set every so many steps and at the step `last`.
 
     `history`: by name, the step and result of each evaluation.
@@ -64,6 +65,3 @@ class Evaluate:
             highlight=False,
             soft_wrap=True,
         )
-
-    def close(self) -> None:
-        """Nothing is held open."""

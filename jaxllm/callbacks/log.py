@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,17 +18,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from jaxllm.callbacks.base import Callback
 from jaxllm.core.errors import UserError
 from jaxllm.train.state import Event
 
 # Of the records of a bad step, how many are named.
 RECORDS_NAMED = 50
+# What a step tells of each group of parameters.
+NORMS = ("grad_norm/", "param_norm/")
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, each with its `step`."""
+    """`metrics.jsonl`: one JSON object a line, each with its `step`. Each line goes to the `listeners` too."""
 
-    def __init__(self, path: Path, resumed_at: int | None) -> None:
+    def __init__(self, path: Path, resumed_at: int | None, listeners: Sequence[Callback] = ()) -> None:
         """Opens the file to append.
 
         What a killed run wrote after step `resumed_at` is dropped; all of it, if None: the run begins anew.
@@ -37,11 +42,14 @@ class MetricsFile:
         new.write_text("".join(line + "\n" for line in kept))
         new.replace(path)
         self._file = path.open("a")
+        self._listeners = listeners
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line, and hands it to the operating system at once."""
         self._file.write(json.dumps({"step": step, **{name: _finite(value) for name, value in values.items()}}) + "\n")
         self._file.flush()
+        for listener in self._listeners:
+            listener.on_metrics(step, values)
 
     def close(self) -> None:
         """Closes the file."""
@@ -60,11 +68,25 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-class Log:
+def memory_peaks() -> dict[str, float]:
+    """The most memory held so far, in GiB.
+
+    `mem/peak_gib`: of the fullest of this process's devices, where the device counts (on CPU it does not);
+    `mem/host_peak_gib`: what this process had resident, which on CPU holds the arrays too.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    peaks = {"mem/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if devices := [device["peak_bytes_in_use"] for device in stats if "peak_bytes_in_use" in device]:
+        peaks["mem/peak_gib"] = max(devices) / 2**30
+    return peaks
+
+
+class Log(Callback):
     """Reports finished steps.
 
-    tokens_through: the real tokens seen through a step. flops: operations a token, by the papers' convention and the
-    useful ones.
+    norms_every: steps between lines that have the norms of each group. tokens_through: the real tokens seen through a
+    step. flops: operations a token, by the papers' convention and the useful ones.
     peak: of all devices together in FLOP/s, if known. first: metrics for the first line (`perf/compile_s`, …).
     records: where the records of a step's batch come from. max_bad_steps: how many steps in a row may have a loss or
     gradient that is not finite (the step itself leaves the parameters alone then).
@@ -77,6 +99,7 @@ class Log:
         *,
         steps: int,
         start: int,
+        norms_every: int,
         tokens_through: Callable[[int], int],
         flops: tuple[float, float],
         peak: float | None,
@@ -86,6 +109,7 @@ class Log:
     ) -> None:
         self._metrics = metrics
         self._console = console
+        self._norms_every = norms_every
         self._tokens_through = tokens_through
         self._flops = flops
         self._peak = peak
@@ -131,8 +155,9 @@ class Log:
         self._first = {}
         if self._peak is not None:
             line["perf/mfu"], line["perf/mfu_useful"] = (flops * rate / self._peak for flops in self._flops)
-        if (stats := jax.local_devices()[0].memory_stats()) and "peak_bytes_in_use" in stats:
-            line["mem/peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+        line |= memory_peaks()
+        if step % self._norms_every == 0:
+            line |= {f"train/{name}": value for name, value in values.items() if name.startswith(NORMS)}
         if values["bad"]:
             line["train/bad_steps_in_a_row"] = self._bad_steps + 1
         self._metrics.write(step, line)

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxllm.callbacks.base import Callback
 from jaxllm.checkpoint.store import CheckpointStore
 from jaxllm.train.state import Event
 
 
-class Save:
+class Save(Callback):
     """Saves every `every` steps (None: never by itself), and at the last one, done or interrupted.
 
     facts: what to store beside the state, for a step.

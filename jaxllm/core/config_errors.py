@@ -52,6 +52,7 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "pipeline_parallel_size": ("mesh.pipeline",),
     "precision": ("train.compute_dtype",),
     "probabilities": ("data.sources.0.weight",),
+    "report_to": ("callbacks.0.type",),
     "resume_from_checkpoint": ("checkpoint.resume",),
     "rope_parameters": ("model.rope",),
     "rope_scaling": ("model.rope",),
@@ -124,7 +125,8 @@ def _problem(detail: ErrorDetails, known: "_Schema", data: Any) -> tuple[Loc, st
         case "union_tag_invalid":
             name, types = context["tag"], known.types(nodes[-1])
             hint = did_you_mean(name, types)
-            return (*loc, "type"), f"there is no {loc[-1]} type {name!r}.{hint} Known: {', '.join(types)}."
+            section = next(key for key in reversed(loc) if isinstance(key, str))  # of an item of a list, the list
+            return (*loc, "type"), f"there is no {section} type {name!r}.{hint} Known: {', '.join(types)}."
         case "literal_error":
             values = [str(value) for value in nodes[-1].get("expected", ())]
             hint = did_you_mean(str(given), values)

@@ -1,11 +1,11 @@
 """Every key of a config, with its default and meaning, read off its classes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, get_args
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from jaxllm.core.config import ByType, Section
 
@@ -23,9 +23,12 @@ def keys(schema: type[Section], prefix: str = "", component: str | None = None) 
     """The keys of `schema`, in order. In a list, an item's keys stand below the index 0."""
     for name, field in schema.model_fields.items():
         path = f"{prefix}{name}"
-        by_type = next((mark for mark in field.metadata if isinstance(mark, ByType)), None)
+        by_type, of_items = _by_type(field.metadata), [_by_type(get_args(item)) for item in get_args(field.annotation)]
         if by_type is not None:
             yield from _component_keys(by_type, f"{path}.")
+        elif of_items and of_items[0] is not None:
+            yield Key(path, component, _default(field), " ".join((field.description or "").split()))
+            yield from _component_keys(of_items[0], f"{path}.0.")
         elif (section := _section(field.annotation)) is not None:
             is_list = not isinstance(field.annotation, type)
             yield from keys(section, f"{path}.0." if is_list else f"{path}.", component)
@@ -50,6 +53,10 @@ def _component_keys(by_type: ByType, prefix: str) -> Iterator[Key]:
                 yield key._replace(type=None if key.type == name else key.type)
 
 
+def _by_type(marks: Iterable[Any]) -> ByType | None:
+    return next((mark for mark in marks if isinstance(mark, ByType)), None)
+
+
 def _section(annotation: Any) -> type[Section] | None:
     for inner in (annotation, *get_args(annotation)):
         if isinstance(inner, type) and issubclass(inner, Section):
@@ -61,9 +68,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value: Any = field.get_default(call_default_factory=True)
-    if isinstance(value, BaseModel):
-        return json.dumps(value.model_dump(mode="json"))
-    return json.dumps(value)
+    return json.dumps(to_jsonable_python(value))
 
 
 def reference(schema: type[Section]) -> str:

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 import jax
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
 
+from jaxllm.callbacks.base import CALLBACKS, CallbackConfig
+from jaxllm.callbacks.tensorboard import TensorBoardConfig
 from jaxllm.checkpoint.store import CheckpointConfig
 from jaxllm.core.config import ByType, Section
 from jaxllm.core.dtypes import DTypeName
@@ -17,6 +19,7 @@ from jaxllm.models import FAMILIES
 from jaxllm.models.base import FamilyConfig
 from jaxllm.models.stack import Remat
 from jaxllm.optim.build import OPTIMIZERS, OptimizerConfig
+from jaxllm.train.metrics import MetricsConfig
 
 
 class PretrainedModel(Section):
@@ -144,6 +147,9 @@ class Config(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evals: list[EvalConfig] = Field(default_factory=list)
+    metrics: MetricsConfig = MetricsConfig()
+    callbacks: list[Annotated[CallbackConfig, ByType(CALLBACKS)]] = Field(default_factory=lambda: [TensorBoardConfig()])
+    """what else sees the run; [] for nothing"""
 
     @model_validator(mode="after")
     def _compatible(self) -> "Config":

@@ -1,17 +1,75 @@
-"""What a run counts besides its loss: useful floating-point operations, and the share of the peak that they are."""
+"""What a run counts besides its loss: floating-point operations, the share of the peak that they are, and norms."""
 
+import re
+from collections import defaultdict
+from typing import Any
+
+import jax
+import optax
+from pydantic import PositiveInt
+
+from jaxllm.core import tree
+from jaxllm.core.config import Section
 from jaxllm.core.mesh import Layout
 from jaxllm.models.base import LM
 
-# Dense bf16 peaks in FLOP/s by a part of the device's name, from the vendors' data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+# Peaks of bf16 products accumulated in float32, without sparsity, in FLOP/s, from the vendor's data sheets. The first
+# whose words are in the device's name counts, so the variants of a card stand before it.
+PEAK_FLOPS = {
+    "GB300": 2500e12,
+    "B300": 2250e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+}
+
+
+class MetricsConfig(Section):
+    """What `metrics.jsonl` has besides every step's loss, times and rates."""
+
+    norms_every: PositiveInt = 10
+    """steps between lines with the norms of gradients and parameters by group, such as train/grad_norm/attn"""
 
 
 def peak_flops(layout: Layout) -> float | None:
     """The dense bf16 peak of all devices together in FLOP/s, or None if it is not known."""
     devices = layout.mesh.devices
     kind = devices.flat[0].device_kind
-    return next((peak * devices.size for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", kind))
+    return next((peak * devices.size for peak in known), None)
+
+
+def norms(name: str, params: Any) -> dict[str, jax.Array]:
+    """`{"name/group": norm}` of a tree with the paths of parameters, over all layers together.
+
+    The groups are `embed`, `head`, `norms` (all of them), and the parts of a block, such as `attn` and `mlp`.
+    """
+    groups: defaultdict[str, list[jax.Array]] = defaultdict(list)
+    for path, leaf in tree.flatten(params).items():
+        groups[group_of(path)].append(leaf)
+    return {f"{name}/{group}": optax.tree.norm(leaves) for group, leaves in groups.items()}
+
+
+def group_of(path: str) -> str:
+    """The group of the parameter at `path`, such as `layers/attn/q/kernel`."""
+    parts = path.split("/")
+    if any(part.endswith("norm") for part in parts):
+        return "norms"
+    return parts[1] if parts[0] == "layers" else parts[0]
 
 
 def flops_per_token(lm: LM, seq_len: int) -> tuple[float, float]:

@@ -119,7 +119,9 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
             return Facts(step=done, **place, tokens=tokens_through(done), data=facts.data).model_dump()
 
         interrupt = open_things.enter_context(Interrupt())
-        metrics = open_things.enter_context(closing(MetricsFile(folder / METRICS, start if resume else None)))
+        resumed_at = start if resume else None
+        chosen = [open_things.enter_context(closing(c.open(folder, resumed_at))) for c in config.callbacks]
+        metrics = open_things.enter_context(closing(MetricsFile(folder / METRICS, resumed_at, chosen)))
         checkpoints = CheckpointStore(folder / RUN_CHECKPOINTS, keep=config.checkpoint.keep)
         save = open_things.enter_context(closing(Save(checkpoints, config.checkpoint.every, facts_at)))
         evaluate = open_things.enter_context(closing(Evaluate(Perplexity(lm), sets, metrics, console, last=steps)))
@@ -130,6 +132,7 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
             console,
             steps=steps,
             start=start,
+            norms_every=config.metrics.norms_every,
             tokens_through=tokens_through,
             flops=flops_per_token(lm, config.data.seq_len),
             peak=peak_flops(lm.layout),
@@ -139,7 +142,7 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
         )
         open_things.enter_context(closing(log))
 
-        callbacks: tuple[Callback, ...] = (log, evaluate, save)
+        callbacks: tuple[Callback, ...] = (log, evaluate, save, *chosen)
         intervals = [config.checkpoint.every, *(held_out.every for held_out in config.evals)]
         events = loop(
             compiled.run,

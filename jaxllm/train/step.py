@@ -15,6 +15,7 @@ from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
 from jaxllm.models.stack import Stack
+from jaxllm.train.metrics import norms
 from jaxllm.train.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -39,7 +40,8 @@ def make_step(
     batch is cut into micro-batches; their gradients are summed in at least float32. With `max_grad_norm`, the
     gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters.
     A loss or gradient that is not finite leaves parameters and optimizer state as they are.
-    Metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, `trained_tokens`, `bad` (1 for such a step).
+    Metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, `trained_tokens`, `bad` (1 for such a step);
+    `grad_norm/<group>` and `param_norm/<group>` (before the update) of the trainable half, see `metrics.norms`.
     """
 
     def gradient(state: TrainState, batch: Batch) -> tuple[jax.Array, Params]:
@@ -71,6 +73,8 @@ def make_step(
             "learning_rate": jnp.asarray(schedule(state.step)),
             "trained_tokens": jnp.sum(batch["loss_mask"]),
             "bad": 1 - good.astype(jnp.int32),
+            **norms("grad_norm", grads),
+            **norms("param_norm", state.params),
         }
         if max_grad_norm is not None:
             scale = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))

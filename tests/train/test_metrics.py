@@ -58,4 +58,11 @@ def test_the_peak_of_known_and_unknown_devices():
 
     assert peak_flops(layout("NVIDIA H200", 8)) == 8 * 989e12
     assert peak_flops(layout("NVIDIA A100-SXM4-80GB", 1)) == 312e12
+    # Names that hold another card's.
+    assert peak_flops(layout("NVIDIA H100 PCIe", 1)) == 756e12
+    assert peak_flops(layout("NVIDIA H100 80GB HBM3", 2)) == 2 * 989e12
+    assert peak_flops(layout("NVIDIA A10G", 1)) == 70e12
+    assert peak_flops(layout("NVIDIA L40S", 1)) == 362e12
+    assert peak_flops(layout("NVIDIA GB200", 4)) == 4 * 2500e12
+    assert peak_flops(layout("NVIDIA A1000 Laptop GPU", 1)) is None
     assert peak_flops(Layout.single()) is None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tensorboard_events import shown
 from whole_runs import Ran, stories, sums, train, workplace, write_jsonl
 
 import jaxllm
@@ -23,6 +24,7 @@ from jaxllm.train.config import Config
 
 # float32 sums over a few thousand tokens, in another order.
 LOSS = 1e-5
+GROUPS = ("embed", "attn", "mlp", "norms", "head")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,7 @@ def test_the_folder_holds_what_the_design_says(scratch):
         "config.resolved.yaml",
         "env.json",
         "metrics.jsonl",
+        "tensorboard",
         "checkpoints",
         "export",
         "model",
@@ -89,18 +92,35 @@ def test_metrics_have_each_step_once_and_in_order(scratch):
     assert [line["step"] for line in lines if "eval/held_out/loss" in line] == [0, 6, 12]
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     steps = [line for line in lines if "train/loss" in line]
-    assert "perf/compile_s" in steps[0]
+    assert {"perf/compile_s", "mem/planned_gib"} <= steps[0].keys()
     names = {
         "train/loss",
         "train/grad_norm",
         "train/learning_rate",
         "train/tokens",
+        "train/trained_tokens",
         "perf/step_time_s",
+        "perf/data_wait_s",
         "perf/tokens_per_s",
+        "mem/host_peak_gib",
     }
     for line in steps:
         assert names <= line.keys()
         assert all(math.isfinite(line[name]) and line[name] > 0 for name in names)
+    groups = {f"train/{norm}/{group}" for norm in ("grad_norm", "param_norm") for group in GROUPS}
+    assert [line["step"] for line in steps if groups <= line.keys()] == [10]
+    squares = sum(steps[9][f"train/grad_norm/{group}"] ** 2 for group in GROUPS)
+    assert math.sqrt(squares) == pytest.approx(steps[9]["train/grad_norm"], rel=1e-6)
+
+
+def test_tensorboard_shows_the_same_numbers(scratch):
+    wanted = {
+        (line["step"], name): np.float32(value)
+        for line in scratch.metrics()
+        for name, value in line.items()
+        if name != "step"
+    }
+    assert shown(scratch.folder / "tensorboard") == wanted
 
 
 def test_the_learning_rate_is_the_schedule(scratch):
