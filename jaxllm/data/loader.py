@@ -105,8 +105,6 @@ def _plans_of(samples: np.ndarray, config: DataConfig, store: Store, seed: int) 
             long_samples=config.long_samples,
         )
 
-    if not len(samples):
-        raise UserError("there is nothing in it to train on; remove it, or check its `format` and `fields`")
     if not config.eval_fraction:
         return plan(samples), None
     train, held_out = pack.split(len(samples), config.eval_fraction, seed)

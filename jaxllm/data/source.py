@@ -10,14 +10,14 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError, did_you_mean
+from jaxllm.data.chat import RenderConfig
 from jaxllm.data.template import AUTO, FORMATS
 
 CHUNK = 1 << 24  # bytes read at a time from a text file that holds many documents
 
 
-class RecordsConfig(Section):
+class RecordsConfig(RenderConfig):
     """How records become text."""
 
     format: str = AUTO

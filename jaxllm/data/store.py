@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +23,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from jaxllm.core.cache import cache_root
 from jaxllm.core.errors import UserError
 from jaxllm.data import source, template, tokenize
+from jaxllm.data.segments import Rendered, Text, Tokens
 from jaxllm.data.source import Record, SourceConfig
-from jaxllm.data.template import FORMATS, Segment
-from jaxllm.data.tokenize import Encoder, Sample
+from jaxllm.data.template import FORMATS, Renderer
+from jaxllm.data.tokenize import NEVER, Encoded, Encoder, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 2  # of the files' meaning; another version is another folder
+VERSION = 3  # of the files' meaning; another version is another folder
 BATCH_RECORDS = 4096  # records tokenized in one call …
 BATCH_BYTES = 1 << 20  # … or fewer, once they take so many bytes of their file
 STALE_SECONDS = 24 * 3600.0  # a build that wrote nothing for so long was killed
@@ -40,6 +41,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "trained": np.bool_,
     "ends": np.int64,  # where each sample ends in `tokens`
     "first_trained": np.int64,
+    "first_end": np.int64,
     "splittable": np.bool_,
     "file": np.int32,  # index into the list of files of meta.json
     "record": np.int64,
@@ -48,21 +50,32 @@ _DTYPES: dict[str, type[np.generic]] = {
 
 @dataclass
 class Summary:
-    """What a store holds. `formats`: path of each source → its format, found or given. `untrained`: records
-    left out because nothing in them is trained."""
+    """What a store holds.
+
+    `untrained`, `torn`: samples left out because nothing in them is trained, or because a token holds both trained
+    text and text that is only read; `torn_at` is where the first of these stands. `unended`: samples that do not
+    train the end of a turn. `formats`: path of each source → its format, found or given.
+    """
 
     samples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     untrained: int = 0
+    torn: int = 0
+    torn_at: str = ""
+    unended: int = 0
     formats: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         formats = ", ".join(f"{path} as {name}" for path, name in self.formats.items())
-        left_out = f"; {self.untrained:,} records left out: nothing in them is trained" if self.untrained else ""
+        notes = (
+            (self.untrained, "left out: nothing in them is trained"),
+            (self.torn, f"left out: a token spans where a trained turn begins or ends (first: {self.torn_at})"),
+            (self.unended, "without the trained end of a turn"),
+        )
         return (
-            f"{self.samples:,} samples, {self.tokens:,} tokens, {self.trained_tokens:,} of them trained "
-            f"({formats}){left_out}"
+            f"{self.samples:,} samples, {self.tokens:,} tokens, {self.trained_tokens:,} of them trained ({formats})"
+            + "".join(f"; {count:,} samples {what}" for count, what in notes if count)
         )
 
 
@@ -75,6 +88,7 @@ class Store:
         summary: counts and formats.
         lengths: int64 [n], the ids of each sample.
         first_trained: int64 [n], the place of each sample's first trained target; at least 1.
+        first_end: int64 [n], the place of the first trained token that ends a turn or the text; −1 without one.
         splittable: bool [n], whether a sample longer than the window may be trained in pieces.
     """
 
@@ -89,6 +103,7 @@ class Store:
         self._file, self._record = arrays["file"], arrays["record"]
         self.lengths = np.diff(self._ends, prepend=0)
         self.first_trained = np.asarray(arrays["first_trained"])
+        self.first_end = np.asarray(arrays["first_end"])
         self.splittable = np.asarray(arrays["splittable"])
 
     def __len__(self) -> int:
@@ -122,13 +137,13 @@ def open_or_build(
     trained, and when the cache folder cannot be written or is full.
     """
     root = cache or cache_root()
-    formats = [_format_of(config, tokenizer) for config in sources]
-    key = _digest(VERSION, source.fingerprint(sources), tokenize.fingerprint(tokenizer), formats)
+    renderers, facts = zip(*(_renderer(config, tokenizer) for config in sources), strict=True)
+    key = _digest(VERSION, source.fingerprint(sources), tokenize.fingerprint(tokenizer), facts)
     folder = root / "tokens" / key
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _build(folder, sources, [name for name, _ in formats], tokenizer, progress)
+            _build(folder, sources, renderers, tokenizer, progress)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise
@@ -139,21 +154,29 @@ def open_or_build(
     return Store(folder)
 
 
-def _format_of(config: SourceConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[tuple[str, bool]]]:
-    """A source's format, and its first record as the format renders it."""
+def _renderer(config: SourceConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Renderer, list[object]]:
+    """What makes samples of a source's records, and what its rendering follows from beside the source's options:
+    the format, the chat template, and the first record as rendered."""
     record = next(source.read(config))
-    name = config.format
-    if name == template.AUTO:
-        try:
-            name = template.detect(record.columns)
-        except UserError as error:
-            raise UserError(f"{record.origin}: {error}") from error
-    return name, [(segment.text, segment.trained) for segment in _render(name, record, tokenizer)]
-
-
-def _render(name: str, record: Record, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
+    detected = config.format == template.AUTO
     try:
-        return template.render(name, record.columns, tokenizer)
+        name = template.detect(record.columns) if detected else config.format
+        renderer = Renderer(name, config, tokenizer, detected=detected)
+    except UserError as error:
+        raise UserError(f"{record.origin}: {error}") from error
+    first = [_facts(rendered) for rendered in _render(renderer, record)]
+    return renderer, [name, renderer.chat.text if FORMATS[name].chat and config.chat_template else None, first]
+
+
+def _facts(rendered: Rendered) -> list[object]:
+    if isinstance(rendered, Tokens):
+        return [rendered.ids.tolist(), rendered.trained.tolist()]
+    return [[segment.text, segment.trained] for segment in rendered.segments]
+
+
+def _render(renderer: Renderer, record: Record) -> list[Rendered]:
+    try:
+        return renderer(record.columns)
     except UserError as error:
         raise UserError(f"{record.origin}: {error}") from error
 
@@ -165,7 +188,7 @@ def _digest(*facts: object) -> str:
 def _build(
     folder: Path,
     sources: Sequence[SourceConfig],
-    formats: Sequence[str],
+    renderers: Sequence[Renderer],
     tokenizer: PreTrainedTokenizerFast,
     progress: bool,
 ) -> None:
@@ -175,7 +198,7 @@ def _build(
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         partial.chmod(0o755)  # mkdtemp's folders are private, and a cache may be shared
-        _write(partial, sources, formats, tokenizer, progress)
+        _write(partial, sources, renderers, tokenizer, progress)
         try:
             partial.rename(folder)
         except OSError:
@@ -195,12 +218,12 @@ def _is_stale(partial: Path) -> bool:
 def _write(
     folder: Path,
     sources: Sequence[SourceConfig],
-    formats: Sequence[str],
+    renderers: Sequence[Renderer],
     tokenizer: PreTrainedTokenizerFast,
     progress: bool,
 ) -> None:
     encoder = Encoder(tokenizer)
-    summary = Summary(formats={config.path: name for config, name in zip(sources, formats, strict=True)})
+    summary = Summary(formats={config.path: r.name for config, r in zip(sources, renderers, strict=True)})
     files: dict[str, int] = {}
     source_ends: list[int] = []
     small = max(tokenizer.get_vocab().values()) < 1 << 16
@@ -212,34 +235,68 @@ def _write(
         bar = stack.enter_context(_progress_bar(progress))
         size = sum(os.path.getsize(file) for config in sources for file in source.find_files(config))
         task = bar.add_task("tokenizing", total=size)
-        for config, name in zip(sources, formats, strict=True):
-            form = FORMATS[name]
+        for config, render in zip(sources, renderers, strict=True):
+            before = replace(summary)
             for records in _batches(source.read(config)):
-                rendered = [_render(name, record, tokenizer) for record in records]
-                samples = encoder.encode(rendered, document=form.document)
-                kept = [(r, s) for r, s in zip(records, samples, strict=True) if s.trained[1:].any()]
-                summary.untrained += len(records) - len(kept)
-                for record, sample in kept:
-                    summary.samples += 1
-                    summary.tokens += len(sample.ids)
-                    summary.trained_tokens += int(sample.trained[1:].sum())
-                    append["tokens"](sample.ids)
-                    append["trained"](sample.trained)
+                rendered = [(record, sample) for record in records for sample in _render(render, record)]
+                encoded = encoder.encode([sample for _, sample in rendered])
+                for (record, given), found in zip(rendered, encoded, strict=True):
+                    if not _count(summary, record, given, found):
+                        continue
+                    ids, trained = found.sample
+                    append["tokens"](ids)
+                    append["trained"](trained)
                     append["ends"]([summary.tokens])
-                    append["first_trained"]([1 + int(np.argmax(sample.trained[1:]))])
-                    append["splittable"]([form.splittable])
+                    append["first_trained"]([1 + int(np.argmax(trained[1:]))])
+                    append["first_end"]([found.end])
+                    append["splittable"]([given.splittable])
                     append["file"]([files.setdefault(record.file, len(files))])
                     append["record"]([record.index])
                 bar.advance(task, sum(record.size for record in records))
+            _check_trained(config, render.name, before, summary)
             source_ends.append(summary.samples)
         bar.update(task, completed=size)
-    if not summary.samples:
-        raise UserError(
-            f"nothing is trained in {', '.join(repr(config.path) for config in sources)}: none of "
-            f"{summary.untrained:,} records has text to train on. Check `format` and `fields`"
-        )
     meta = {"summary": asdict(summary), "files": list(files), "source_ends": source_ends}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _count(summary: Summary, record: Record, given: Rendered, found: Encoded) -> bool:
+    """Counts a sample in `summary`; whether it is kept."""
+    trained = int(found.sample.trained[1:].sum())
+    if not trained:
+        summary.untrained += 1
+    elif found.torn:
+        summary.torn += 1
+        summary.torn_at = summary.torn_at or record.origin
+    else:
+        summary.samples += 1
+        summary.tokens += len(found.sample.ids)
+        summary.trained_tokens += trained
+        # Text that is trained whole may have no end: a piece of a longer one.
+        summary.unended += found.end == NEVER and (isinstance(given, Text) or given.masked)
+        return True
+    return False
+
+
+def _check_trained(config: SourceConfig, name: str, before: Summary, after: Summary) -> None:
+    """Raises UserError unless the samples of a source, counted between two summaries, train something, and ends."""
+    samples, torn = after.samples - before.samples, after.torn - before.torn
+    if not samples and torn:
+        raise UserError(
+            f"nothing is trained in {config.path!r}: in each of {torn:,} samples, such as {after.torn_at}, a token "
+            "holds both text that is trained and text that is not. Use a chat template whose marks are tokens of "
+            "the tokenizer, or set `train_on: all`"
+        )
+    if not samples:
+        raise UserError(
+            f"nothing is trained in {config.path!r}: none of {after.untrained - before.untrained:,} samples has text "
+            "to train on. Check `format` and `fields`"
+        )
+    if after.unended - before.unended == samples:
+        raise UserError(
+            f"the end of a turn is never trained in {config.path!r}, so the model would not learn to stop; "
+            f"{FORMATS[name].stop}"
+        )
 
 
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:

@@ -1,95 +1,181 @@
-"""From a record to segments of text, each trained or not: one `Format` a layout of columns."""
+"""From a record to samples of text or tokens, each part trained or not: one `Format` a layout of columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
-from jinja2 import TemplateError
+import numpy as np
 
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.core.registry import Registry
+from jaxllm.data.chat import ChatTemplate, RenderConfig, special_end, special_texts
+from jaxllm.data.messages import Message, check_messages, check_tools, from_sharegpt
+from jaxllm.data.segments import Rendered, Segment, Text, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AUTO = "auto"
+UNTRAINED = -100  # the label of a token that is not trained, as everywhere in PyTorch
 
 Columns = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of text whose tokens are all trained, or all only read."""
-
-    text: str
-    trained: bool
-
-
 @dataclass(frozen=True)
 class Format:
-    """How records with certain `columns` become text.
+    """How records with certain columns become samples.
 
-    `render(columns, tokenizer)` gives the segments, whose texts follow each other directly.
-    `document`: the tokenizer's own special tokens go in front and a trained EOS behind; otherwise the
-    rendered text holds its special tokens already.
-    `splittable`: a sample longer than the window is trained in consecutive pieces; otherwise it is cut.
+    `columns`: those that a record must have; `optional`: those that it may have besides; any other is not read.
+    `without`: a record that has one of these is of another format.
+    `chat`: it has conversations, so the options of chat templates apply.
+    `own_mask`: the records themselves say what is trained, so `train_on` does not apply.
+    `stop`: what to do that the end of a turn is trained, where the format itself does not see to it.
     """
 
     columns: tuple[str, ...]
-    render: Callable[[Columns, PreTrainedTokenizerBase], list[Segment]]
-    document: bool = True
-    splittable: bool = False
+    render: Callable[[Columns, Renderer], list[Rendered]]
+    optional: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    chat: bool = False
+    own_mask: bool = False
+    stop: str = ""
+
+    def fits(self, columns: Columns) -> bool:
+        return set(self.columns) <= set(columns) and not set(self.without) & set(columns)
 
 
 FORMATS: Registry[Format] = Registry("data format")
 
 
-def detect(columns: Iterable[str]) -> str:
-    """The name of the one format whose columns are all among `columns`.
+def detect(columns: Columns) -> str:
+    """The name of the one format that a record with `columns` has.
 
-    Raises UserError when no format fits, or more than one.
+    Raises UserError when no format fits or more than one does, and for preferences, which are not trained on here.
     """
-    found = list(columns)
-    fitting = [name for name in FORMATS if set(FORMATS[name].columns) <= set(found)]
+    fitting = [name for name in FORMATS if FORMATS[name].fits(columns)]
+    if {"chosen", "rejected"} <= set(columns):
+        raise UserError(
+            "the columns chosen and rejected are preferences, which are not trained on here."
+            + _chosen_alone(columns["chosen"], columns.get("prompt"))
+        )
+    if fitting and fitting != ["text"] and isinstance(columns.get("label"), bool):
+        raise UserError(
+            "the column label rates each answer, true or false, and such preferences are not trained on here; all "
+            f"answers would be trained alike. Keep the good ones, or set `format: {fitting[0]}` to train on all"
+        )
     if len(fitting) == 1:
         return fitting[0]
+    found = ", ".join(columns)
     if fitting:
-        raise UserError(
-            f"the columns {', '.join(found)} fit more than one format ({', '.join(fitting)}); choose one by `format:`"
-        )
+        raise UserError(f"the columns {found} fit more than one format ({', '.join(fitting)}); choose one by `format:`")
+    known = [column for name in FORMATS for column in FORMATS[name].columns]
+    hints = "".join(did_you_mean(column, known) for column in [*columns][:8])
     needs = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in FORMATS)
-    hints = "".join(did_you_mean(column, _all_columns()) for column in found[:8])
     raise UserError(
-        f"the columns {', '.join(found)} fit no format.{hints} Rename them by `fields: {{ours: theirs}}`. "
+        f"the columns {found} fit no format.{hints} Rename them by `fields: {{ours: theirs}}`. "
         f"Formats and their columns: {needs}."
     )
 
 
-def render(name: str, columns: Columns, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The segments of a record in the format called `name`.
+def _chosen_alone(chosen: Any, prompt: Any) -> str:
+    """How the chosen answers of preferences can be trained on."""
+    if isinstance(chosen, list) and not isinstance(prompt, list):
+        form, column = "messages", "messages"
+    elif prompt is not None:
+        form, column = "prompt_completion", "completion"
+    else:
+        return ""
+    return f" To train on the chosen answers alone set `format: {form}` and `fields: {{{column}: chosen}}`"
 
-    Raises UserError when a column is missing or unfit, and when the text cannot be written as UTF-8.
-    """
-    format = FORMATS[name]
-    missing = [column for column in format.columns if column not in columns]
-    if missing:
-        raise UserError(
-            f"format {name!r} needs the column {missing[0]!r}.{did_you_mean(missing[0], columns)} "
-            f"Found: {', '.join(columns) or 'none'}. Rename columns by `fields: {{{missing[0]}: theirs}}`."
-        )
-    segments = format.render(columns, tokenizer)
+
+class Renderer:
+    """Makes samples of the records of one source: of the format `name`, with the options of `config`."""
+
+    def __init__(self, name: str, config: RenderConfig, tokenizer: PreTrainedTokenizerBase, *, detected: bool) -> None:
+        """`detected`: the format was told from the columns of the first record, and not chosen by the user.
+
+        Raises UserError for options that do not apply to the format, and when its chat template cannot be used.
+        """
+        self.name = name
+        self.config = config
+        self.tokenizer = tokenizer
+        self._format = FORMATS[name]
+        self._detected = detected
+        self._seen: set[tuple[str, ...]] = set()
+        if self._format.own_mask and config.train_on != "assistant":
+            raise UserError(
+                f"records of format {name!r} say themselves what is trained; remove `train_on: {config.train_on}`"
+            )
+        if not self._format.chat:
+            self.refuse_chat_options(f"records of format {name!r}")
+        if config.split_turns and config.train_on != "assistant":
+            raise UserError(
+                f"`split_turns: true` trains every assistant turn by itself, and `train_on: {config.train_on}` says "
+                "otherwise; remove one of the two"
+            )
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.config)
+
+    @cached_property
+    def special(self) -> tuple[str, ...]:
+        return special_texts(self.tokenizer)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id of the tokenizer."""
+        return 1 + max(self.tokenizer.get_vocab().values())
+
+    def trains(self, *, last: bool, prompt: bool = False) -> bool:
+        """Whether a part of a record is trained: an answer, the `last` one or an earlier one, or a `prompt`."""
+        return self.config.train_on == "all" or (not prompt and (last or self.config.train_on == "assistant"))
+
+    def refuse_chat_options(self, what: str) -> None:
+        """Raises UserError when an option is set that is for conversations, and `what` are none."""
+        for option in ("chat_template", "template_options", "split_turns"):
+            if getattr(self.config, option):
+                raise UserError(f"`{option}` is for conversations, and {what} are none; remove it")
+
+    def __call__(self, columns: Columns) -> list[Rendered]:
+        """The samples of a record.
+
+        Raises UserError when the record is of another format, when a column is missing or unfit, and when a text
+        cannot be written as UTF-8.
+        """
+        if tuple(columns) not in self._seen:
+            self._check_columns(columns)
+            self._seen.add(tuple(columns))
+        samples = self._format.render(columns, self)
+        for sample in samples:
+            if isinstance(sample, Text):
+                _check_unicode(str(sample))
+        return samples
+
+    def _check_columns(self, columns: Columns) -> None:
+        other = next((name for name in FORMATS if name != self.name and FORMATS[name].fits(columns)), None)
+        if self._detected and other and not self._format.fits(columns):
+            raise UserError(
+                f"this record is of format {other!r} (columns {', '.join(columns)}), and the first one of its source "
+                f"is of format {self.name!r}; give each its own file and source"
+            )
+        for column in self._format.columns:
+            if column not in columns:
+                raise UserError(
+                    f"format {self.name!r} needs the column {column!r}.{did_you_mean(column, columns)} "
+                    f"Found: {', '.join(columns) or 'none'}. Rename columns by `fields: {{{column}: theirs}}`."
+                )
+
+
+def _check_unicode(text: str) -> None:
     try:
-        "".join(segment.text for segment in segments).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         broken = ascii(error.object[error.start])
         raise UserError(f"the text holds {broken}, half of a surrogate pair, which is no character") from None
-    return segments
-
-
-def _all_columns() -> list[str]:
-    return [column for name in FORMATS for column in FORMATS[name].columns]
 
 
 def _string(columns: Columns, name: str) -> str:
@@ -99,84 +185,164 @@ def _string(columns: Columns, name: str) -> str:
     return value
 
 
-def _text(columns: Columns, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    return [Segment(_string(columns, "text"), True)]
+def _text(columns: Columns, renderer: Renderer) -> list[Rendered]:
+    return [Text((Segment(_string(columns, "text"), True),), splittable=True)]
 
 
-def _prompt_completion(columns: Columns, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    return [Segment(_string(columns, "prompt"), False), Segment(_string(columns, "completion"), True)]
+def _answer(prompt: str, answer: str, renderer: Renderer) -> list[Rendered]:
+    return [Text((Segment(prompt, renderer.trains(last=True, prompt=True)), Segment(answer, True)))]
 
 
-def _instruction(columns: Columns, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    given = _string(columns, "input") if columns.get("input") else ""
-    middle = f"### Input:\n{given}\n\n" if given else ""
-    prompt = f"### Instruction:\n{_string(columns, 'instruction')}\n\n{middle}### Response:\n"
-    return [Segment(prompt, False), Segment(_string(columns, "output"), True)]
+def _input_output(columns: Columns, renderer: Renderer) -> list[Rendered]:
+    return _answer(_string(columns, "input"), _string(columns, "output"), renderer)
 
 
-def _messages(columns: Columns, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The conversation as the tokenizer's chat template writes it; what the assistant says is trained.
-
-    A turn is what the whole text has between the rendering that asks for the turn and the one that ends with
-    it, so the mark that ends the turn is learned and the one that opens it is not.
-    """
-    messages = _checked_messages(columns["messages"])
-    if not tokenizer.chat_template:
+def _prompt_completion(columns: Columns, renderer: Renderer) -> list[Rendered]:
+    prompt, completion = columns["prompt"], columns["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        renderer.refuse_chat_options("a prompt and a completion that are strings")
+        return _answer(prompt, completion, renderer)
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
         raise UserError(
-            "format 'messages' needs a chat template and the tokenizer has none. Put a chat_template.jinja "
-            "into the tokenizer's folder, or write the data as prompt and completion"
+            "the columns 'prompt' and 'completion' must be two strings or two lists of messages, not "
+            f"{prompt!r:.40} and {completion!r:.40}"
         )
-    if getattr(tokenizer, "split_special_tokens", False):
-        raise UserError(
-            "format 'messages' needs the marks of the chat template as tokens, and this tokenizer reads them as plain "
-            'text; set "split_special_tokens": false in its tokenizer_config.json'
-        )
-    whole = _chat(messages, tokenizer)
+    given = check_messages(prompt, "prompt")
+    if renderer.config.train_on != "all":
+        given = [message | ({"train": False} if message["role"] == "assistant" else {}) for message in given]
+    return _conversation([*given, *check_messages(completion, "completion")], columns, renderer)
+
+
+def _instruction(columns: Columns, renderer: Renderer) -> list[Rendered]:
+    """Alpaca's headings; the rounds of `history`, pairs of instruction and answer, stand before, each with its EOS."""
     segments: list[Segment] = []
-    done = 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        opened = _chat(messages[:i], tokenizer, add_generation_prompt=True)
-        closed = _chat(messages[: i + 1], tokenizer)
-        if not (whole.startswith(closed) and closed.startswith(opened)):
+    if columns.get("system"):
+        segments.append(Segment(_string(columns, "system") + "\n\n", renderer.trains(last=False, prompt=True)))
+    for instruction, answer in _history(columns.get("history")):
+        eos = renderer.tokenizer.eos_token
+        if not isinstance(eos, str) or getattr(renderer.tokenizer, "split_special_tokens", False):
             raise UserError(
-                f"the chat template rewrites earlier turns (message {i + 1} is not where its turn began), so "
-                "the trained tokens cannot be told. Use a template that only appends, or write the data as "
-                "prompt and completion"
+                "the column 'history' needs the tokenizer's EOS token behind each answer, and this tokenizer has none "
+                'or reads it as plain text; set "eos_token", and "split_special_tokens": false, in its '
+                "tokenizer_config.json"
             )
+        trained = renderer.trains(last=False)
         segments += [
-            Segment(whole[done : len(opened)], False),
-            Segment(whole[len(opened) : len(closed)], True),
+            Segment(_alpaca(instruction, ""), renderer.trains(last=False, prompt=True)),
+            Segment(answer, trained),
+            Segment(eos, trained, ends=True),
+            Segment("\n\n", renderer.trains(last=False, prompt=True)),
         ]
-        done = len(closed)
-    return [*segments, Segment(whole[done:], False)]
+    given = _string(columns, "input") if columns.get("input") else ""
+    prompt = _alpaca(_string(columns, "instruction"), given)
+    segments += [
+        Segment(prompt, renderer.trains(last=True, prompt=True)),
+        Segment(_string(columns, "output"), True),
+    ]
+    return [Text(tuple(segments))]
 
 
-def _chat(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"the chat template cannot render these messages: {error}") from error
-    return str(text)
+def _alpaca(instruction: str, given: str) -> str:
+    middle = f"### Input:\n{given}\n\n" if given else ""
+    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
-def _checked_messages(messages: Any) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"column 'messages' must be a list of messages with at least one, not {messages!r:.60}")
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"message {i} must be an object with a `role` and a `content`, not {message!r:.60}")
-        if not isinstance(message.get("content"), str) and "tool_calls" not in message:
-            raise UserError(f"message {i}: `content` must be a string, not {message.get('content')!r:.60}")
-    if messages[0]["role"] == "assistant":
-        raise UserError("the first message is the assistant's; a conversation begins with a system or user message")
-    return messages
+def _history(value: Any) -> list[tuple[str, str]]:
+    rounds = cast(list[Any], [] if value is None else value)
+    if not isinstance(value, list | None) or not all(
+        isinstance(pair, list | tuple) and [type(said) for said in cast(list[Any], pair)] == [str, str]
+        for pair in rounds
+    ):
+        raise UserError(f"column 'history' must be a list of pairs [instruction, answer], not {value!r:.60}")
+    return [(pair[0], pair[1]) for pair in rounds]
 
 
-FORMATS.add("text", Format(("text",), _text, splittable=True))
-FORMATS.add("prompt_completion", Format(("prompt", "completion"), _prompt_completion))
-FORMATS.add("instruction", Format(("instruction", "output"), _instruction))
-FORMATS.add("messages", Format(("messages",), _messages, document=False))
+def _messages(columns: Columns, renderer: Renderer) -> list[Rendered]:
+    messages = check_messages(columns["messages"], "messages")
+    if columns.get("system"):
+        if messages[0]["role"] == "system":
+            raise UserError("there are a column 'system' and a system message; keep one of them")
+        messages = [{"role": "system", "content": _string(columns, "system")}, *messages]
+    return _conversation(messages, columns, renderer)
+
+
+def _conversations(columns: Columns, renderer: Renderer) -> list[Rendered]:
+    system = _string(columns, "system") if columns.get("system") else None
+    return _conversation(from_sharegpt(columns["conversations"], system), columns, renderer)
+
+
+def _conversation(messages: list[Message], columns: Columns, renderer: Renderer) -> list[Rendered]:
+    return list(renderer.chat.samples(messages, check_tools(columns.get("tools"))))
+
+
+def _segments(columns: Columns, renderer: Renderer) -> list[Rendered]:
+    """Text with its own mask, special tokens included, as in axolotl's template-free form."""
+    value = columns["segments"]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"column 'segments' must be a list with at least one segment, not {value!r:.60}")
+    segments: list[Segment] = []
+    for i, part in enumerate(cast(list[Any], value), 1):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise UserError(f"segment {i} must be an object with a `text` and `train`, not {part!r:.60}")
+        flags = [part[name] for name in ("train", "label") if name in part]
+        if len(flags) != 1 or not isinstance(flags[0], bool):
+            raise UserError(f"segment {i} needs `train` (or `label`), true or false; got {part!r:.60}")
+        text, trained = part["text"], flags[0]
+        mark = special_end(text, renderer.special) if trained else ""
+        segments += [Segment(text[: len(text) - len(mark)], trained), Segment(mark, trained, ends=True)]
+    return [Text(tuple(segment for segment in segments if segment.text), document=False)]
+
+
+def _tokens(columns: Columns, renderer: Renderer) -> list[Rendered]:
+    ids = _whole_numbers(columns["input_ids"], "input_ids")
+    given = columns.get("labels")
+    labels = ids if given is None else _whole_numbers(given, "labels")
+    mask = columns.get("attention_mask")
+    present = np.ones(len(ids), np.int64) if mask is None else _whole_numbers(mask, "attention_mask")
+    for name, values in (("labels", labels), ("attention_mask", present)):
+        if len(values) != len(ids):
+            raise UserError(f"column {name!r} has {len(values)} values and 'input_ids' has {len(ids)}")
+    outside = (ids < 0) | (ids >= renderer.vocab_size)
+    if outside.any():
+        raise UserError(
+            f"column 'input_ids' holds {ids[outside][0]} at place {np.argmax(outside)}, outside the tokenizer's "
+            f"vocabulary of {renderer.vocab_size}; tokenize the data with this model's tokenizer"
+        )
+    wrong = (labels != ids) & (labels != UNTRAINED)
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        raise UserError(
+            f"column 'labels' has {labels[place]} at place {place}, where 'input_ids' has {ids[place]}; a label is "
+            f"the id at the same place, or {UNTRAINED} where it is not trained. Do not shift labels"
+        )
+    kept = np.flatnonzero(present)
+    if len(kept) and (kept[-1] - kept[0] >= len(kept) or set(present.tolist()) - {0, 1}):
+        raise UserError("column 'attention_mask' must be 1 on one stretch of tokens and 0 on padding around it")
+    trained = labels[kept] != UNTRAINED
+    return [Tokens(ids[kept], trained, masked=not trained.all())]
+
+
+def _whole_numbers(value: Any, name: str) -> np.ndarray:
+    if not isinstance(value, list) or not all(type(number) is int for number in cast(list[Any], value)):
+        raise UserError(f"column {name!r} must be a list of whole numbers, not {value!r:.60}")
+    return np.array(value, np.int64)
+
+
+_STOP_CHAT = (
+    "have the chat template write the tokenizer's EOS, or a mark of its own, behind each turn of the assistant, inside "
+    "{% generation %} where it has such blocks"
+)
+_STOP_SEGMENTS = "let a trained segment end with the tokenizer's EOS token"
+_STOP_TOKENS = "give the id that ends a text itself as its label, and not the one of padding"
+
+FORMATS.add("text", Format(("text",), _text))
+FORMATS.add("instruction", Format(("instruction", "output"), _instruction, ("input", "system", "history")))
+FORMATS.add("input_output", Format(("input", "output"), _input_output, without=("instruction",)))
+for _name, _columns, _render in (
+    ("prompt_completion", ("prompt", "completion"), _prompt_completion),
+    ("messages", ("messages",), _messages),
+    ("conversations", ("conversations",), _conversations),
+):
+    FORMATS.add(_name, Format(_columns, _render, ("tools", "system"), chat=True, stop=_STOP_CHAT))
+FORMATS.add("segments", Format(("segments",), _segments, own_mask=True, stop=_STOP_SEGMENTS))
+FORMATS.add("tokens", Format(("input_ids",), _tokens, ("labels", "attention_mask"), own_mask=True, stop=_STOP_TOKENS))

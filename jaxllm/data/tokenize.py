@@ -1,4 +1,4 @@
-"""From segments to token ids, and which of them are trained."""
+"""From rendered records to token ids, and which of them are trained."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.template import Segment
+from jaxllm.data.segments import Rendered, Segment, Text, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+NEVER = -1  # the place of an end mark that is not there
 
 
 class Sample(NamedTuple):
@@ -21,6 +23,18 @@ class Sample(NamedTuple):
 
     ids: np.ndarray
     trained: np.ndarray
+
+
+class Encoded(NamedTuple):
+    """A sample, and what is to be known about its mask.
+
+    `end`: the place of the first trained token that ends a turn or the text, or `NEVER`.
+    `torn`: the text must be read exactly, and some token holds both trained text and text that is only read.
+    """
+
+    sample: Sample
+    end: int
+    torn: bool = False
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -38,26 +52,44 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
+        self._added = np.array(sorted(tokenizer.added_tokens_decoder), np.int64)
+        self._special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         self._tested_characters: set[str] = set()
 
-    def encode(self, records: Sequence[Sequence[Segment]], *, document: bool) -> list[Sample]:
-        """One sample a record. The segments of a record are joined, then tokenized once.
+    def encode(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        """The samples in order. The segments of a text are joined, then tokenized once.
 
         A token is trained if it holds a character of a trained segment; a token that holds no character is as
-        the character that follows. With `document`, the special tokens that the tokenizer puts in front of a
-        text stay, untrained; those that it puts behind make way for one EOS, trained if anything else is.
+        the character that follows, and a token added to the vocabulary, which may swallow white space beside it, is
+        as its first one. Of a document, the special tokens that the tokenizer puts in front stay, untrained, unless
+        the text begins with them itself; those that it puts behind make way for one EOS, trained if anything else
+        is.
         Raises UserError for a document when the tokenizer has no EOS, and when offsets cannot be trusted.
         """
+        encoded: list[Encoded | None] = [self._ready(r) if isinstance(r, Tokens) else None for r in rendered]
+        for document in (True, False):
+            places = [i for i, r in enumerate(rendered) if isinstance(r, Text) and r.document is document]
+            texts = [text for i in places if isinstance(text := rendered[i], Text)]
+            for i, result in zip(places, self._encode(texts, document) if texts else [], strict=True):
+                encoded[i] = result
+        return [result for result in encoded if result is not None]
+
+    def _ready(self, tokens: Tokens) -> Encoded:
+        ids, trained = tokens.ids.astype(np.int32), tokens.trained
+        ends = trained & ((ids == self._tokenizer.eos_token_id) | (np.isin(ids, self._special) & _last_of_run(trained)))
+        return Encoded(Sample(ids, trained), _first(ends))
+
+    def _encode(self, texts: list[Text], document: bool) -> list[Encoded]:
         eos = self._tokenizer.eos_token_id
         if document and eos is None:
             raise UserError(
                 "the tokenizer has no EOS token, which ends every document; "
                 "set `eos_token` in its tokenizer_config.json"
             )
-        texts = ["".join(segment.text for segment in segments) for segments in records]
-        mixed = [len({segment.trained for segment in segments if segment.text}) > 1 for segments in records]
+        joined = [str(text) for text in texts]
+        mixed = [len({(s.trained, s.ends) for s in text.segments if s.text}) > 1 for text in texts]
         encoded = self._tokenizer(
-            texts,
+            joined,
             add_special_tokens=document,
             # A chat template writes special tokens into the text; in a document the tokenizer decides.
             split_special_tokens=self._tokenizer.split_special_tokens and document,
@@ -67,22 +99,41 @@ class Encoder:
             return_token_type_ids=False,
             verbose=False,
         )
-        samples = []
-        for i, segments in enumerate(records):
+        results: list[Encoded] = []
+        for i, text in enumerate(texts):
             added = np.array(encoded["special_tokens_mask"][i], bool)
             all_ids = np.array(encoded["input_ids"][i], np.int32)
             ids = all_ids[~added]
+            torn = False
             if mixed[i]:
-                self._require_exact_offsets(texts[i])
-                trained = _trained(segments, np.array(encoded["offset_mapping"][i], np.int64)[~added])
+                self._require_exact_offsets(joined[i])
+                offsets = np.array(encoded["offset_mapping"][i], np.int64).reshape(-1, 2)[~added]
+                trained, ends, torn = self._masks(text.segments, ids, offsets)
             else:
-                trained = np.full(len(ids), any(segment.trained for segment in segments if segment.text))
+                trained = np.full(len(ids), any(segment.trained for segment in text.segments if segment.text))
+                ends = np.full(len(ids), any(segment.ends for segment in text.segments if segment.text)) & trained
             if document and len(ids):
                 front = all_ids[: int(np.argmin(added))]
-                ids = np.concatenate([front, ids, np.array([eos], np.int32)])
-                trained = np.concatenate([np.zeros(len(front), bool), trained, [trained.any()]])
-            samples.append(Sample(ids, trained))
-        return samples
+                front = front[:0] if np.array_equal(ids[: len(front)], front) else front
+                back = np.array([] if ids[-1] == eos else [eos], np.int32)
+                ids = np.concatenate([front, ids, back])
+                trained = np.concatenate([np.zeros(len(front), bool), trained, np.full(len(back), trained.any())])
+                ends = trained & (ids == eos)
+            results.append(Encoded(Sample(ids, trained), _first(ends), torn and text.exact))
+        return results
+
+    def _masks(
+        self, segments: Sequence[Segment], ids: np.ndarray, offsets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Which tokens, at the characters `offsets` [n, 2] of the joined segments, are trained, which of these
+        belong to an end mark, and whether any holds trained text and other text."""
+        lengths = [len(segment.text) for segment in segments]
+        first = np.minimum(offsets[:, 0], sum(lengths) - 1)
+        last = np.where(np.isin(ids, self._added), first + 1, np.maximum(offsets[:, 1], first + 1))
+        trained = _characters([segment.trained for segment in segments], lengths, first, last)
+        ends = _characters([segment.ends for segment in segments], lengths, first, last)
+        torn = (trained > 0) & (trained < last - first)
+        return trained > 0, (trained > 0) & (ends > 0), bool(torn.any())
 
     def _require_exact_offsets(self, text: str) -> None:
         # A BPE model without an unknown token and without byte pieces drops a character that it does not
@@ -101,10 +152,17 @@ class Encoder:
         return offsets[-1][1] if offsets else 0
 
 
-def _trained(segments: Sequence[Segment], offsets: np.ndarray) -> np.ndarray:
-    """bool [n]: which tokens, at the characters `offsets` [n, 2] of the joined segments, are trained."""
-    flags = np.repeat([segment.trained for segment in segments], [len(segment.text) for segment in segments])
-    trained_before = np.concatenate([[0], np.cumsum(flags)])
-    starts = np.minimum(offsets[:, 0], len(flags) - 1)
-    ends = np.maximum(offsets[:, 1], starts + 1)
-    return trained_before[ends] > trained_before[starts]
+def _characters(flags: list[bool], lengths: list[int], first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """How many of the characters `first : last` of each token are in flagged segments, int64 [n]."""
+    before = np.concatenate([[0], np.cumsum(np.repeat(np.array(flags, np.int64), lengths))])
+    return before[last] - before[first]
+
+
+def _last_of_run(flags: np.ndarray) -> np.ndarray:
+    """bool [n]: where a stretch of true `flags` ends."""
+    return flags & ~np.append(flags[1:], False)
+
+
+def _first(flags: np.ndarray) -> int:
+    # The first token is no target.
+    return 1 + int(np.argmax(flags[1:])) if flags[1:].any() else NEVER

@@ -241,11 +241,8 @@ def test_a_source_that_trains_nothing_is_named(tmp_path: Path, byte_tokenizer):
     (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
     config = data([tmp_path / "good.jsonl", tmp_path / "bad.jsonl"], (1, 1))
-    built = open_or_build(config.sources, byte_tokenizer, cache=tmp_path, progress=False)
-    with pytest.raises(UserError, match=r"data.sources.1 \('.*bad.jsonl'\): there is nothing in it to train on"):
-        plans(config, built, seed=0, batch_size=4)
-    long = config.model_copy(update={"seq_len": 2, "sources": config.sources[:1]})
-    assert plans(long, built, seed=0, batch_size=4)[0].samples == 1
+    with pytest.raises(UserError, match=r"nothing is trained in '.*bad.jsonl'"):
+        open_or_build(config.sources, byte_tokenizer, cache=tmp_path, progress=False)
 
 
 def test_mixing_a_million_samples_takes_little_time():

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from jaxllm.core.errors import UserError
 from jaxllm.data import store, template
+from jaxllm.data.segments import Segment, Text
 from jaxllm.data.source import SourceConfig, read
 from jaxllm.data.store import Store, open_or_build
-from jaxllm.data.template import Segment
 from jaxllm.data.tokenize import Encoder
 
 
@@ -37,9 +37,9 @@ def counted_builds(monkeypatch) -> list[int]:
     """The list gets an entry for every batch that is tokenized."""
     encode, calls = Encoder.encode, []
 
-    def counting(self, records, *, document):
-        calls.append(len(records))
-        return encode(self, records, document=document)
+    def counting(self, rendered):
+        calls.append(len(rendered))
+        return encode(self, rendered)
 
     monkeypatch.setattr(Encoder, "encode", counting)
     return calls
@@ -65,7 +65,7 @@ def test_samples_come_back_with_their_origin(write_lines, byte_tokenizer, tmp_pa
     summary = built.summary
     assert (summary.samples, summary.tokens, summary.trained_tokens, summary.untrained) == (3, 263, 258, 2)
     assert summary.formats == {texts: "text", pairs: "prompt_completion"}
-    assert "2 records left out: nothing in them is trained" in str(summary)
+    assert "2 samples left out: nothing in them is trained" in str(summary)
 
 
 def test_it_is_built_once(write_lines, byte_tokenizer, tmp_path: Path, counted_builds):
@@ -86,7 +86,9 @@ def test_it_is_built_anew_when_anything_changes(write_lines, byte_tokenizer, tmp
     folders.append(build(config, other, tmp_path).folder)
     # The wording of a template counts too.
     form = template.FORMATS["prompt_completion"]
-    louder = replace(form, render=lambda c, _: [Segment(c["prompt"] + "!", False), Segment(c["completion"], True)])
+    louder = replace(
+        form, render=lambda c, _: [Text((Segment(c["prompt"] + "!", False), Segment(c["completion"], True)))]
+    )
     with monkeypatch.context() as patch:
         patch.setitem(template.FORMATS._entries, "prompt_completion", louder)
         folders.append(build(config, byte_tokenizer, tmp_path).folder)
@@ -126,10 +128,10 @@ from jaxllm.data.source import SourceConfig
 from jaxllm.data.tokenize import Encoder
 store.BATCH_RECORDS = 1
 encode = Encoder.encode
-def killing(self, records, *, document):
-    if records[0][0].text == "record 7":
+def killing(self, rendered):
+    if str(rendered[0]) == "record 7":
         os.kill(os.getpid(), signal.SIGKILL)
-    return encode(self, records, document=document)
+    return encode(self, rendered)
 Encoder.encode = killing
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "tokenizer")!r})
 store.open_or_build([SourceConfig(path={config.path!r})], tokenizer, cache=Path({str(tmp_path / "cache")!r}))
@@ -170,7 +172,7 @@ def test_of_two_builders_one_wins(write_lines, byte_tokenizer, tmp_path: Path, m
 
 def test_nothing_trained(write_lines, byte_tokenizer, tmp_path: Path):
     path = write_lines([{"prompt": "ab", "completion": ""}] * 2)
-    with pytest.raises(UserError, match=r"nothing is trained in .*data.jsonl.* none of 2 records"):
+    with pytest.raises(UserError, match=r"nothing is trained in .*data.jsonl.* none of 2 samples"):
         build(SourceConfig(path=path), byte_tokenizer, tmp_path / "cache")
     chat = write_lines([{"messages": [{"role": "user", "content": "hi"}]}], "chat.jsonl")
     with pytest.raises(UserError, match=r"nothing is trained in .*chat.jsonl"):

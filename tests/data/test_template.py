@@ -1,45 +1,92 @@
-"""Each format renders its columns into trained and untrained text, and says what does not fit."""
+"""Each format makes of its columns trained and untrained text, and says what does not fit."""
 
 import copy
+import itertools
 
+import numpy as np
 import pytest
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.template import FORMATS, Segment, detect, render
+from jaxllm.data.chat import RenderConfig
+from jaxllm.data.segments import Rendered, Segment, Text, Tokens
+from jaxllm.data.template import FORMATS, Renderer, detect
 
-TURNS = [
-    {"role": "user", "content": "2+2?"},
-    {"role": "assistant", "content": "4"},
-    {"role": "user", "content": "Sure?"},
-    {"role": "assistant", "content": "Yes"},
-]
+TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+# One record of each format, with every column that it may have.
+RECORDS = {
+    "text": {"text": "abc"},
+    "prompt_completion": {"prompt": "a ", "completion": "b"},
+    "instruction": {"instruction": "Add.", "input": "1 2", "output": "3", "system": "", "history": []},
+    "input_output": {"input": "a", "output": "b"},
+    "messages": {"messages": TURNS, "tools": None},
+    "conversations": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+    "tokens": {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [1, 1, 1]},
+    "segments": {"segments": [{"text": "a", "label": False}, {"text": "b", "label": True}]},
+}
 
 
-def message(name: str, columns: dict, tokenizer) -> str:
+def render(name: str, columns: dict, tokenizer, *, detected: bool = False, **options) -> list[Rendered]:
+    return Renderer(name, RenderConfig(**options), tokenizer, detected=detected)(columns)
+
+
+def parts(rendered: list[Rendered]) -> list[tuple[str, bool]]:
+    (text,) = rendered
+    assert isinstance(text, Text)
+    return [(segment.text, segment.trained) for segment in text.segments]
+
+
+def message(name: str, columns: dict, tokenizer, **options) -> str:
     with pytest.raises(UserError) as caught:
-        render(name, columns, tokenizer)
+        render(name, columns, tokenizer, **options)
     return str(caught.value)
 
 
+def test_every_format_has_a_record_here():
+    assert set(RECORDS) == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_format_is_told_from_the_columns(name: str):
+    assert detect(RECORDS[name] | {"id": 7}) == name
+    needed = {column: RECORDS[name][column] for column in FORMATS[name].columns}
+    assert detect(needed) == name
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(RECORDS, 2)))
+def test_columns_of_two_formats_are_ambiguous(one: str, other: str):
+    both = RECORDS[one] | RECORDS[other]
+    if {one, other} == {"instruction", "input_output"}:  # an instruction's record has the other's columns anyway
+        assert detect(both) == "instruction"
+        return
+    with pytest.raises(UserError, match=r"more than one format \(.*\); choose one by `format:`") as caught:
+        detect(both)
+    assert one in str(caught.value)
+    assert other in str(caught.value)
+
+
+def test_columns_that_fit_no_format():
+    with pytest.raises(UserError, match=r"Did you mean 'completion'\?.*fields.*prompt_completion: prompt, completion"):
+        detect({"question": "", "completions": ""})
+
+
 @pytest.mark.parametrize(
-    ("columns", "name"),
+    ("columns", "remedy"),
     [
-        (["text", "id"], "text"),
-        (["completion", "prompt"], "prompt_completion"),
-        (["instruction", "input", "output"], "instruction"),
-        (["instruction", "output"], "instruction"),
-        (["dialogue_id", "messages"], "messages"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "`fields: {completion: chosen}`"),
+        ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": TURNS[1:]}, "`fields: {completion: chosen}`"),
+        ({"chosen": TURNS, "rejected": TURNS}, "`fields: {messages: chosen}`"),
+        ({"messages": TURNS, "label": False}, "Keep the good ones"),
     ],
 )
-def test_the_format_is_told_from_the_columns(columns: list[str], name: str):
-    assert detect(columns) == name
+def test_preferences_are_refused(columns: dict, remedy: str):
+    with pytest.raises(UserError, match="preferences") as caught:
+        detect(columns)
+    assert remedy in str(caught.value)
 
 
-def test_columns_that_fit_two_formats_or_none():
-    with pytest.raises(UserError, match=r"more than one format \(text, instruction\); choose one by `format:`"):
-        detect(["instruction", "output", "text"])
-    with pytest.raises(UserError, match=r"Did you mean 'completion'\?.*fields.*prompt_completion: prompt, completion"):
-        detect(["question", "completions"])
+def test_a_class_beside_a_text_is_no_preference():
+    assert detect({"text": "a", "label": True}) == "text"
+    assert detect({"prompt": "a", "completion": "b", "label": 3}) == "prompt_completion"
 
 
 def test_every_format_names_a_missing_column(byte_tokenizer):
@@ -49,76 +96,111 @@ def test_every_format_names_a_missing_column(byte_tokenizer):
         assert f"needs the column {first!r}. Did you mean '{first}s'?" in text
 
 
+@pytest.mark.parametrize(("name", "other"), [("text", "messages"), ("input_output", "instruction")])
+def test_a_record_of_another_kind_is_named(byte_tokenizer, name: str, other: str):
+    renderer = Renderer(name, RenderConfig(), byte_tokenizer, detected=True)
+    renderer(RECORDS[name])
+    with pytest.raises(UserError, match=rf"this record is of format '{other}' .* first one .* of format '{name}'"):
+        renderer(RECORDS[other])
+
+
+def test_a_chosen_format_is_not_questioned(byte_tokenizer):
+    both = {"instruction": "x", "input": "a", "output": "b"}
+    assert parts(render("input_output", both, byte_tokenizer)) == [("a", False), ("b", True)]
+
+
 def test_text_is_all_trained(byte_tokenizer):
-    assert render("text", {"text": "abc"}, byte_tokenizer) == [Segment("abc", True)]
+    assert render("text", {"text": "abc"}, byte_tokenizer) == [Text((Segment("abc", True),), splittable=True)]
 
 
-def test_a_prompt_is_not_trained(byte_tokenizer):
-    found = render("prompt_completion", {"prompt": "a ", "completion": "b"}, byte_tokenizer)
-    assert found == [Segment("a ", False), Segment("b", True)]
+@pytest.mark.parametrize(("name", "first", "second"), [("prompt_completion", *RECORDS["prompt_completion"].values())])
+def test_a_prompt_is_not_trained(byte_tokenizer, name: str, first: str, second: str):
+    for columns, form in ((RECORDS[name], name), ({"input": first, "output": second}, "input_output")):
+        assert parts(render(form, columns, byte_tokenizer)) == [(first, False), (second, True)]
+        assert parts(render(form, columns, byte_tokenizer, train_on="all")) == [(first, True), (second, True)]
 
 
 @pytest.mark.parametrize("given", [{}, {"input": ""}, {"input": None}])
 def test_an_instruction_without_input(byte_tokenizer, given: dict):
     found = render("instruction", {"instruction": "Add.", "output": "3"} | given, byte_tokenizer)
-    assert found == [Segment("### Instruction:\nAdd.\n\n### Response:\n", False), Segment("3", True)]
+    assert parts(found) == [("### Instruction:\nAdd.\n\n### Response:\n", False), ("3", True)]
 
 
-def test_an_instruction_with_input(byte_tokenizer):
-    found = render("instruction", {"instruction": "Add.", "input": "1 2", "output": "3"}, byte_tokenizer)
+def test_an_instruction_with_input_system_and_history(byte_tokenizer):
+    columns = RECORDS["instruction"] | {"system": "Be exact.", "history": [["Hi", "Hello"]]}
     prompt = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
-    assert found == [Segment(prompt, False), Segment("3", True)]
-
-
-def test_what_the_assistant_says_is_trained_with_the_end_of_its_turn(byte_tokenizer):
-    found = render("messages", {"messages": [*TURNS, {"role": "user", "content": "Ok"}]}, byte_tokenizer)
-    assert [segment.text for segment in found if segment.trained] == ["4<|end|>", "Yes<|end|>"]
-    whole = "<|user|>2+2?<|end|><|assistant|>4<|end|><|user|>Sure?<|end|><|assistant|>Yes<|end|><|user|>Ok<|end|>"
-    assert "".join(segment.text for segment in found) == whole
-
-
-def test_messages_need_a_chat_template(byte_tokenizer):
-    bare = copy.deepcopy(byte_tokenizer)
-    bare.chat_template = None
-    assert "chat_template.jinja" in message("messages", {"messages": TURNS}, bare)
-
-
-def test_a_tokenizer_that_reads_the_marks_as_text_is_refused(byte_tokenizer):
+    system, earlier = ("Be exact.\n\n", False), ("### Instruction:\nHi\n\n### Response:\n", False)
+    found = render("instruction", columns, byte_tokenizer)
+    assert parts(found) == [
+        *(system, earlier, ("Hello", True), ("<eos>", True), ("\n\n", False)),
+        *((prompt, False), ("3", True)),
+    ]
+    last = parts(render("instruction", columns, byte_tokenizer, train_on="last"))
+    assert [text for text, trained in last if trained] == ["3"]
+    assert all(trained for _, trained in parts(render("instruction", columns, byte_tokenizer, train_on="all")))
     plain = copy.deepcopy(byte_tokenizer)
     plain.split_special_tokens = True
-    assert '"split_special_tokens": false' in message("messages", {"messages": TURNS}, plain)
+    assert "'history' needs the tokenizer's EOS" in message("instruction", columns, plain)
+    for history in ("x", [["a"]], [["a", None]]):
+        assert "list of pairs" in message("instruction", columns | {"history": history}, byte_tokenizer)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(byte_tokenizer):
-    rewriting = copy.deepcopy(byte_tokenizer)
-    rewriting.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>"
-        "{% if m.role != 'assistant' or loop.last %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    assert "rewrites earlier turns (message 2" in message("messages", {"messages": TURNS}, rewriting)
-    one_turn = render("messages", {"messages": TURNS[:2]}, rewriting)
-    assert [segment.text for segment in one_turn if segment.trained] == ["4<|end|>"]
+def test_prompt_and_completion_of_messages(byte_tokenizer):
+    earlier = [TURNS[0], {"role": "assistant", "content": "5"}, TURNS[0]]
+    found = parts(render("prompt_completion", {"prompt": earlier, "completion": TURNS[1:]}, byte_tokenizer))
+    assert [text for text, trained in found if trained] == ["4", "<|end|>"]
+    assert "".join(text for text, _ in found).count("<|end|>") == 4
+    mixed = {"prompt": "2+2?", "completion": TURNS[1:]}
+    assert "two strings or two lists of messages" in message("prompt_completion", mixed, byte_tokenizer)
 
 
-def test_what_a_template_refuses_is_said(byte_tokenizer):
-    strict = copy.deepcopy(byte_tokenizer)
-    strict.chat_template = "{{ raise_exception('no system role here') }}"
-    assert "no system role here" in message("messages", {"messages": TURNS}, strict)
+def test_segments_bring_their_own_mask_and_special_tokens(byte_tokenizer):
+    columns = {"segments": [{"text": "<bos>a", "label": False}, {"text": "b<eos>", "train": True}]}
+    (text,) = render("segments", columns, byte_tokenizer)
+    marked = (Segment("<bos>a", False), Segment("b", True), Segment("<eos>", True, ends=True))
+    assert text == Text(marked, document=False)
+    for wrong in ("x", [], [{"text": "a"}], [{"text": "a", "label": 1}], [{"text": 1, "label": True}], ["a"]):
+        assert "segment" in message("segments", {"segments": wrong}, byte_tokenizer)
+
+
+def test_tokens_with_labels_and_padding(byte_tokenizer):
+    columns = {"input_ids": [0, 7, 8, 9, 0], "labels": [-100, -100, 8, 9, -100], "attention_mask": [0, 1, 1, 1, 0]}
+    (tokens,) = render("tokens", columns, byte_tokenizer)
+    assert isinstance(tokens, Tokens)
+    assert (tokens.ids.tolist(), tokens.trained.tolist()) == ([7, 8, 9], [False, True, True])
+    assert not tokens.splittable
+    (whole,) = render("tokens", {"input_ids": [7, 8]}, byte_tokenizer)
+    assert isinstance(whole, Tokens)
+    assert np.array_equal(whole.trained, [True, True])
+    assert whole.splittable
 
 
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"messages": []}, "at least one"),
-        ({"messages": "hi"}, "list of messages"),
-        ({"messages": [{"content": "x"}]}, "message 1 must be an object with a `role`"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": 4}]}, "message 2: `content` must be a string"),
-        ({"messages": TURNS[1:]}, "first message is the assistant's"),
+        ({"input_ids": [1, 259]}, "holds 259 at place 1, outside the tokenizer's vocabulary of 259"),
+        ({"input_ids": [1, -1]}, "holds -1 at place 1"),
+        ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 values and 'input_ids' has 2"),
+        ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "Do not shift labels"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "1 on one stretch"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 2, 1]}, "1 on one stretch"),
+        ({"input_ids": "1 2"}, "list of whole numbers"),
+        ({"input_ids": [1, 2.5]}, "list of whole numbers"),
+        ({"input_ids": [[1], [2, 3]]}, "list of whole numbers"),
     ],
 )
-def test_messages_that_are_none(byte_tokenizer, columns: dict, said: str):
-    assert said in message("messages", columns, byte_tokenizer)
+def test_tokens_that_are_none(byte_tokenizer, columns: dict, said: str):
+    assert said in message("tokens", columns, byte_tokenizer)
+
+
+def test_options_that_do_not_apply_are_refused(byte_tokenizer):
+    with pytest.raises(UserError, match=r"say themselves what is trained; remove `train_on: all`"):
+        render("segments", RECORDS["segments"], byte_tokenizer, train_on="all")
+    for option in ({"chat_template": "x"}, {"split_turns": True}, {"template_options": {"a": 1}}):
+        for name in ("text", "prompt_completion"):
+            assert "is for conversations" in message(name, RECORDS[name], byte_tokenizer, **option)
+    both = message("messages", RECORDS["messages"], byte_tokenizer, split_turns=True, train_on="last")
+    assert "remove one of the two" in both
 
 
 def test_a_column_that_is_no_string(byte_tokenizer):
@@ -128,12 +210,3 @@ def test_a_column_that_is_no_string(byte_tokenizer):
 
 def test_half_a_surrogate_pair_is_refused(byte_tokenizer):
     assert r"'\ud83d', half of a surrogate pair" in message("text", {"text": "a\ud83d"}, byte_tokenizer)
-
-
-def test_the_chat_of_a_real_template(shared):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(shared / "models/tokenizers/qwen2.5")
-    found = render("messages", {"messages": TURNS}, tokenizer)
-    assert "".join(segment.text for segment in found) == tokenizer.apply_chat_template(TURNS, tokenize=False)
-    assert [segment.text for segment in found if segment.trained] == ["4<|im_end|>\n", "Yes<|im_end|>\n"]

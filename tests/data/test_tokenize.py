@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxllm.core.errors import UserError
+from jaxllm.data.chat import RenderConfig
+from jaxllm.data.segments import Segment, Text, Tokens
 from jaxllm.data.source import SourceConfig, read
-from jaxllm.data.template import Segment, render
+from jaxllm.data.template import Renderer
 from jaxllm.data.tokenize import Encoder, fingerprint
 
 NAMES = [
@@ -46,8 +48,14 @@ def gsm8k(shared: Path) -> list[dict]:
 
 
 def encode(tokenizer, name: str, columns: list[dict]):
-    rendered = [render(name, record, tokenizer) for record in columns]
-    return rendered, Encoder(tokenizer).encode(rendered, document=name != "messages")
+    renderer = Renderer(name, RenderConfig(), tokenizer, detected=False)
+    rendered = [sample for record in columns for sample in renderer(record)]
+    return rendered, [encoded.sample for encoded in Encoder(tokenizer).encode(rendered)]
+
+
+def encode_one(tokenizer, *segments: Segment, document: bool):
+    (encoded,) = Encoder(tokenizer).encode([Text(segments, document=document)])
+    return encoded.sample
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,9 +82,8 @@ def test_the_trained_tokens_are_the_completion_and_eos(shared: Path, name: str, 
     tokenizer = load(shared / "models" / name)
     columns = [record for record in data(shared) if record[column].strip()]
     rendered, samples = encode(tokenizer, form, columns)
-    for record, segments, sample in zip(columns, rendered, samples, strict=True):
-        text = "".join(segment.text for segment in segments)
-        assert sample.ids.tolist() == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    for record, text, sample in zip(columns, rendered, samples, strict=True):
+        assert sample.ids.tolist() == [*tokenizer(str(text)).input_ids, tokenizer.eos_token_id]
         first = int(np.argmax(sample.trained))
         assert sample.trained[first:].all()
         assert not sample.trained[:first].any()
@@ -84,7 +91,7 @@ def test_the_trained_tokens_are_the_completion_and_eos(shared: Path, name: str, 
         assert decoded.endswith(record[column] + tokenizer.eos_token)
         # Where one token holds the prompt's end and the completion's start ("?$"), it is trained whole.
         excess = decoded.removesuffix(record[column] + tokenizer.eos_token)
-        assert segments[0].text.endswith(excess)
+        assert text.segments[0].text.endswith(excess)
         assert not excess or len(tokenizer.decode(sample.ids[first])) > len(excess)
 
 
@@ -106,22 +113,20 @@ def test_chat_on_real_data(shared: Path):
         expected = tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=False)
         assert sample.ids.tolist() == expected
         said = [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
-        assert tokenizer.decode(sample.ids[sample.trained]) == "".join(f"{text}<|im_end|>\n" for text in said)
+        assert tokenizer.decode(sample.ids[sample.trained]) == "".join(f"{text}<|im_end|>" for text in said)
 
 
 @given(texts=st.lists(st.tuples(st.text(alphabet="aé🙂 \n", max_size=6), st.booleans()), min_size=1, max_size=5))
 @settings(max_examples=100, deadline=None)
 def test_with_one_token_a_byte_exactly_the_trained_text_is_trained(byte_tokenizer, texts):
-    segments = [Segment(text, trained) for text, trained in texts]
-    (sample,) = Encoder(byte_tokenizer).encode([segments], document=False)
+    sample = encode_one(byte_tokenizer, *(Segment(text, trained) for text, trained in texts), document=False)
     assert byte_tokenizer.decode(sample.ids) == "".join(text for text, _ in texts)
     assert byte_tokenizer.decode(sample.ids[sample.trained]) == "".join(text for text, on in texts if on)
 
 
 def test_byte_pieces_of_one_character_share_its_fate(shared: Path):
     tokenizer = load(shared / "models/tokenizers/llama2")
-    segments = [Segment("a🙂", False), Segment("🙂b", True)]
-    (sample,) = Encoder(tokenizer).encode([segments], document=True)
+    sample = encode_one(tokenizer, Segment("a🙂", False), Segment("🙂b", True), document=True)
     assert tokenizer.convert_ids_to_tokens(sample.ids[sample.trained]) == [
         *("<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "b", "</s>")
     ]
@@ -129,15 +134,21 @@ def test_byte_pieces_of_one_character_share_its_fate(shared: Path):
 
 def test_a_token_over_a_border_is_trained(shared: Path):
     tokenizer = load(shared / "models/tokenizers/gpt2")
-    (sample,) = Encoder(tokenizer).encode([[Segment("Hello wor", False), Segment("ld", True)]], document=True)
+    segments = (Segment("Hello wor", False), Segment("ld", True))
+    sample = encode_one(tokenizer, *segments, document=True)
     assert tokenizer.decode(sample.ids[sample.trained]) == " world<|endoftext|>"
+    exact, clean = Encoder(tokenizer).encode(
+        [Text(segments, exact=True), Text((Segment("Hello", False), Segment(" world", True)), exact=True)]
+    )
+    assert (exact.torn, clean.torn) == (True, False)
 
 
 def test_nothing_trained_means_no_trained_eos(byte_tokenizer):
-    rendered = [[Segment("prompt", False), Segment("", True)], [Segment("", True)]]
-    with_prompt, empty = Encoder(byte_tokenizer).encode(rendered, document=True)
-    assert not with_prompt.trained.any()
-    assert not len(empty.ids)
+    rendered = [Text((Segment("prompt", False), Segment("", True))), Text((Segment("", True),))]
+    with_prompt, empty = Encoder(byte_tokenizer).encode(rendered)
+    assert not with_prompt.sample.trained.any()
+    assert not len(empty.sample.ids)
+    assert (with_prompt.end, empty.end) == (-1, -1)
 
 
 def test_an_eos_of_the_tokenizers_own_is_not_doubled(byte_tokenizer):
@@ -146,7 +157,7 @@ def test_an_eos_of_the_tokenizers_own_is_not_doubled(byte_tokenizer):
     closing = copy.deepcopy(byte_tokenizer)
     specials = [("<bos>", 256), ("<eos>", 257)]
     closing.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=specials)
-    (sample,) = Encoder(closing).encode([[Segment("ab", True)]], document=True)
+    sample = encode_one(closing, Segment("ab", True), document=True)
     assert closing.decode(sample.ids) == "<bos>ab<eos>"
     assert sample.trained.tolist() == [False, True, True, True]
 
@@ -154,8 +165,8 @@ def test_an_eos_of_the_tokenizers_own_is_not_doubled(byte_tokenizer):
 def test_special_tokens_of_a_template_are_read_even_where_text_is_not(byte_tokenizer):
     plain = copy.deepcopy(byte_tokenizer)
     plain.split_special_tokens = True
-    segments = [[Segment("a<|end|>", True)]]
-    chat, document = (Encoder(plain).encode(segments, document=kind)[0].ids.tolist() for kind in (False, True))
+    segment = Segment("a<|end|>", True)
+    chat, document = (encode_one(plain, segment, document=kind).ids.tolist() for kind in (False, True))
     end = plain.convert_tokens_to_ids("<|end|>")
     assert chat.count(end) == 1
     assert document.count(end) == 0
@@ -165,16 +176,56 @@ def test_a_tokenizer_without_eos(byte_tokenizer):
     endless = copy.deepcopy(byte_tokenizer)
     endless.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
-        Encoder(endless).encode([[Segment("ab", True)]], document=True)
-    Encoder(endless).encode([[Segment("ab", True)]], document=False)
+        encode_one(endless, Segment("ab", True), document=True)
+    encode_one(endless, Segment("ab", True), document=False)
 
 
 def test_a_character_that_shifts_the_offsets_is_refused(shared: Path):
     # transformers makes of this tokenizer one without an unknown token: it drops what it does not know.
     tokenizer = load(shared / "models/tinystories-656k")
     with pytest.raises(UserError, match="drops the character '🙂'"):
-        Encoder(tokenizer).encode([[Segment("a🙂", False), Segment("b", True)]], document=True)
-    Encoder(tokenizer).encode([[Segment("a🙂b", True)]], document=True)
+        encode_one(tokenizer, Segment("a🙂", False), Segment("b", True), document=True)
+    encode_one(tokenizer, Segment("a🙂b", True), document=True)
+
+
+def test_special_tokens_in_the_text_itself_are_not_doubled(byte_tokenizer):
+    sample = encode_one(byte_tokenizer, Segment("<bos>a", False), Segment("b<eos>", True), document=True)
+    assert byte_tokenizer.decode(sample.ids) == "<bos>ab<eos>"
+    assert sample.trained.tolist() == [False, False, True, True]
+
+
+def test_a_padding_token_that_is_the_eos_takes_nothing_from_it(byte_tokenizer):
+    padding = copy.deepcopy(byte_tokenizer)
+    padding.pad_token = padding.eos_token
+    sample = encode_one(padding, Segment("a", False), Segment("b", True), document=True)
+    assert padding.decode(sample.ids[sample.trained]) == "b<eos>"
+
+
+def test_the_first_trained_end_of_each_kind(byte_tokenizer):
+    eos = byte_tokenizer.eos_token_id
+    on, off = np.ones(4, bool), np.array([True, True, True, False])
+    rendered = [
+        Text((Segment("ab", False), Segment("c", True))),
+        Text((Segment("ab", False), Segment("c", True), Segment("<|end|>", True, ends=True)), document=False),
+        Text((Segment("ab<|end|>", True),), document=False),
+        Tokens(np.array([1, 2, eos, 3]), on, masked=False),
+        Tokens(np.array([1, 2, 3, eos]), off, masked=True),
+    ]
+    assert [encoded.end for encoded in Encoder(byte_tokenizer).encode(rendered)] == [4, 3, -1, 2, -1]
+
+
+def test_white_space_that_a_mark_swallows_does_not_make_it_trained(shared: Path):
+    from tokenizers import AddedToken
+
+    tokenizer = copy.deepcopy(load(shared / "models/tokenizers/llama2"))
+    marks = [AddedToken(mark, rstrip=True, special=True) for mark in ("<|answer|>", "<|end|>")]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    segments = (Segment("<|answer|>\n", False), Segment("\n hi", True), Segment("<|end|>", True), Segment("\n", False))
+    (encoded,) = Encoder(tokenizer).encode([Text(segments, document=False, exact=True)])
+    assert not encoded.torn
+    tokens = tokenizer.convert_ids_to_tokens(encoded.sample.ids)
+    assert [token for token, on in zip(tokens, encoded.sample.trained, strict=True) if not on] == ["<|answer|>"]
+    assert tokens[-1] == "<|end|>"
 
 
 def test_the_fingerprint_follows_the_chat_template_and_not_earlier_calls(byte_tokenizer):
