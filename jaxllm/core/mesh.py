@@ -5,6 +5,7 @@ A parameter says what its dimensions are (`("layers", "embed", "heads")`), an ac
 layout by a rule in the config, never in code.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -167,6 +168,20 @@ class Layout:
     def sharding(self, *axes: str | None) -> NamedSharding:
         """The sharding of an array whose dimensions are `axes`."""
         return NamedSharding(self.mesh, self.spec(axes))
+
+    def local(self, name: str, size: int) -> slice:
+        """The stretch of an array axis `name` of length `size` that lies on this process's devices.
+
+        Raises UserError if it is not one stretch.
+        """
+        indices = self.sharding(name).addressable_devices_indices_map((size,)).values()
+        parts = sorted({index[0].indices(size)[:2] for index in indices if index is not None})
+        if any(end != start for (_, end), (start, _) in itertools.pairwise(parts)):
+            raise UserError(
+                f"this host's devices hold {len(parts)} separate parts of the axis {name!r} of {self}; choose a mesh "
+                "in which the devices of a host stand side by side"
+            )
+        return slice(parts[0][0], parts[-1][1])
 
     @property
     def replicated(self) -> NamedSharding:

@@ -95,8 +95,12 @@ def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) ->
 
 
 def training_loader(rows: Rows, layout: Layout, **options: Any) -> Loader[Mapping[str, jax.Array]]:
-    """Batches to train on as global arrays of the layout; `options` are those of `Loader`."""
-    return Loader(*rows, place=partial(_place, layout, BATCH_AXES), **options)
+    """Batches to train on as global arrays of the layout, of which this host reads its own rows.
+
+    `options` are those of `Loader`.
+    """
+    here = layout.local("batch", options["micro_batch_size"])
+    return Loader(*rows, place=partial(_place, layout, BATCH_AXES), row_slice=here, **options)
 
 
 def evaluation_sets(
@@ -115,6 +119,7 @@ def _batches(rows: Rows, layout: Layout, batch_size: int) -> Iterator[Mapping[st
         micro_batches=1,
         micro_batch_size=batch_size,
         place=lambda arrays: _place(layout, BATCH_AXES[1:], {name: a[0] for name, a in arrays.items()}),
+        row_slice=layout.local("batch", batch_size),
         epochs=1,
         shuffle=False,
     )

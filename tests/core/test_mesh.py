@@ -101,3 +101,8 @@ def test_one_device_is_a_mesh():
     x = jax.jit(lambda: single.constrain(jnp.zeros(3), "mlp"))()
     assert x.devices() == {jax.devices()[3]}
     assert "1 × cpu" in str(single)
+
+
+def test_one_process_holds_every_row():
+    assert layout(data=2, fsdp=2, tensor=2).local("batch", 12) == slice(0, 12)
+    assert Layout.single().local("batch", 3) == slice(0, 3)

@@ -5,43 +5,16 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from documents import Documents
 from families import draw_params, small_lm
 from small_runs import llama
 from whole_runs import read_metrics, stories, train, workplace, write_jsonl
 
 from jaxllm.data.loader import Loader
-from jaxllm.data.pack import PackPlan, group, plan
-from jaxllm.data.tokenize import Sample
+from jaxllm.data.pack import group
 
-SEQ_LEN = 16
 # Two programs in float64 that mean the same (the sums of a batch have a few hundred terms).
 SAME = 1e-12
-
-
-class Documents:
-    """A store of random documents, of which the first tokens are a prompt."""
-
-    def __init__(self, count: int = 24, vocab_size: int = 101) -> None:
-        rng = np.random.default_rng(0)
-        self.lengths = rng.integers(2, SEQ_LEN + 2, count)
-        self.first_trained = np.array([rng.integers(1, length) for length in self.lengths])
-        self.splittable = np.zeros(count, bool)
-        self.ids = [rng.integers(0, vocab_size, length).astype(np.int32) for length in self.lengths]
-
-    def sample(self, i: int, start: int, stop: int) -> Sample:
-        return Sample(self.ids[i][start:stop], (np.arange(self.lengths[i]) >= self.first_trained[i])[start:stop])
-
-    def origin(self, i: int) -> tuple[str, int]:
-        return "file", i
-
-    def plan(self, packing) -> PackPlan:
-        masks = {"splittable": self.splittable, "first_trained": self.first_trained}
-        return plan(self.lengths, seq_len=SEQ_LEN, packing=packing, seed=0, origin=str, **masks)
-
-    def rows(self, packing) -> dict[str, np.ndarray]:
-        packed = self.plan(packing)
-        rows = [packed.row(self, i) for i in range(packed.rows)]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 @pytest.fixture
