@@ -22,6 +22,8 @@ from jaxllm.callbacks.base import Callback
 from jaxllm.core.errors import UserError
 from jaxllm.train.state import Event
 
+# What a step tells under some settings only.
+SOMETIMES = ("objective", "z_loss", "loss_scale", "overflow")
 # Of the records of a bad step, how many are named.
 RECORDS_NAMED = 50
 # What a step tells of each group of parameters.
@@ -145,6 +147,7 @@ class Log(Callback):
             "train/loss": values["loss"],
             "train/grad_norm": values["grad_norm"],
             "train/learning_rate": values["learning_rate"],
+            **{f"train/{name}": values[name] for name in SOMETIMES if name in values},
             "train/tokens": tokens,
             "train/trained_tokens": values["trained_tokens"],
             "perf/step_time_s": values["step_time_s"],
@@ -173,6 +176,14 @@ class Log(Callback):
             )
 
     def _judge(self, step: int, values: Mapping[str, float]) -> None:
+        if values.get("overflow"):  # neither good nor bad
+            self._console.print(
+                f"step {step:>6}  not applied: the gradient overflowed float16 at a loss scale of "
+                f"{values['loss_scale']:g}, which is halved",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return
         self._bad_steps = self._bad_steps + 1 if values["bad"] else 0
         if not self._bad_steps:
             return

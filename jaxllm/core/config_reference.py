@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, get_args
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
@@ -27,13 +28,15 @@ def keys(schema: type[Section], prefix: str = "", component: str | None = None) 
         if by_type is not None:
             yield from _component_keys(by_type, f"{path}.")
         elif of_items and of_items[0] is not None:
-            yield Key(path, component, _default(field), " ".join((field.description or "").split()))
+            yield _key(path, component, field)
             yield from _component_keys(of_items[0], f"{path}.0.")
         elif (section := _section(field.annotation)) is not None:
-            is_list = not isinstance(field.annotation, type)
+            if get_origin(field.annotation) in (Union, UnionType):  # a value instead of the section will do
+                yield _key(path, component, field)
+            is_list = get_origin(field.annotation) is list
             yield from keys(section, f"{path}.0." if is_list else f"{path}.", component)
         elif name != "type":
-            yield Key(path, component, _default(field), " ".join((field.description or "").split()))
+            yield _key(path, component, field)
 
 
 def _component_keys(by_type: ByType, prefix: str) -> Iterator[Key]:
@@ -53,12 +56,17 @@ def _component_keys(by_type: ByType, prefix: str) -> Iterator[Key]:
                 yield key._replace(type=None if key.type == name else key.type)
 
 
+def _key(path: str, component: str | None, field: FieldInfo) -> Key:
+    return Key(path, component, _default(field), " ".join((field.description or "").split()))
+
+
 def _by_type(marks: Iterable[Any]) -> ByType | None:
     return next((mark for mark in marks if isinstance(mark, ByType)), None)
 
 
 def _section(annotation: Any) -> type[Section] | None:
     for inner in (annotation, *get_args(annotation)):
+        inner = get_args(inner)[0] if get_origin(inner) is Annotated else inner
         if isinstance(inner, type) and issubclass(inner, Section):
             return inner
     return None

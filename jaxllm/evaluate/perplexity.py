@@ -24,7 +24,7 @@ class Perplexity:
 
     def __init__(self, lm: LM) -> None:
         def sums(params: Params, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return lm.loss_sum(params, batch), jnp.sum(batch["loss_mask"])
+            return lm.losses(params, batch).cross_entropy, jnp.sum(batch["loss_mask"])
 
         self._sums = jax.jit(sums)
 

@@ -22,7 +22,7 @@ from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition, Context
 from jaxllm.nn.embed import Embed
 from jaxllm.nn.linear import Head, project
-from jaxllm.nn.loss import cross_entropy, loss_chunks
+from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective, loss_chunks, token_losses
 from jaxllm.nn.norm import RMSNorm
 from jaxllm.nn.rope import ROPES, DefaultRope, Rope, Rotation, rope_tables
 
@@ -253,8 +253,14 @@ class LM:
         x, _ = self.hidden(params, tokens, self.context(positions, segments))
         return self.head(params, x)[..., : self.config.vocab_size]
 
-    def loss_sum(self, params: Params, batch: Mapping[str, jax.Array], stack: Stack | None = None) -> jax.Array:
-        """The sum of the cross entropies of a batch's trained targets, a scalar in at least float32.
+    def losses(
+        self,
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        stack: Stack | None = None,
+        objective: Objective = CROSS_ENTROPY,
+    ) -> Losses:
+        """The losses of a batch's trained targets, summed: scalars in at least float32.
 
         batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each.
         """
@@ -262,8 +268,15 @@ class LM:
         x, _ = self.hidden(params, batch["tokens"], ctx, stack)
         batch_size, length = batch["tokens"].shape
         chunks = loss_chunks(batch_size, length, self.vocab_padded, self.layout)
-        return cross_entropy(
-            lambda x: self.head(params, x), x, batch["targets"], batch["loss_mask"], self.layout, chunks
+        return token_losses(
+            lambda x: self.head(params, x),
+            x,
+            batch["targets"],
+            batch["loss_mask"],
+            self.layout,
+            vocab_size=self.config.vocab_size,
+            chunks=chunks,
+            objective=objective,
         )
 
     def new_cache(self, batch: int, slots: int) -> LayerCache:

@@ -1,21 +1,69 @@
 """Walks over a stack of equal blocks: the same block, executed in different ways."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import jax
+from pydantic import Discriminator, Tag, model_validator
 
+from jaxllm.core.config import Section
+from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
 from jaxllm.nn.cache import LayerCache
+from jaxllm.nn.named import TensorName
 
-Remat = Literal["none", "dots", "full"]
+# Where what the device has no room for waits for the backward pass.
+DEVICE, HOST = "device", "pinned_host"
 
-# What the backward pass finds saved; it computes the rest again.
-REMAT_POLICIES: dict[Remat, Callable[..., Any] | None] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+
+class NamedTensors(Section):
+    """What the backward pass finds of a block, by name; it computes the rest again."""
+
+    save: tuple[TensorName, ...] = ()
+    """results that stay on the device: attn_q, attn_k, attn_v (turned), attn_context, attn_out, mlp_gate, mlp_up,
+    mlp_hidden (the product of both), mlp_out"""
+    offload: tuple[TensorName, ...] = ()
+    """results that wait in the host's memory (on a CPU that is the same memory)"""
+
+    @model_validator(mode="after")
+    def _each_in_one_place(self) -> "NamedTensors":
+        if both := sorted(set(self.save) & set(self.offload)):
+            raise ValueError(f"save and offload both name {', '.join(both)}; leave it in one of them")
+        return self
+
+
+def _by_name_or_tensors(value: Any) -> str:
+    return "policy" if isinstance(value, str) else "tensors"
+
+
+RematPolicy = Literal["none", "dots", "offload_dots", "full"]
+Remat = RematPolicy | NamedTensors
+
+RematConfig = Annotated[
+    Annotated[RematPolicy, Tag("policy")] | Annotated[NamedTensors, Tag("tensors")],
+    Discriminator(_by_name_or_tensors),
+]
+"""A `Remat` in a config: what is wrong with it is said of the form that was written."""
+
+
+_POLICIES = jax.checkpoint_policies
+_NAMED_POLICIES = {
+    "dots": _POLICIES.dots_with_no_batch_dims_saveable,
+    "offload_dots": _POLICIES.offload_dot_with_no_batch_dims(DEVICE, HOST),
+    "full": _POLICIES.nothing_saveable,
 }
+
+
+def check_offload(remat: Remat, device: Any) -> None:
+    """Raises UserError if `remat` keeps results in the host's memory and `device` cannot reach any."""
+    offloads = remat == "offload_dots" or (isinstance(remat, NamedTensors) and remat.offload)
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if offloads and HOST not in kinds:
+        raise UserError(
+            f"train.remat keeps results in the host's memory, and {device.device_kind} has no memory {HOST!r} here, "
+            f"only {', '.join(kinds)}; use dots or full"
+        )
+
 
 Block = Callable[[Params, jax.Array, LayerCache | None], tuple[jax.Array, LayerCache | None]]
 
@@ -29,12 +77,21 @@ class Stack(Protocol):
 
 
 def _rematerialised(block: Block, remat: Remat) -> Block:
-    policy = REMAT_POLICIES[remat]
-    return block if policy is None else jax.checkpoint(block, policy=policy)
+    if remat == "none":
+        return block
+    if isinstance(remat, NamedTensors):
+        names = dict(names_which_can_be_saved=remat.save, names_which_can_be_offloaded=remat.offload)
+        policy = _POLICIES.save_and_offload_only_these_names(**names, offload_src=DEVICE, offload_dst=HOST)
+    else:
+        policy = _NAMED_POLICIES[remat]
+    return jax.checkpoint(block, policy=policy)
 
 
-def scan(remat: Remat = "none", unroll: int = 1) -> Stack:
-    """One compiled block, looped: compile time does not grow with depth."""
+def scan(remat: Remat = "none", unroll: int | Literal["all"] = 1) -> Stack:
+    """One compiled block, looped: compile time does not grow with depth.
+
+    unroll: how many blocks the body of the loop has, at the compile time of as many; "all" leaves no loop.
+    """
 
     def walk(
         block: Block, stacked: Params, x: jax.Array, cache: LayerCache | None = None
@@ -44,7 +101,7 @@ def scan(remat: Remat = "none", unroll: int = 1) -> Stack:
         def body(x: jax.Array, layer: tuple[Params, LayerCache | None]):
             return step(layer[0], x, layer[1])
 
-        return jax.lax.scan(body, x, (stacked, cache), unroll=unroll)
+        return jax.lax.scan(body, x, (stacked, cache), unroll=True if unroll == "all" else unroll)
 
     return walk
 

@@ -11,6 +11,7 @@ from jaxllm.core.dtypes import at_least_float32
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import Context
 from jaxllm.nn.linear import Linear
+from jaxllm.nn.named import named
 from jaxllm.nn.rope import apply_rope
 
 
@@ -39,17 +40,17 @@ class Attention(nn.Module):
             y = y.reshape(batch, length, count, self.head_dim)
             return ctx.layout.constrain(y, "batch", "act_length", f"act_{axis}", None)
 
-        q = apply_rope(heads(self.heads, "heads", "q"), ctx.rope)
-        k = apply_rope(heads(self.kv_heads, "kv_heads", "k"), ctx.rope)
-        v = heads(self.kv_heads, "kv_heads", "v")
+        q = named(apply_rope(heads(self.heads, "heads", "q"), ctx.rope), "attn_q")
+        k = named(apply_rope(heads(self.kv_heads, "kv_heads", "k"), ctx.rope), "attn_k")
+        v = named(heads(self.kv_heads, "kv_heads", "v"), "attn_v")
         if cache is None:
             y = attend(q, k, v, causal_mask(ctx, length))
         else:
             cache = cache.write(k, v, ctx)
             y = attend(q, cache.k, cache.v, cache_mask(ctx, length))
-        y = ctx.layout.constrain(y, "batch", "act_length", "act_heads", None)
+        y = named(ctx.layout.constrain(y, "batch", "act_length", "act_heads", None), "attn_context")
         y = y.reshape(batch, length, self.heads * self.head_dim)
-        return linear(width, ("heads", "embed"), "o")(y), cache
+        return named(linear(width, ("heads", "embed"), "o")(y), "attn_out"), cache
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,6 +1,8 @@
-"""The cross entropy of next-token prediction, without ever holding all logits."""
+"""The loss of next-token prediction, without ever holding all logits."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,36 @@ from jaxllm.core.mesh import Layout
 CHUNK_BYTES = 256 * 2**20
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised at a trained token, with logits z, `Z = Σ exp z`, and the target y of V tokens:
+
+    `(1 − ε)·(log Z − z_y) + ε·(log Z − Σ z / V) + λ·log² Z`
+
+    label_smoothing: ε, the share of the target's probability that all V tokens get in equal parts (Szegedy et al.,
+    arXiv 1512.00567, section 7). z_loss: λ (Chowdhery et al., arXiv 2204.02311, section 5, with 1e-4), which keeps the
+    logits from drifting. With both 0 it is the cross entropy.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+CROSS_ENTROPY = Objective()
+
+
+class Losses(NamedTuple):
+    """Sums over trained tokens, scalars in at least float32.
+
+    objective: what is minimised. cross_entropy: −log p(target), by which runs compare whatever they minimise.
+    z_loss: the part `λ·log² Z` of the objective.
+    """
+
+    objective: jax.Array
+    cross_entropy: jax.Array
+    z_loss: jax.Array
+
+
 def loss_chunks(batch: int, length: int, vocab_size: int, layout: Layout) -> int:
     """The smallest number of equal chunks of a `[batch, length]` batch whose float32 logits fit in CHUNK_BYTES."""
     share = layout.size("act_vocab") * layout.size("act_vocab_batch")
@@ -19,37 +51,50 @@ def loss_chunks(batch: int, length: int, vocab_size: int, layout: Layout) -> int
     return next((n for n in range(1, length) if length % n == 0 and whole / n <= CHUNK_BYTES), length)
 
 
-def cross_entropy(
+def token_losses(
     logits: Callable[[jax.Array], jax.Array],
     x: jax.Array,
     targets: jax.Array,
     mask: jax.Array,
     layout: Layout,
+    *,
+    vocab_size: int,
     chunks: int,
-) -> jax.Array:
-    """The sum over trained tokens of −log softmax(logits(x))[target], a scalar in at least float32.
+    objective: Objective = CROSS_ENTROPY,
+) -> Losses:
+    """The losses of `[B, T]` tokens, summed over those that are trained.
 
-    x: `[B, T, D]`, the input of `logits`, which gives `[b, t, V]`. targets: `[B, T]` int32. mask: `[B, T]`, 1 where
-    the target is trained. `chunks` divides T: one chunk's logits exist at a time, and are computed again in the
-    backward pass.
+    x: `[B, T, D]`, the input of `logits`, which gives `[b, t, V]`, of which the first `vocab_size` are tokens and the
+    others −inf. targets: `[B, T]` int32. mask: `[B, T]`, 1 where the target is trained. `chunks` divides T: one
+    chunk's logits exist at a time, and are computed again in the backward pass.
     """
 
     @jax.checkpoint
-    def chunk_sum(x: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    def chunk_sums(x: jax.Array, targets: jax.Array, mask: jax.Array) -> Losses:
         # The tokens are gathered over the axes that split the vocabulary, which is much less than the matrix.
         x = layout.constrain(x, "act_vocab_batch", None, None)
         z = layout.constrain(logits(x), "act_vocab_batch", None, "act_vocab")
+        mask = mask.astype(z.dtype)
+        vocabulary = jnp.arange(z.shape[-1])
         # A comparison keeps the vocabulary split; an index would gather it.
-        hit = targets[..., None] == jnp.arange(z.shape[-1])
-        target_logit = jnp.sum(jnp.where(hit, z, 0), axis=-1)
-        return jnp.sum((jax.nn.logsumexp(z, axis=-1) - target_logit) * mask.astype(z.dtype))
+        target_logit = jnp.sum(jnp.where(targets[..., None] == vocabulary, z, 0), axis=-1)
+        log_z = jax.nn.logsumexp(z, axis=-1)
+        cross_entropy = jnp.sum((log_z - target_logit) * mask)
+        total, z_loss = cross_entropy, jnp.zeros_like(cross_entropy)
+        if share := objective.label_smoothing:
+            mean_logit = jnp.sum(jnp.where(vocabulary < vocab_size, z, 0), axis=-1) / vocab_size
+            total = (1 - share) * cross_entropy + share * jnp.sum((log_z - mean_logit) * mask)
+        if objective.z_loss:
+            z_loss = objective.z_loss * jnp.sum(jnp.square(log_z) * mask)
+            total += z_loss
+        return Losses(total, cross_entropy, z_loss)
 
     if chunks == 1:
-        return chunk_sum(x, targets, mask)
+        return chunk_sums(x, targets, mask)
 
     def split(a: jax.Array) -> jax.Array:
         batch, length, *rest = a.shape
         return jnp.moveaxis(a.reshape(batch, chunks, length // chunks, *rest), 1, 0)
 
-    parts = jax.lax.map(lambda chunk: chunk_sum(*chunk), (split(x), split(targets), split(mask)))
-    return jnp.sum(parts)
+    parts = jax.lax.map(lambda chunk: chunk_sums(*chunk), (split(x), split(targets), split(mask)))
+    return jax.tree.map(jnp.sum, parts)

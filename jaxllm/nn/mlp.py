@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from jaxllm.nn.context import Context
 from jaxllm.nn.linear import Linear
+from jaxllm.nn.named import named
 
 # Named as in Hugging Face configs, where "gelu" is the exact form.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -35,7 +36,7 @@ class GatedMLP(nn.Module):
         def linear(features: int, axes: tuple[str, str], name: str) -> Linear:
             return Linear(features, axes, self.dtype, self.stddev, self.use_bias, name=name)
 
-        gate = linear(self.features, ("embed", "mlp"), "gate")(x)
-        up = linear(self.features, ("embed", "mlp"), "up")(x)
+        gate = named(linear(self.features, ("embed", "mlp"), "gate")(x), "mlp_gate")
+        up = named(linear(self.features, ("embed", "mlp"), "up")(x), "mlp_up")
         hidden = ctx.layout.constrain(ACTIVATIONS[self.activation](gate) * up, "batch", "act_length", "act_mlp")
-        return linear(x.shape[-1], ("mlp", "embed"), "down")(hidden)
+        return named(linear(x.shape[-1], ("mlp", "embed"), "down")(named(hidden, "mlp_hidden")), "mlp_out")

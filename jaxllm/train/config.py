@@ -1,6 +1,6 @@
 """The root of a run's config: it composes the sections that live beside the code they configure."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
@@ -17,7 +17,8 @@ from jaxllm.data.loader import DataConfig
 from jaxllm.data.source import RecordsConfig, SourceConfig
 from jaxllm.models import FAMILIES
 from jaxllm.models.base import FamilyConfig
-from jaxllm.models.stack import Remat
+from jaxllm.models.stack import RematConfig, Stack, scan
+from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import OPTIMIZERS, OptimizerConfig
 from jaxllm.train.metrics import MetricsConfig
 
@@ -77,12 +78,21 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt | None = None
     """sequences on one data-parallel device at a time; default: its whole share of the batch. The rest of the batch
     is accumulated"""
-    remat: Remat = "none"
-    """what the backward pass computes again to save memory: none, dots (all but matrix products) or full"""
+    remat: RematConfig = "none"
+    """what the backward pass computes again to save memory: none, dots (all but matrix products), offload_dots (the
+    same, and the products wait in the host's memory) or full; or all but {save: [...], offload: [...]}"""
+    unroll: PositiveInt | Literal["all"] = 1
+    """layers that the loop over them does at once: more may be faster, and compile longer"""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """share of a target's probability that is spread over the whole vocabulary"""
+    z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """weight of the squared logarithm of the softmax's denominator in what is minimised, such as 1e-4; train/loss is
+    the cross entropy without it"""
     param_dtype: DTypeName = "float32"
     """what parameters are stored in"""
     compute_dtype: DTypeName | None = None
-    """what activations and matrix products are in; default: bfloat16 on a GPU, float32 elsewhere"""
+    """what activations and matrix products are in; default: bfloat16 on a GPU, float32 elsewhere. With float16 the
+    loss is scaled, by as much as the gradients allow"""
     max_grad_norm: PositiveFloat | None = 1.0
     """gradients are scaled down to this global norm; null: never"""
     max_bad_steps: PositiveInt = 3
@@ -115,6 +125,18 @@ class TrainConfig(Section):
     def computes_in(self) -> str:
         """The compute dtype on this machine."""
         return self.compute_dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+
+    def scales_loss(self) -> bool:
+        """Whether gradients are of a dtype that cannot hold small ones."""
+        return self.compute_dtype == "float16"
+
+    def stack(self) -> Stack:
+        """The walk over the layers."""
+        return scan(self.remat, self.unroll)
+
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return Objective(self.label_smoothing, self.z_loss)
 
 
 class EvalConfig(RecordsConfig):
@@ -162,7 +184,18 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
     """Every pair of settings that contradict each other, as `(problem, remedy)`."""
     names = [held_out.name for held_out in config.evals]
     share = [held_out.name for held_out in config.evals if held_out.path is None]
+    train = config.train
     table = [
+        (
+            train.param_dtype == "float16",
+            "train.param_dtype is float16, in which small updates vanish and moments overflow",
+            "set it to float32, and train.compute_dtype to float16",
+        ),
+        (
+            train.compute_dtype == "float16" and train.param_dtype == "bfloat16",
+            "train.compute_dtype is float16 and train.param_dtype is bfloat16, which keeps 3 bits less of a weight",
+            "set param_dtype to float32, or compute_dtype to bfloat16",
+        ),
         (
             config.mesh.pipeline != 1,
             f"mesh.pipeline is {config.mesh.pipeline}, and the layers are walked by one scan",

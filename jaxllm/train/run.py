@@ -26,7 +26,7 @@ from jaxllm.data.loader import State
 from jaxllm.evaluate.perplexity import Perplexity
 from jaxllm.hf import save as export
 from jaxllm.hf.export import check_replaceable
-from jaxllm.models.stack import scan
+from jaxllm.models.stack import check_offload
 from jaxllm.optim.build import build
 from jaxllm.train.config import Config
 from jaxllm.train.folder import EXPORT, METRICS, Facts, find_resume, prepare
@@ -55,6 +55,7 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
     resume = find_resume(config)
     layout = Layout.of(config.mesh, devices)
     micro_batches, micro_batch = config.train.accumulation(layout)
+    check_offload(config.train.remat, layout.mesh.local_devices[0])
     say("devices", layout)
 
     model = open_chosen_model(config, layout)
@@ -79,8 +80,16 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
 
     tx, schedule = build(config.optim, steps)
     everything = jax.tree.map(lambda _: True, lm.abstract())
-    state_shapes = abstract_state(lm.abstract(), everything, tx, lm.layout)
-    step = make_step(lm, tx, schedule, stack=scan(config.train.remat), max_grad_norm=config.train.max_grad_norm)
+    scale_loss = config.train.scales_loss()
+    state_shapes = abstract_state(lm.abstract(), everything, tx, lm.layout, scale_loss=scale_loss)
+    step = make_step(
+        lm,
+        tx,
+        schedule,
+        stack=config.train.stack(),
+        objective=config.train.objective(),
+        max_grad_norm=config.train.max_grad_norm,
+    )
     batches = [batch_shapes((micro_batches, micro_batch, width), lm.layout) for width in plan.widths]
     with console.status("compiling the training step"), programs_read() as read:
         compiled = compile_steps(step, state_shapes, batches, lm.layout)
@@ -98,7 +107,8 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
             say("resuming", f"from {resume}, {steps - facts.step} of {steps} steps to go")
         else:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes)
-            new = jax.jit(partial(new_state, trainable=everything, tx=tx), out_shardings=shardings, donate_argnums=0)
+            first = partial(new_state, trainable=everything, tx=tx, scale_loss=scale_loss)
+            new = jax.jit(first, out_shardings=shardings, donate_argnums=0)
             state, facts = new(model.load()), Facts(step=0, epoch=0, position=0, tokens=0, data=store.folder.name)
         goes_on = resume is not None and resume.run.resolve() == folder.resolve()
         prepare(config, lm, model.folder, special_ids, keep_model=goes_on)

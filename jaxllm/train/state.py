@@ -12,18 +12,42 @@ from jaxllm.core import tree
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 
+# The defaults of torch's GradScaler (half its first scale), and the bounds of Apex and DeepSpeed.
+FIRST_LOSS_SCALE, SMALLEST_LOSS_SCALE, LARGEST_LOSS_SCALE = 2.0**15, 1.0, 2.0**24
+LOSS_SCALE_GROWS_AFTER = 2000
+
+
+class LossScale(NamedTuple):
+    """What the objective is multiplied by, so that small gradients are not lost in float16.
+
+    Micikevicius et al., arXiv 1710.03740, section 3.2, made dynamic. scale: float32 scalar, a power of two.
+    good_steps: int32 scalar, steps in a row that were applied since the scale last changed.
+    """
+
+    scale: Any
+    good_steps: Any
+
+    def after(self, good: jax.Array, overflow: jax.Array) -> "LossScale":
+        """The scale of the next step: halved after an overflow, doubled after LOSS_SCALE_GROWS_AFTER good steps."""
+        counted = jnp.where(good, self.good_steps + 1, jnp.where(overflow, 0, self.good_steps))
+        grown = counted == LOSS_SCALE_GROWS_AFTER
+        factor = jnp.where(overflow, 0.5, jnp.where(grown, 2.0, 1.0)).astype(self.scale.dtype)
+        scale = jnp.clip(self.scale * factor, SMALLEST_LOSS_SCALE, LARGEST_LOSS_SCALE)
+        return LossScale(scale, jnp.where(grown, 0, counted))
+
 
 class TrainState(NamedTuple):
     """The state of a run between two steps.
 
     step: int32 scalar, updates applied, which the schedule counts. params, frozen: the two halves of
-    `tree.partition` by what trains.
+    `tree.partition` by what trains. loss_scale: of float16 gradients; None where nothing is scaled.
     """
 
     step: Any
     params: Params
     frozen: Params
     opt_state: optax.OptState
+    loss_scale: LossScale | None = None
 
 
 @dataclass(frozen=True)
@@ -41,19 +65,26 @@ class Event:
     finished: Mapping[int, Mapping[str, float]]
 
 
-def new_state(params: Params, trainable: Any, tx: optax.GradientTransformation) -> TrainState:
+def new_state(
+    params: Params, trainable: Any, tx: optax.GradientTransformation, *, scale_loss: bool = False
+) -> TrainState:
     """The state before the first step. Frozen leaves get no optimizer state."""
     chosen, frozen = tree.partition(params, trainable)
-    return TrainState(jnp.zeros((), jnp.int32), chosen, frozen, tx.init(chosen))
+    loss_scale = None
+    if scale_loss:
+        loss_scale = LossScale(jnp.full((), FIRST_LOSS_SCALE, jnp.float32), jnp.zeros((), jnp.int32))
+    return TrainState(jnp.zeros((), jnp.int32), chosen, frozen, tx.init(chosen), loss_scale)
 
 
-def abstract_state(params: Params, trainable: Any, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
+def abstract_state(
+    params: Params, trainable: Any, tx: optax.GradientTransformation, layout: Layout, *, scale_loss: bool = False
+) -> TrainState:
     """Shapes, dtypes and shardings of `new_state`, for abstract `params` that have shardings.
 
     A leaf of the optimizer's state that is shaped like its parameter is laid out like it, any other one is held
     whole by every device.
     """
-    shapes = jax.eval_shape(lambda params: new_state(params, trainable, tx), params)
+    shapes = jax.eval_shape(lambda params: new_state(params, trainable, tx, scale_loss=scale_loss), params)
 
     def place(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -70,4 +101,5 @@ def abstract_state(params: Params, trainable: Any, tx: optax.GradientTransformat
         chosen,
         transform_non_params=lambda leaf: place(leaf, layout.replicated),
     )
-    return TrainState(place(shapes.step, layout.replicated), chosen, frozen, opt_state)
+    step, loss_scale = jax.tree.map(lambda leaf: place(leaf, layout.replicated), (shapes.step, shapes.loss_scale))
+    return TrainState(step, chosen, frozen, opt_state, loss_scale)

@@ -15,8 +15,9 @@ from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
 from jaxllm.models.stack import Stack
+from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.train.metrics import norms
-from jaxllm.train.state import TrainState
+from jaxllm.train.state import SMALLEST_LOSS_SCALE, TrainState
 
 Batch = Mapping[str, jax.Array]
 Metrics = Mapping[str, jax.Array]
@@ -32,29 +33,40 @@ def make_step(
     schedule: optax.Schedule,
     *,
     stack: Stack,
+    objective: Objective = CROSS_ENTROPY,
     max_grad_norm: float | None = None,
 ) -> Step:
     """A step over batches of arrays `[micro-batches, sequences, T]`.
 
-    The loss is the mean over all trained tokens of the whole batch, so that the result does not depend on how the
-    batch is cut into micro-batches; their gradients are summed in at least float32. With `max_grad_norm`, the
+    The objective is the mean over all trained tokens of the whole batch, so that the result does not depend on how
+    the batch is cut into micro-batches; their gradients are summed in at least float32. With `max_grad_norm`, the
     gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters.
-    A loss or gradient that is not finite leaves parameters and optimizer state as they are.
-    Metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, `trained_tokens`, `bad` (1 for such a step);
-    `grad_norm/<group>` and `param_norm/<group>` (before the update) of the trainable half, see `metrics.norms`.
+    A loss or gradient that is not finite leaves parameters, optimizer state and the schedule's step as they are.
+
+    Where the state has a loss scale, the objective is multiplied by it before it is differentiated, and the float32
+    gradient divided by it after. A gradient that is not finite then counts as an overflow of float16, and lowers the
+    scale; it counts as bad only where the loss is not finite either or the scale is the smallest already.
+
+    Metrics: `loss` (the mean cross entropy, whatever is minimised), `grad_norm` (before clipping), `learning_rate`,
+    `trained_tokens`, `bad` (1 for a step that was not applied); `grad_norm/<group>` and `param_norm/<group>` (before
+    the update) of the trainable half, see `metrics.norms`; `objective` where it is not the loss, `z_loss` where it is
+    a part of it; `loss_scale` (the one used) and `overflow` (1 for such a step) where there is one.
     """
 
-    def gradient(state: TrainState, batch: Batch) -> tuple[jax.Array, Params]:
+    def gradient(state: TrainState, batch: Batch) -> tuple[Losses, Params]:
         trained = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
+        factor = 1 if state.loss_scale is None else state.loss_scale.scale
 
-        def loss(params: Params, micro: Batch) -> jax.Array:
-            return lm.loss_sum(tree.combine(params, state.frozen), micro, stack) / trained
+        def loss(params: Params, micro: Batch) -> tuple[jax.Array, Losses]:
+            sums = lm.losses(tree.combine(params, state.frozen), micro, stack, objective)
+            means = jax.tree.map(lambda total: total / trained, sums)
+            return means.objective * factor, means
 
-        def of_micro(micro: Batch) -> tuple[jax.Array, Params]:
-            value, grads = jax.value_and_grad(loss)(state.params, micro)
-            return value, jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
+        def of_micro(micro: Batch) -> tuple[Losses, Params]:
+            (_, means), grads = jax.value_and_grad(loss, has_aux=True)(state.params, micro)
+            return means, jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
 
-        def add(total: tuple[jax.Array, Params], micro: Batch):
+        def add(total: tuple[Losses, Params], micro: Batch):
             return jax.tree.map(jnp.add, total, of_micro(micro)), None
 
         if batch["tokens"].shape[0] == 1:
@@ -64,18 +76,30 @@ def make_step(
         return jax.lax.scan(add, zeros, dict(batch))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = gradient(state, batch)
+        losses, grads = gradient(state, batch)
+        loss_scale = state.loss_scale
+        if loss_scale is not None:
+            grads = jax.tree.map(lambda g: g / loss_scale.scale, grads)
         norm = optax.tree.norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        good = jnp.isfinite(losses.objective) & jnp.isfinite(norm)
         metrics = {
-            "loss": loss,
+            "loss": losses.cross_entropy,
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step)),
             "trained_tokens": jnp.sum(batch["loss_mask"]),
-            "bad": 1 - good.astype(jnp.int32),
             **norms("grad_norm", grads),
             **norms("param_norm", state.params),
         }
+        if objective != CROSS_ENTROPY:
+            metrics["objective"] = losses.objective
+        if objective.z_loss:
+            metrics["z_loss"] = losses.z_loss
+        overflow = jnp.zeros((), bool)
+        if loss_scale is not None:
+            overflow = jnp.isfinite(losses.objective) & ~good & (loss_scale.scale > SMALLEST_LOSS_SCALE)
+            metrics |= {"loss_scale": loss_scale.scale, "overflow": overflow.astype(jnp.int32)}
+            loss_scale = loss_scale.after(good, overflow)
+        metrics["bad"] = (~good & ~overflow).astype(jnp.int32)
         if max_grad_norm is not None:
             scale = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * scale, grads)
@@ -83,7 +107,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         new, old = (params, opt_state), (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
-        return TrainState(state.step + good, params, state.frozen, opt_state), metrics
+        return TrainState(state.step + good, params, state.frozen, opt_state, loss_scale), metrics
 
     return step
 

@@ -12,7 +12,7 @@ from families import mesh_layout
 
 from jaxllm.core.mesh import Layout
 from jaxllm.nn.linear import project
-from jaxllm.nn.loss import CHUNK_BYTES, cross_entropy, loss_chunks
+from jaxllm.nn.loss import CHUNK_BYTES, CROSS_ENTROPY, Objective, loss_chunks, token_losses
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 8, 16, 101
 EIGHT = dict(data=2, fsdp=2, tensor=2)
@@ -37,19 +37,25 @@ def masked_logits(kernel: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.arange(z.shape[-1]) < VOCAB, z, -jnp.inf)
 
 
-def value_and_gradients(layout: Layout, chunks: int, x, kernel, targets, mask):
-    """Of the summed loss, on a layout that pads the vocabulary."""
+def value_and_gradients(layout: Layout, chunks: int, x, kernel, targets, mask, objective: Objective = CROSS_ENTROPY):
+    """The losses, and the gradients of the objective, on a layout that pads the vocabulary."""
     ways = layout.size("vocab")
     kernel = np.pad(kernel, ((0, 0), (0, -VOCAB % ways)))
 
     def loss(x, kernel):
-        return cross_entropy(partial(masked_logits, kernel), x, targets, mask, layout, chunks)
+        head = partial(masked_logits, kernel)
+        sums = token_losses(head, x, targets, mask, layout, vocab_size=VOCAB, chunks=chunks, objective=objective)
+        return sums.objective, sums
 
     placed = (
         jax.device_put(x, layout.sharding("batch", None, None)),
         jax.device_put(kernel, layout.sharding("vocab_embed", "vocab")),
     )
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*placed)
+    (_, losses), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*placed)
+    return losses, gradients
+
+
+OBJECTIVES = [Objective(), Objective(label_smoothing=0.1), Objective(z_loss=1e-3), Objective(0.2, 1e-4)]
 
 
 @pytest.mark.parametrize(
@@ -57,16 +63,36 @@ def value_and_gradients(layout: Layout, chunks: int, x, kernel, targets, mask):
     [({}, 1), ({}, 2), ({}, 8), (EIGHT, 1), (EIGHT, 8), (dict(tensor=8), 2), (dict(data=2, fsdp=4), 2)],
     ids=str,
 )
-def test_it_is_the_cross_entropy_of_torch(sizes, chunks):
+@pytest.mark.parametrize("objective", OBJECTIVES[::3], ids=["plain", "smoothed with z-loss"])
+def test_it_is_the_cross_entropy_of_torch(sizes, chunks, objective):
+    check_against_torch(sizes, chunks, objective)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[1:3], ids=["smoothed", "z-loss"])
+def test_smoothing_and_z_loss_alone(objective):
+    check_against_torch(EIGHT, 2, objective)
+
+
+def check_against_torch(sizes: dict[str, int], chunks: int, objective: Objective) -> None:
+    """Values and gradients, of the real vocabulary alone, in float64."""
     given = example()
     x, kernel = (torch.tensor(given[name], requires_grad=True) for name in ("x", "kernel"))
     targets = torch.where(torch.tensor(given["mask"]) > 0, torch.tensor(given["targets"]).long(), -100)
     logits = (x @ kernel).flatten(0, 1)
-    theirs = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+    torch_loss = partial(
+        torch.nn.functional.cross_entropy, logits, targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+    log_z = torch.logsumexp(logits, -1)[targets.flatten() >= 0]
+    z_loss = objective.z_loss * (log_z**2).sum()
+    theirs = torch_loss(label_smoothing=objective.label_smoothing) + z_loss
     theirs.backward()
     with jax.enable_x64(True):
-        value, (x_gradient, kernel_gradient) = value_and_gradients(mesh_layout(**sizes), chunks, **given)
-        np.testing.assert_allclose(value, theirs.item(), rtol=1e-13)
+        losses, (x_gradient, kernel_gradient) = value_and_gradients(
+            mesh_layout(**sizes), chunks, **given, objective=objective
+        )
+        np.testing.assert_allclose(losses.objective, theirs.item(), rtol=1e-13)
+        np.testing.assert_allclose(losses.cross_entropy, torch_loss().item(), rtol=1e-13)
+        np.testing.assert_allclose(losses.z_loss, z_loss.item(), rtol=1e-13)
         np.testing.assert_allclose(x_gradient, x.grad.numpy(), rtol=0, atol=1e-13)
         np.testing.assert_allclose(kernel_gradient[:, :VOCAB], kernel.grad.numpy(), rtol=0, atol=1e-13)
         # Padding is never drawn towards anything; an untrained row has no gradient at all.
@@ -78,14 +104,14 @@ def test_bfloat16_states_give_a_float32_loss():
     """To the rounding of the inputs: the loss itself is summed in float32."""
     given = example()
     rounded = {name: given[name].astype(jnp.bfloat16) for name in ("x", "kernel")}
-    value, gradients = value_and_gradients(Layout.single(), 2, **{**given, **rounded})
-    assert value.dtype == jnp.float32
+    losses, gradients = value_and_gradients(Layout.single(), 2, **{**given, **rounded}, objective=OBJECTIVES[3])
+    assert {loss.dtype.name for loss in losses} == {"float32"}
     assert {gradient.dtype.name for gradient in gradients} == {"bfloat16"}
     z = torch.tensor(rounded["x"].astype(float)) @ torch.tensor(rounded["kernel"].astype(float))
     nll = torch.nn.functional.cross_entropy(
         z.flatten(0, 1), torch.tensor(given["targets"]).long().flatten(), reduction="none"
     )
-    np.testing.assert_allclose(value, (nll.numpy() * given["mask"].ravel()).sum(), rtol=1e-5)
+    np.testing.assert_allclose(losses.cross_entropy, (nll.numpy() * given["mask"].ravel()).sum(), rtol=1e-5)
 
 
 def test_chunks_are_as_few_as_fit():
@@ -97,9 +123,21 @@ def test_chunks_are_as_few_as_fit():
     assert loss_chunks(8, 64, half // 16, layout) == 8 * loss_chunks(8, 64, half // 16, mesh_layout(**EIGHT))
 
 
-def compiled_gradient(layout: Layout, chunks: int, batch: int, length: int, width: int, vocab: int):
+def compiled_gradient(
+    layout: Layout,
+    chunks: int,
+    batch: int,
+    length: int,
+    width: int,
+    vocab: int,
+    objective: Objective = CROSS_ENTROPY,
+):
     def loss(x, kernel, targets, mask):
-        return cross_entropy(lambda x: project(x, kernel), x, targets, mask, layout, chunks)
+        def head(x):
+            return project(x, kernel)
+
+        sums = token_losses(head, x, targets, mask, layout, vocab_size=vocab, chunks=chunks, objective=objective)
+        return sums.objective
 
     def shape(dims, dtype, *axes):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=layout.sharding(*axes))
@@ -129,6 +167,28 @@ def test_one_chunk_of_logits_exists_at_a_time():
     )
     assert whole >= 2 * logits
     assert chunked < 4 * logits / chunks
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("objective", OBJECTIVES[::3], ids=["plain", "smoothed with z-loss"])
+@pytest.mark.parametrize("sizes", [{}, dict(tensor=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_a_large_vocabulary_takes_the_memory_of_a_chunk(sizes, objective):
+    """Forward and backward over 128k tokens, in the chunks that a run takes.
+
+    A device holds two arrays of a chunk's logits (the logits and their gradient), its share of the head's gradient
+    twice (the sum so far and a chunk's), and what is as wide as the hidden states: of all its logits an eighth.
+    """
+    layout = mesh_layout(**sizes)
+    batch, length, width, vocab = 8, 4096, 32, 2**17
+    ways = layout.size("act_vocab") * layout.size("act_vocab_batch")
+    chunks = loss_chunks(batch, length, vocab, layout)
+    logits = 4 * batch * length * vocab // ways
+    assert chunks == logits // CHUNK_BYTES
+    assert chunks >= 8
+    compiled = compiled_gradient(layout, chunks, batch, length, width, vocab, objective)
+    head = 4 * width * vocab // layout.size("act_vocab")
+    hidden = 4 * batch * length * width
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * CHUNK_BYTES + 2 * head + 4 * hidden
 
 
 @pytest.mark.optimized

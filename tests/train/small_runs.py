@@ -1,6 +1,7 @@
 """Small training runs: a tiny Llama, ragged batches, and some steps on any mesh."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxllm.models import FAMILIES, LM
 from jaxllm.models.base import FamilyConfig
 from jaxllm.models.layout import fit_layout
 from jaxllm.models.stack import Stack, scan
+from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import AdamW, Cosine, build
 from jaxllm.train.state import TrainState, abstract_state, new_state
 from jaxllm.train.step import BATCH_AXES, CompiledStep, batch_shapes, compile_step, make_step
@@ -89,21 +91,25 @@ def program(
     stack: Stack | None = None,
     max_grad_norm: float | None = MAX_GRAD_NORM,
     dtype: str = "float32",
+    compute_dtype: str | None = None,
+    objective: Objective = CROSS_ENTROPY,
     shape: tuple[int, int] = (ROWS, LENGTH),
 ) -> Program:
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
 
-    schedule: what `tx` was built with. frozen: patterns of the parameters that do not train. shape: sequences in a
-    whole batch, and tokens in each.
+    schedule: what `tx` was built with. frozen: patterns of the parameters that do not train. dtype: of parameters,
+    and of the computation where no other is given; float16 scales the loss. shape: sequences in a whole batch, and
+    tokens in each.
     """
-    lm = small_lm(config, dtype=dtype)
+    lm = replace(small_lm(config, dtype=dtype), compute_dtype=jnp.dtype(compute_dtype or dtype))
+    scale_loss = compute_dtype == "float16"
     layout = fit_layout(config, layout or Layout.single())
     if tx is None:
         tx, schedule = build(OPTIMIZER, STEPS)
     moved, params = on_layout(lm, layout, draw_params(lm))
     chosen = tree.match(params, "*", exclude=frozen)
-    abstract = abstract_state(moved.abstract(), chosen, tx, layout)
-    step = make_step(moved, tx, schedule, stack=stack or scan(), max_grad_norm=max_grad_norm)
+    abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss)
+    step = make_step(moved, tx, schedule, stack=stack or scan(), objective=objective, max_grad_norm=max_grad_norm)
     rows, length = shape
     batch = batch_shapes((micro_batches, rows // micro_batches, length), layout)
     compiled = compile_step(step, abstract, batch, layout)
@@ -111,7 +117,8 @@ def program(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def start() -> TrainState:
-        return jax.device_put(new_state(jax.tree.map(jnp.array, host), chosen, tx), shardings)
+        state = new_state(jax.tree.map(jnp.array, host), chosen, tx, scale_loss=scale_loss)
+        return jax.device_put(state, shardings)
 
     return Program(moved, layout, compiled, start)
 

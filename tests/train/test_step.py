@@ -1,7 +1,9 @@
 """The training step: on a small Llama, and on losses of one line where only its arithmetic matters."""
 
+import re
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from families import mesh_layout
+from families import mesh_layout, small_lm
 from small_runs import (
     MAX_GRAD_NORM,
     OPTIMIZER,
@@ -25,7 +27,10 @@ from small_runs import (
 
 from jaxllm import optim
 from jaxllm.core import tree
-from jaxllm.models.stack import loop, scan
+from jaxllm.core.errors import UserError
+from jaxllm.models.stack import NamedTensors, Remat, check_offload, loop, scan
+from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
+from jaxllm.nn.named import TENSOR_NAMES
 from jaxllm.optim.build import build
 from jaxllm.train.state import TrainState, new_state
 from jaxllm.train.step import make_step
@@ -135,7 +140,14 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 # Walks over the layers, in float64: rounding is no excuse (DESIGN, section 5).
 
 WALKS = {"scan none": scan("none"), "scan dots": scan("dots")}
-MORE_WALKS = {"scan full": scan("full"), "loop full": loop("full"), "unrolled": scan("dots", unroll=2)}
+MORE_WALKS = {
+    "scan full": scan("full"),
+    "loop full": loop("full"),
+    "unrolled": scan("dots", unroll=2),
+    "no loop": scan("full", unroll="all"),
+    "offloaded": scan("offload_dots"),
+    "named": scan(NamedTensors(save=("attn_q", "attn_context", "mlp_hidden"), offload=("mlp_gate",))),
+}
 
 
 @cache
@@ -157,24 +169,49 @@ def test_every_walk_is_the_plain_loop(walk):
 def test_remat_saves_memory():
     """Of a deep model on long rows, where what the backward pass finds saved is most of the memory."""
     config = llama(num_hidden_layers=8)
-    none, dots, full = (
-        program(config, shape=(8, 128), stack=scan(remat), tx=optax.sgd(1.0)).compiled.temp_bytes
-        for remat in ("none", "dots", "full")
-    )
+    rows, length, layers, width = 8, 128, 8, 4 * 48
+
+    def temp_bytes(remat: Remat) -> int:
+        return program(config, shape=(rows, length), stack=scan(remat), tx=optax.sgd(1.0)).compiled.temp_bytes
+
+    none, dots, full = (temp_bytes(remat) for remat in ("none", "dots", "full"))
     assert dots < none / 2
     assert full < dots
+    # What is saved by name is what is held: one array of a layer's features for each name.
+    one, two = (temp_bytes(NamedTensors(save=names)) for names in (("mlp_gate",), ("mlp_gate", "mlp_up")))
+    assert full < one < two < dots
+    np.testing.assert_allclose(two - one, rows * length * layers * width, rtol=0.1)
+
+
+def test_every_name_is_a_result_of_the_block():
+    """A name that nothing has would save nothing, and say nothing."""
+    lm = small_lm(llama())
+    jaxpr = str(jax.make_jaxpr(lm.losses)(lm.abstract(), ragged_batch(0)))
+    assert set(re.findall(r"name\[name=(\w+)\]", jaxpr)) == set(TENSOR_NAMES)
+
+
+def test_host_memory_is_asked_for_before_it_is_used():
+    device = SimpleNamespace(device_kind="Toy", addressable_memories=lambda: [SimpleNamespace(kind="device")])
+    for remat in ("none", "dots", "full", NamedTensors(save=("mlp_up",))):
+        check_offload(remat, device)
+    for remat in ("offload_dots", NamedTensors(offload=("mlp_up",))):
+        with pytest.raises(UserError, match="Toy has no memory 'pinned_host' here, only device; use dots or full"):
+            check_offload(remat, device)
+        check_offload(remat, jax.local_devices()[0])
 
 
 # Arithmetic of the step alone, on losses of one line.
 
 
 class OneLine(NamedTuple):
-    """Stands for a model whose summed loss is `loss(params, batch)`."""
+    """Stands for a model whose summed cross entropy is `loss(params, batch)`."""
 
     loss: Callable[[Any, Any], jax.Array]
 
-    def loss_sum(self, params: Any, batch: Any, stack: Any) -> jax.Array:
-        return self.loss(params, batch)
+    def losses(self, params: Any, batch: Any, stack: Any, objective: Objective) -> Losses:
+        assert objective == CROSS_ENTROPY
+        loss = self.loss(params, batch)
+        return Losses(loss, loss, jnp.zeros_like(loss))
 
 
 def one_line(
