@@ -79,7 +79,7 @@ def make_step(
         losses, grads = gradient(state, batch)
         loss_scale = state.loss_scale
         if loss_scale is not None:
-            grads = jax.tree.map(lambda g: g / loss_scale.scale, grads)
+            grads = optax.tree.scale(1 / loss_scale.scale, grads)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(losses.objective) & jnp.isfinite(norm)
         metrics = {

@@ -67,11 +67,12 @@ def test_every_byte_of_the_state_is_reused():
     state = made.start()
     on_one_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     memory = made.compiled.run.memory_analysis()
-    metrics = 5  # scalars of 4 bytes, which are new; the result is a table of pointers besides
+    _, metrics = made.compiled.run(state, made.place(ragged_batch(0)))
+    # Scalars of 4 bytes, which are new; the result is a table of pointers besides.
+    new = 4 * len(metrics) + 8 * (len(metrics) + len(jax.tree.leaves(state)))
     assert memory.alias_size_in_bytes == on_one_device
-    assert memory.output_size_in_bytes <= on_one_device + 4 * metrics + 8 * (metrics + len(jax.tree.leaves(state)))
-    assert made.compiled.peak_bytes < made.compiled.argument_bytes + made.compiled.temp_bytes + 1024
-    made.compiled.run(state, made.place(ragged_batch(0)))
+    assert memory.output_size_in_bytes <= on_one_device + new
+    assert made.compiled.peak_bytes <= made.compiled.argument_bytes + made.compiled.temp_bytes + new
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
