@@ -29,7 +29,6 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "eval_steps": ("evals.0.every",),
     "excess_length_strategy": ("data.long_samples",),
     "fp16": ("train.compute_dtype",),
-    "full_determinism": ("train.deterministic",),
     "global_batch_size": ("train.batch_size",),
     "gradient_accumulation_steps": ("train.batch_size", "train.micro_batch_size"),
     "gradient_checkpointing": ("train.remat",),
