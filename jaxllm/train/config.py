@@ -122,6 +122,17 @@ class TrainConfig(Section):
             )
         return self.batch_size // together, together
 
+    def last_step(self, rows: int, step: int, epoch: int, position: int) -> int:
+        """The number of the last step: `steps`, or the step after which all `epochs` of `rows` rows were seen.
+
+        After `step` steps `position` rows of `epoch` are behind; these may have been of another batch size.
+        """
+        if self.epochs is None:
+            assert self.steps is not None  # one of the two is given
+            return self.steps
+        left = self.epochs * rows - (epoch * rows + position)
+        return step + -(-left // self.batch_size)
+
     def computes_in(self) -> str:
         """The compute dtype on this machine."""
         return self.compute_dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")

@@ -73,7 +73,8 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
 
     inputs = read_inputs(config, tokenizer, say)
     store, plan = inputs.train
-    steps = config.train.steps or -(-len(plan.order) * (config.train.epochs or 0) // config.train.batch_size)
+    seen = (resume.facts.step, resume.facts.epoch, resume.facts.position) if resume else (0, 0, 0)
+    steps = config.train.last_step(len(plan.order), *seen)
     sets = evaluation_sets(config, inputs.held_out, lm.layout, micro_batch)
     if resume:
         resume.check(lm, store.folder.name, steps)
