@@ -16,6 +16,8 @@ from jaxllm.core.config import ByType, Section
 from jaxllm.core.mesh import Layout
 from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
+from jaxllm.kernels.attention import AttentionForm
+from jaxllm.kernels.attention_choice import AttentionNeeds
 from jaxllm.models.rules import Rule
 from jaxllm.models.stack import Stack, scan
 from jaxllm.nn.cache import LayerCache
@@ -96,6 +98,7 @@ class LM:
 
     param_dtype: the dtype of the parameters, or one for each path.
     compute_dtype: the dtype of activations and matrix products.
+    attention: the form of attention outside decoding. "cudnn" is for batches with one document a row.
     source: where a converted model came from, for the way back (`jaxllm.hf`); None for a new one.
     """
 
@@ -104,6 +107,7 @@ class LM:
     layout: Layout
     param_dtype: DTypeLike | Mapping[str, DTypeLike] = jnp.float32
     compute_dtype: DTypeLike = jnp.float32
+    attention: AttentionForm = "xla"
     source: Any = None
 
     # Parameters
@@ -145,7 +149,7 @@ class LM:
         c = self.config
         embed_key, layers_key, norm_key, head_key = jax.random.split(key, 4)
         x = jnp.zeros((1, 1, c.hidden_size), self.compute_dtype)
-        ctx = replace(self.context(jnp.zeros((1, 1), jnp.int32)), layout=Layout.single())
+        ctx = replace(self.context(jnp.zeros((1, 1), jnp.int32)), layout=Layout.single(), attention="xla")
         params = {
             "embed": Embed(c.vocab_size, c.hidden_size, self.compute_dtype, c.initializer_range).init(
                 embed_key, jnp.zeros((1, 1), jnp.int32), ctx.layout
@@ -181,13 +185,19 @@ class LM:
     def _norm(self) -> RMSNorm:
         return RMSNorm(self.config.rms_norm_eps)
 
+    def attention_needs(self, packed: bool) -> AttentionNeeds:
+        """What the form of attention is chosen for. packed: whether a row may hold several documents."""
+        c = self.config
+        heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        return AttentionNeeds(self.layout, *heads, self.compute_dtype, packed)
+
     def context(
         self, positions: jax.Array, segments: jax.Array | None = None, cache: CachePosition | None = None
     ) -> Context:
         """The context of a batch with `positions` `[B, T]` int32 and `segments` `[B, T]` int32."""
         c = self.config
         tables = rope_tables(positions, c.rotation, self.compute_dtype, c.rope, segments)
-        return Context(self.layout, tables, segments, cache)
+        return Context(self.layout, tables, segments, self.attention, cache)
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         """`[B, T]` int32 → `[B, T, D]` in the compute dtype."""
@@ -264,7 +274,9 @@ class LM:
 
         batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each.
         """
-        ctx = self.context(batch["positions"], batch["segments"])
+        # Behind the one document of a row there is padding alone, which causal order hides.
+        segments = None if self.attention == "cudnn" else batch["segments"]
+        ctx = self.context(batch["positions"], segments)
         x, _ = self.hidden(params, batch["tokens"], ctx, stack)
         batch_size, length = batch["tokens"].shape
         chunks = loss_chunks(batch_size, length, self.vocab_padded, self.layout)

@@ -1,13 +1,11 @@
 """Causal self-attention with grouped queries, over one batch or over a key-value cache."""
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxllm.core.dtypes import at_least_float32
+from jaxllm.kernels.attention import attend, causal_attention
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import Context
 from jaxllm.nn.linear import Linear
@@ -44,7 +42,7 @@ class Attention(nn.Module):
         k = named(apply_rope(heads(self.kv_heads, "kv_heads", "k"), ctx.rope), "attn_k")
         v = named(heads(self.kv_heads, "kv_heads", "v"), "attn_v")
         if cache is None:
-            y = attend(q, k, v, causal_mask(ctx, length))
+            y = causal_attention(ctx.attention, q, k, v, ctx.segments, ctx.layout)
         else:
             cache = cache.write(k, v, ctx)
             y = attend(q, cache.k, cache.v, cache_mask(ctx, length))
@@ -53,30 +51,9 @@ class Attention(nn.Module):
         return named(linear(width, ("heads", "embed"), "o")(y), "attn_out"), cache
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`softmax(q kᵀ / sqrt(head_dim)) v` for q `[B, T, H, d]` and k, v `[B, S, K, d]`, softmax in at least float32.
-
-    mask: `[B or 1, T, S]` bool, True where a query may look (each must see some key). A masked key gets a weight of
-    exactly 0. Query head h reads key head h // (H / K).
-    """
-    batch, length, heads, width = q.shape
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
-    wide = at_least_float32(q.dtype)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide) / math.sqrt(width)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, width)
-
-
-def causal_mask(ctx: Context, length: int) -> jax.Array:
-    """True where the query's token is the key's or a later one of the same segment."""
-    earlier = jnp.tril(jnp.ones((1, length, length), bool))
-    if ctx.segments is None:
-        return earlier
-    return earlier & (ctx.segments[:, :, None] == ctx.segments[:, None, :])
-
-
 def cache_mask(ctx: Context, length: int) -> jax.Array:
-    """The same for `length` queries at the cache position of `ctx` and the keys of all its slots."""
+    """`[B, length, S]`: True where one of `length` queries at the cache position of `ctx` may look at a slot: one of
+    its own segment, and no later one."""
     assert ctx.cache is not None
     offset, segments = ctx.cache.offset, ctx.cache.segments
     query_slots = offset + jnp.arange(length)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 
 from jaxllm.core.mesh import Layout
+from jaxllm.kernels.attention import AttentionForm
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,14 @@ class Context:
     rope: cosines and sines of the rotation angles, `[B, T, head_dim / 2]` each.
     segments: `[B, T]` int32, which document each token belongs to, 0 for padding; None = one document a row.
         A token attends to earlier tokens of its own segment.
+    attention: how attention is computed; with a cache it is always the plain form.
     cache: where a decoding pass stands in the key-value cache; None outside decoding.
     """
 
     layout: Layout
     rope: tuple[jax.Array, jax.Array]
     segments: jax.Array | None = None
+    attention: AttentionForm = "xla"
     cache: "CachePosition | None" = None
 
 

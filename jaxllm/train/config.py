@@ -15,6 +15,7 @@ from jaxllm.core.mesh import Layout, MeshConfig
 from jaxllm.core.registry import Registry
 from jaxllm.data.loader import DataConfig
 from jaxllm.data.source import RecordsConfig, SourceConfig
+from jaxllm.kernels.attention_choice import AskedAttention
 from jaxllm.models import FAMILIES
 from jaxllm.models.base import FamilyConfig
 from jaxllm.models.stack import RematConfig, Stack, scan
@@ -93,6 +94,10 @@ class TrainConfig(Section):
     compute_dtype: DTypeName | None = None
     """what activations and matrix products are in; default: bfloat16 on a GPU, float32 elsewhere. With float16 the
     loss is scaled, by as much as the gradients allow"""
+    attention: AskedAttention = "auto"
+    """how attention is computed: xla (plain JAX, holds all scores), cudnn (NVIDIA's kernel, for one document a row),
+    flash (a GPU kernel that keeps packed documents apart), or auto, the fastest that works here. It is tested for
+    leaks between documents before the run starts"""
     max_grad_norm: PositiveFloat | None = 1.0
     """gradients are scaled down to this global norm; null: never"""
     max_bad_steps: PositiveInt = 3

@@ -192,7 +192,7 @@ def prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / RESOLVED, dump(config))
-        _write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        _write(folder / "env.json", json.dumps({**environment(), "attention": lm.attention}, indent=2) + "\n")
         if not keep_model:
             _write_model(folder / RUN_MODEL, lm, tokenizer_folder, special_ids, config.train.param_dtype)
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from jaxllm.data.loader import State
 from jaxllm.evaluate.perplexity import Perplexity
 from jaxllm.hf import save as export
 from jaxllm.hf.export import check_replaceable
+from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.models.stack import check_offload
 from jaxllm.optim.build import build
 from jaxllm.train.config import Config
@@ -78,6 +80,10 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
     sets = evaluation_sets(config, inputs.held_out, lm.layout, micro_batch)
     if resume:
         resume.check(lm, store.folder.name, steps)
+
+    attention = choose_attention(config.train.attention, lm.attention_needs(packed=config.data.packing != "none"))
+    lm = replace(lm, attention=attention.form)
+    say("attention", attention)
 
     tx, schedule = build(config.optim, steps)
     everything = jax.tree.map(lambda _: True, lm.abstract())

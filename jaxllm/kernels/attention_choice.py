@@ -1,0 +1,170 @@
+"""Which form of attention a run computes with: one that works here, and that was seen not to leak."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxllm.core.dtypes import at_least_float32
+from jaxllm.core.errors import UserError
+from jaxllm.core.mesh import Layout
+from jaxllm.kernels.attention import AttentionForm, attend, causal_attention, causal_mask
+
+AskedAttention = Literal["auto", AttentionForm]
+
+# The fastest first: cuDNN's kernel is NVIDIA's own, ours can tell documents apart, plain JAX holds all scores.
+BY_SPEED: tuple[AttentionForm, ...] = ("cudnn", "flash", "xla")
+assert set(BY_SPEED) == set(get_args(AttentionForm))
+
+# Tokens in a row of the test: more than one tile of any form.
+TEST_LENGTH = 256
+# Of the largest value: the weights' rounding to bfloat16 stays well within, a wrong mask, scale or head is far out.
+TEST_TOLERANCE = 2.0**-5
+
+
+@dataclass(frozen=True)
+class AttentionNeeds:
+    """What attention is to be computed for. packed: whether a row may hold several documents."""
+
+    layout: Layout
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: DTypeLike
+    packed: bool
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The form chosen, and why the faster ones were not: `{reason: forms}`."""
+
+    form: AttentionForm
+    others: Mapping[str, list[str]]
+
+    def __str__(self) -> str:
+        return f"{self.form}, tested for leaks between documents" + (f"; {_said(self.others)}" if self.others else "")
+
+
+def _said(refused: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{' and '.join(forms)}: {reason}" for reason, forms in refused.items())
+
+
+def choose_attention(asked: AskedAttention, needs: AttentionNeeds) -> AttentionChoice:
+    """The form `asked` for, or for "auto" the fastest that works on the devices of the layout and is without `fault`.
+
+    Raises UserError with the reason if there is none.
+    """
+    refused: dict[str, list[str]] = {}
+    for form in BY_SPEED if asked == "auto" else (asked,):
+        reason = obstacle(form, needs) or fault(partial(causal_attention, form), needs)
+        if reason is None:
+            return AttentionChoice(form, refused)
+        refused.setdefault(reason, []).append(form)
+    raise UserError(
+        f"train.attention: {asked} cannot be used here. {_said(refused)}. "
+        + ("Please report this" if asked == "auto" else "Set it to auto, which takes the fastest form that can")
+    )
+
+
+def obstacle(form: AttentionForm, needs: AttentionNeeds) -> str | None:
+    """Why `form` cannot compute what is needed on these devices; None if nothing speaks against it."""
+    if form == "xla":
+        return None
+    device = needs.layout.mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return f"needs an NVIDIA GPU, and this is a {device.platform}"
+    capability = tuple(int(part) for part in str(device.compute_capability).split("."))
+    dtype, width = jnp.dtype(needs.dtype), needs.head_dim
+    if capability < (8, 0):
+        return f"needs a GPU since Ampere (compute capability 8.0), and this one has {device.compute_capability}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"computes in bfloat16 or float16, and train.compute_dtype is {dtype}"
+    if form == "flash":
+        return f"has no tiles for heads wider than 256, and these are {width}" if width > 256 else None
+    if needs.packed:
+        return "does not keep documents apart, and data.packing puts several in a row"
+    widest = 256 if capability >= (9, 0) else 128
+    if width % 8 or width > widest:
+        return f"takes heads of a multiple of 8 up to {widest} here, and these are {width} wide"
+    return None
+
+
+def fault(attention: Callable[..., jax.Array], needs: AttentionNeeds) -> str | None:
+    """What is wrong with `attention(q, k, v, segments, layout)` on these devices; None if it passes the test.
+
+    Of a short batch in the shape that is needed, one document at a time gets other values. Neither the results nor
+    the gradients of any other token may change by a bit, those of other rows included. They must be those of the
+    plain form, too, to TEST_TOLERANCE.
+    """
+    layout, rows = needs.layout, needs.layout.size("batch")
+    rng = np.random.default_rng(0)
+    lengths = (97, 131) if needs.packed else (201,)
+    documents = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, TEST_LENGTH - sum(lengths)])
+    segments = np.tile(documents.astype(np.int32), (rows, 1))
+    heads = (needs.heads, needs.kv_heads, needs.kv_heads, needs.heads)
+    drawn = [rng.standard_normal((2, TEST_LENGTH, count, needs.head_dim), np.float32) for count in heads]
+    # What comes after the last document trains nothing, so that no gradient enters there.
+    drawn[3][:, documents == 0] = 0
+
+    def batch(changed: int | None) -> list[jax.Array]:
+        """Every row the same, but for one document of the first."""
+        arrays = []
+        for x in drawn:
+            row = np.where((documents == changed)[:, None, None], x[1], x[0])
+            arrays.append(np.concatenate([row[None], np.broadcast_to(x[0], (rows - 1, *row.shape))]))
+        names = (("act_heads",), ("act_kv_heads",), ("act_kv_heads",), ("act_heads",))
+        return [
+            _place(a.astype(needs.dtype), layout, ("batch", None, *name, None))
+            for a, name in zip(arrays, names, strict=True)
+        ]
+
+    given = _place(segments, layout, ("batch", None)) if needs.packed else None
+    run = jax.jit(_with_gradients(lambda q, k, v: attention(q, k, v, given, layout)), out_shardings=layout.replicated)
+    try:
+        before = _on_host(run(*batch(None)))
+        for changed in set(documents.tolist()) if needs.packed else {0}:
+            others = np.ones((rows, TEST_LENGTH), bool)
+            others[0] = documents != changed
+            for name, a, b in zip(("result", "dq", "dk", "dv"), before, _on_host(run(*batch(changed))), strict=True):
+                if a[others].tobytes() != b[others].tobytes():
+                    where = f"document {changed}" if changed else "padding"
+                    return f"leaks: {where} changes another document's {name}"
+        expected = _on_host(jax.jit(_reference, out_shardings=layout.replicated)(*batch(None), segments))
+    except (RuntimeError, ValueError) as error:
+        return f"fails here: {str(error).strip().splitlines()[0]}"
+    real = segments > 0
+    for name, a, b in zip(("result", "dq", "dk", "dv"), before, expected, strict=True):
+        off = np.abs(a[real].astype(np.float64) - b[real]).max() / np.abs(b[real]).max()
+        if not off <= TEST_TOLERANCE:
+            return f"is wrong: {name} misses the plain form's by {off:.1%} of its largest value"
+    return None
+
+
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
+    mask = causal_mask(segments, 0, q.shape[1])
+    wide = at_least_float32(q.dtype)
+    with jax.default_matmul_precision("highest"):
+        return _with_gradients(lambda q, k, v: attend(q, k, v, mask))(*(x.astype(wide) for x in (q, k, v, dy)))
+
+
+def _with_gradients(f: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """`(q, k, v, dy) -> (y, dq, dk, dv)` of `f(q, k, v)`."""
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+        y, pullback = jax.vjp(f, q, k, v)
+        return y, *pullback(dy)
+
+    return run
+
+
+def _place(array: np.ndarray, layout: Layout, axes: tuple[str | None, ...]) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, layout.sharding(*axes), lambda index: array[index])
+
+
+def _on_host(arrays: Any) -> list[np.ndarray]:
+    return [np.asarray(array) for array in arrays]

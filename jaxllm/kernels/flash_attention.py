@@ -1,0 +1,297 @@
+"""Causal attention between the tokens of one document, tile by tile, as GPU kernels in Pallas (Triton).
+
+FlashAttention-2 (Dao, arXiv 2307.08691): scores are made a tile at a time in the chip's fast memory and never
+stored; the forward pass keeps the log-sum-exp of each row, from which the backward pass makes them again. Beyond
+the paper: key and value heads are read by all query heads of their group and never repeated, and tiles between
+documents that do not meet are not visited. No sum depends on the order in which programs run, so that a run's bits
+repeat.
+
+Pallas ships such a kernel (`jax.experimental.pallas.ops.gpu.attention`); it wants as many key heads as query heads
+and a length of whole tiles, and visits every earlier tile.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+# Sequences are padded to a multiple of it; every tile's side divides it.
+TILE = 128
+# Scores are kept in base 2, whose exponential is one instruction.
+LOG2E = math.log2(math.e)
+# Below every score, and finite: the difference of two is a number.
+MASKED = -1e30
+PADDING = jnp.iinfo(jnp.int32).max
+
+
+class Tiles(NamedTuple):
+    """A kernel's tile of queries × keys, and how Triton runs a program: warps, and loads in flight."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiles_of(head_dim: int) -> tuple[Tiles, Tiles, Tiles]:
+    """The tiles of the forward kernel, of that of dq, and of that of dk and dv, for a power of two `head_dim`.
+
+    Compiled for A100 and H100, none spills a register, and each fits into the 99 KiB of fast memory that the
+    smallest cards since Ampere give a program.
+    """
+    if head_dim <= 64:
+        return Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)
+    if head_dim <= 128:
+        return Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)
+    return Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)
+
+
+def flash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, interpret: bool = False
+) -> jax.Array:
+    """`softmax(q kᵀ / sqrt(d)) v` over the earlier keys of each query's segment: `[B, T, H, d]`, as `q`.
+
+    q: `[B, T, H, d]`; k, v: `[B, T, K, d]`; query head h reads key head h // (H / K). segments: `[B, T]` int32, None
+    = one a row. Any numbering is right; tiles are left out where a row's segments ascend, 0 (padding) at the end.
+    Scores, softmax and all sums are in float32. interpret: run the kernels in plain JAX, for tests.
+    """
+    batch, length, _, width = q.shape
+    if segments is None:
+        segments = jnp.ones((batch, length), jnp.int32)
+    # Only equality matters to the result, and padding that is numbered last keeps tiles apart.
+    segments = jnp.where(segments == 0, PADDING, segments)
+    # No earlier token sees what is added at the end of the row; zeros added to the width add nothing to a product.
+    rows, columns = -length % TILE, pl.next_power_of_2(max(width, 16)) - width
+    q, k, v = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, columns))) for x in (q, k, v))
+    segments = jnp.pad(segments, ((0, 0), (0, rows)), constant_values=PADDING)
+    y = _attention(q, k, v, segments, 1 / math.sqrt(width), interpret)
+    return y[:, :length, :, :width]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float, interpret: bool
+) -> jax.Array:
+    return _forward(q, k, v, segments, scale, interpret)[0]
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float, interpret: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    batch, length, heads, width = q.shape
+    tiles, _, _ = tiles_of(width)
+    first, _ = _meeting(segments, tiles)
+    head, whole, row = _specs(tiles.queries, length, width, heads // k.shape[2])
+    y, lse = pl.pallas_call(
+        partial(_forward_kernel, scale=scale * LOG2E, tiles=tiles),
+        grid=(length // tiles.queries, batch, heads),
+        in_specs=[head, whole, whole, _row_of(length), _row_of(first.shape[1])],
+        out_specs=[head, row],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="attention_forward",
+    )(q, k, v, segments, first)
+    return y, (q, k, v, segments, y, lse)
+
+
+def _backward(scale: float, interpret: bool, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[Any, ...]:
+    q, k, v, segments, y, lse = saved
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    delta = jnp.einsum("bthd,bthd->bht", y.astype(jnp.float32), dy.astype(jnp.float32))
+    _, for_dq, for_dkv = tiles_of(width)
+
+    first, _ = _meeting(segments, for_dq)
+    head, whole, row = _specs(for_dq.queries, length, width, group)
+    dq = pl.pallas_call(
+        partial(_dq_kernel, scale=scale, tiles=for_dq),
+        grid=(length // for_dq.queries, batch, heads),
+        in_specs=[head, whole, whole, _row_of(length), _row_of(first.shape[1]), head, row, row],
+        out_specs=head,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=triton.CompilerParams(num_warps=for_dq.warps, num_stages=for_dq.stages),
+        interpret=interpret,
+        name="attention_dq",
+    )(q, k, v, segments, first, dy, lse, delta)
+
+    _, last = _meeting(segments, for_dkv)
+    tile = pl.BlockSpec((None, for_dkv.keys, None, width), lambda j, b, h: (b, j, h, 0))
+    of_group = pl.BlockSpec((None, length, group, width), lambda j, b, h: (b, 0, h, 0))
+    rows_of_group = pl.BlockSpec((None, group, length), lambda j, b, h: (b, h, 0))
+    dk, dv = pl.pallas_call(
+        partial(_dkv_kernel, scale=scale, tiles=for_dkv, group=group),
+        grid=(length // for_dkv.keys, batch, kv_heads),
+        in_specs=[
+            *(of_group, tile, tile, _row_of(length), _row_of(last.shape[1])),
+            *(of_group, rows_of_group, rows_of_group),
+        ],
+        out_specs=[tile, tile],
+        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        compiler_params=triton.CompilerParams(num_warps=for_dkv.warps, num_stages=for_dkv.stages),
+        interpret=interpret,
+        name="attention_dkv",
+    )(q, k, v, segments, last, dy, lse, delta)
+    return dq, dk, dv, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _specs(queries: int, length: int, width: int, group: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """For program (i, b, h): query tile i of head h, all keys of the head that h reads, tile i of scalars."""
+    return (
+        pl.BlockSpec((None, queries, None, width), lambda i, b, h: (b, i, h, 0)),
+        pl.BlockSpec((None, length, None, width), lambda i, b, h: (b, 0, h // group, 0)),
+        pl.BlockSpec((None, None, queries), lambda i, b, h: (b, h, i)),
+    )
+
+
+def _row_of(size: int) -> pl.BlockSpec:
+    """Sequence b of an array `[B, size]`."""
+    return pl.BlockSpec((None, size), lambda i, b, h: (b, 0))
+
+
+def _meeting(segments: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+    """The first tile of keys that each tile of queries must visit, and the last tile of queries that each tile of
+    keys must: `[B, T / tile]` int32 each.
+
+    Two tiles meet if the ranges of their segment numbers do, which every two tokens of one segment see to.
+    """
+
+    def ranges(size: int) -> tuple[jax.Array, jax.Array]:
+        numbers = segments.reshape(segments.shape[0], -1, size)
+        return numbers.min(-1), numbers.max(-1)
+
+    (q_low, q_high), (k_low, k_high) = ranges(tiles.queries), ranges(tiles.keys)
+    meet = (q_low[:, :, None] <= k_high[:, None, :]) & (k_low[:, None, :] <= q_high[:, :, None])
+    first = jnp.argmax(meet, axis=2).astype(jnp.int32)
+    last = meet.shape[1] - 1 - jnp.argmax(meet[:, ::-1], axis=1).astype(jnp.int32)
+    return first, last
+
+
+def _places(tile: Any, size: int) -> tuple[Any, jax.Array]:
+    """The slice of `tile` of `size` places, and the places."""
+    return pl.ds(tile * size, size), tile * size + jnp.arange(size, dtype=jnp.int32)
+
+
+def _forward_kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    segments_ref: Any,
+    first_ref: Any,
+    y_ref: Any,
+    lse_ref: Any,
+    *,
+    scale: float,
+    tiles: Tiles,
+) -> None:
+    """One tile of queries of one head: over the tiles of keys, the maximum m, the sum of the weights and y run."""
+    i = pl.program_id(0)
+    here, at = _places(i, tiles.queries)
+    q, q_segments = q_ref[...], segments_ref[here]
+
+    def visit(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        y, m, total = carry
+        there, key_at = _places(j, tiles.keys)
+        sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == segments_ref[there][None, :])
+        scores = jnp.where(sees, pl.dot(q, k_ref[there, :], trans_b=True) * scale, MASKED)
+        new_m = jnp.maximum(m, jnp.max(scores, axis=1))
+        # A row that has seen no key yet has m = MASKED, from which a masked score is no different.
+        p = jnp.where(sees, jnp.exp2(scores - new_m[:, None]), 0.0)
+        shrink = jnp.exp2(m - new_m)
+        v = v_ref[there, :]
+        y = y * shrink[:, None] + pl.dot(p.astype(v.dtype), v)
+        return y, new_m, total * shrink + jnp.sum(p, axis=1)
+
+    start = (
+        jnp.zeros(q.shape, jnp.float32),
+        jnp.full(tiles.queries, MASKED, jnp.float32),
+        jnp.zeros(tiles.queries, jnp.float32),
+    )
+    past = pl.cdiv((i + 1) * tiles.queries, tiles.keys)
+    y, m, total = jax.lax.fori_loop(first_ref[i], past, visit, start)
+    y_ref[...] = (y / total[:, None]).astype(y_ref.dtype)
+    lse_ref[...] = m + jnp.log2(total)
+
+
+def _dq_kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    segments_ref: Any,
+    first_ref: Any,
+    dy_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    dq_ref: Any,
+    *,
+    scale: float,
+    tiles: Tiles,
+) -> None:
+    """One tile of queries of one head: with p the weights, `dq = Σ p ∘ (dy vᵀ − Σ y dy) k · scale` over the keys."""
+    i = pl.program_id(0)
+    here, at = _places(i, tiles.queries)
+    q, dy, q_segments = q_ref[...], dy_ref[...], segments_ref[here]
+    lse, delta = lse_ref[...], delta_ref[...]
+
+    def visit(j: Any, dq: jax.Array) -> jax.Array:
+        there, key_at = _places(j, tiles.keys)
+        k = k_ref[there, :]
+        sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == segments_ref[there][None, :])
+        scores = pl.dot(q, k, trans_b=True) * (scale * LOG2E)
+        p = jnp.where(sees, jnp.exp2(scores - lse[:, None]), 0.0)
+        ds = p * (pl.dot(dy, v_ref[there, :], trans_b=True) - delta[:, None])
+        return dq + pl.dot(ds.astype(k.dtype), k)
+
+    past = pl.cdiv((i + 1) * tiles.queries, tiles.keys)
+    dq = jax.lax.fori_loop(first_ref[i], past, visit, jnp.zeros(q.shape, jnp.float32))
+    dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
+
+
+def _dkv_kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    segments_ref: Any,
+    last_ref: Any,
+    dy_ref: Any,
+    lse_ref: Any,
+    delta_ref: Any,
+    dk_ref: Any,
+    dv_ref: Any,
+    *,
+    scale: float,
+    tiles: Tiles,
+    group: int,
+) -> None:
+    """One tile of keys of one key head: `dv = Σ pᵀ dy`, `dk = Σ (p ∘ (dy vᵀ − Σ y dy))ᵀ q · scale` over the queries
+    of every head of its group. Products are made transposed, `[keys, queries]`, as they are used."""
+    j = pl.program_id(0)
+    here, at = _places(j, tiles.keys)
+    k, v, k_segments = k_ref[...], v_ref[...], segments_ref[here]
+
+    def visit(head: Any, i: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        dk, dv = carry
+        there, query_at = _places(i, tiles.queries)
+        q, dy = q_ref[there, head, :], dy_ref[there, head, :]
+        sees = (at[:, None] <= query_at[None, :]) & (k_segments[:, None] == segments_ref[there][None, :])
+        scores = pl.dot(k, q, trans_b=True) * (scale * LOG2E)
+        p = jnp.where(sees, jnp.exp2(scores - lse_ref[head, there][None, :]), 0.0)
+        dv = dv + pl.dot(p.astype(dy.dtype), dy)
+        ds = p * (pl.dot(v, dy, trans_b=True) - delta_ref[head, there][None, :])
+        return dk + pl.dot(ds.astype(q.dtype), q), dv
+
+    def of_head(head: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.fori_loop(j * tiles.keys // tiles.queries, last_ref[j] + 1, partial(visit, head), carry)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))
+    dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv.astype(dv_ref.dtype)
