@@ -201,13 +201,13 @@ def _forward_kernel(
         y, m, total = carry
         there, key_at = _places(j, tiles.keys)
         sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == segments_ref[there][None, :])
-        scores = jnp.where(sees, pl.dot(q, k_ref[there, :], trans_b=True) * scale, MASKED)
+        scores = jnp.where(sees, triton.dot(q, k_ref[there, :], trans_b=True) * scale, MASKED)
         new_m = jnp.maximum(m, jnp.max(scores, axis=1))
         # A row that has seen no key yet has m = MASKED, from which a masked score is no different.
         p = jnp.where(sees, jnp.exp2(scores - new_m[:, None]), 0.0)
         shrink = jnp.exp2(m - new_m)
         v = v_ref[there, :]
-        y = y * shrink[:, None] + pl.dot(p.astype(v.dtype), v)
+        y = y * shrink[:, None] + triton.dot(p.astype(v.dtype), v)
         return y, new_m, total * shrink + jnp.sum(p, axis=1)
 
     start = (
@@ -245,10 +245,10 @@ def _dq_kernel(
         there, key_at = _places(j, tiles.keys)
         k = k_ref[there, :]
         sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == segments_ref[there][None, :])
-        scores = pl.dot(q, k, trans_b=True) * (scale * LOG2E)
+        scores = triton.dot(q, k, trans_b=True) * (scale * LOG2E)
         p = jnp.where(sees, jnp.exp2(scores - lse[:, None]), 0.0)
-        ds = p * (pl.dot(dy, v_ref[there, :], trans_b=True) - delta[:, None])
-        return dq + pl.dot(ds.astype(k.dtype), k)
+        ds = p * (triton.dot(dy, v_ref[there, :], trans_b=True) - delta[:, None])
+        return dq + triton.dot(ds.astype(k.dtype), k)
 
     past = pl.cdiv((i + 1) * tiles.queries, tiles.keys)
     dq = jax.lax.fori_loop(first_ref[i], past, visit, jnp.zeros(q.shape, jnp.float32))
@@ -282,11 +282,11 @@ def _dkv_kernel(
         there, query_at = _places(i, tiles.queries)
         q, dy = q_ref[there, head, :], dy_ref[there, head, :]
         sees = (at[:, None] <= query_at[None, :]) & (k_segments[:, None] == segments_ref[there][None, :])
-        scores = pl.dot(k, q, trans_b=True) * (scale * LOG2E)
+        scores = triton.dot(k, q, trans_b=True) * (scale * LOG2E)
         p = jnp.where(sees, jnp.exp2(scores - lse_ref[head, there][None, :]), 0.0)
-        dv = dv + pl.dot(p.astype(dy.dtype), dy)
-        ds = p * (pl.dot(v, dy, trans_b=True) - delta_ref[head, there][None, :])
-        return dk + pl.dot(ds.astype(q.dtype), q), dv
+        dv = dv + triton.dot(p.astype(dy.dtype), dy)
+        ds = p * (triton.dot(v, dy, trans_b=True) - delta_ref[head, there][None, :])
+        return dk + triton.dot(ds.astype(q.dtype), q), dv
 
     def of_head(head: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return jax.lax.fori_loop(j * tiles.keys // tiles.queries, last_ref[j] + 1, partial(visit, head), carry)

@@ -1,5 +1,7 @@
 """Every registered family: against transformers, and against itself executed in other ways."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,9 +225,11 @@ def test_prefill_and_decode_are_the_full_forward_pass(name, double):
 
 
 @pytest.mark.optimized
+@pytest.mark.parametrize("attention", ["xla", "flash"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_documents_do_not_see_each_other(name):
-    lm = small_lm(draw_config(name, 2))
+def test_packed_documents_do_not_see_each_other(name, attention):
+    """Interpreted, the GPU's kernel."""
+    lm = replace(small_lm(draw_config(name, 2)), attention=attention)
     params = draw_params(lm)
     tokens = tokens_of(lm.config, batch=1)
     first = 10  # tokens of the first document; the second has the rest but for two of padding
@@ -239,6 +243,33 @@ def test_packed_documents_do_not_see_each_other(name):
     assert (packed[0, :first] != perturbed[0, :first]).any()
     alone = logits_of(lm, params, tokens[:, first:-2])
     np.testing.assert_allclose(packed[0, first:-2], alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_is_the_same_in_every_form_of_attention(name):
+    """Value and gradients, sharded and rematerialised: flash on packed rows, and in float32, so that sums in another
+    order remain."""
+    layout = mesh_layout(data=2, tensor=2)
+    lm = small_lm(draw_config(name, 3, num_attention_heads=4, num_key_value_heads=2))
+    lm, params = on_layout(lm, layout, draw_params(lm))
+    tokens = tokens_of(lm.config)
+    segments = np.array([[1] * 10 + [2] * 12 + [0] * 2, [1] * 24], np.int32)
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1)),
+        "segments": segments,
+        "loss_mask": (segments > 0).astype(np.float32),
+    }
+
+    def loss(attention):
+        chosen = replace(lm, attention=attention)
+        return jax.jit(jax.value_and_grad(lambda params: chosen.loss_sum(params, batch, scan("full"))))(params)
+
+    def check(ours, theirs):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+    jax.tree.map(check, loss("flash"), loss("xla"))
 
 
 MESHES = [

@@ -86,6 +86,10 @@ CONFIGS = {
     ),
     "held out, and never evaluated": (["evals=[]"], ["data.eval_fraction holds out 0.2", "nothing evaluates it"]),
     "warm-up longer than the run": (["optim.schedule.warmup=13"], ["warmup is 13 steps", "the run has 12"]),
+    "attention that cannot be had": (
+        ["train.attention=flash"],
+        ["train.attention: flash cannot be used here", "needs an NVIDIA GPU", "this is a cpu", "auto"],
+    ),
     "no checkpoint": (["checkpoint.resume=somewhere"], ["checkpoint.resume: somewhere is no checkpoint"]),
     "no model": (["model={path: nowhere}"], ["nowhere: there is no such folder"]),
     "no tokenizer": (["model.tokenizer=nowhere"], ["tokenizer folder nowhere does not exist"]),

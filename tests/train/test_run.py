@@ -79,6 +79,7 @@ def test_the_folder_holds_what_the_design_says(scratch):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= files(scratch.folder / "export/hf")
     environment = json.loads((scratch.folder / "env.json").read_text())
     assert environment["packages"]["jax"] == jax.__version__
+    assert environment["attention"] == "xla"
     assert environment["devices"]["count"] == jax.device_count()
 
 

@@ -1,0 +1,164 @@
+"""The forms of attention: the plain one against torch, the flash kernel (interpreted) against the plain one."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from families import mesh_layout
+
+from jaxllm.core.mesh import Layout
+from jaxllm.kernels.attention import attend, causal_attention, causal_mask, plain_attention
+from jaxllm.kernels.flash_attention import flash_attention
+
+# Float32: the forms add the same numbers in another order. Measured: 2e-7 to 1e-6.
+REORDERED = 4e-6
+
+
+def draw(batch: int, length: int, heads: int, kv_heads: int, width: int) -> list[np.ndarray]:
+    """q, k, v and the gradient of the result."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((batch, length, n, width)) for n in (heads, kv_heads, kv_heads, heads)]
+
+
+def documents(length: int, *lengths: int) -> np.ndarray:
+    """A row of documents numbered from 1, and padding."""
+    return np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, length - sum(lengths)]).astype(np.int32)
+
+
+def compiled(attention):
+    """`(q, k, v, dy) -> [y, dq, dk, dv]`."""
+
+    @jax.jit
+    def run(q, k, v, dy):
+        y, pullback = jax.vjp(attention, q, k, v)
+        return y, *pullback(dy)
+
+    return lambda *arrays: [np.asarray(a) for a in run(*arrays)]
+
+
+def with_gradients(attention, *arrays):
+    return compiled(attention)(*arrays)
+
+
+def assert_close(ours, theirs, tolerance):
+    for name, a, b in zip(("y", "dq", "dk", "dv"), ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
+
+
+def whole(q, k, v, segments):
+    """All queries at once, as tests/nn/test_layers.py compares it with torch."""
+    return attend(q, k, v, causal_mask(segments, 0, q.shape[1]))
+
+
+@pytest.mark.parametrize("length", [300, 1100], ids=["three parts", "parts of an eighth"])
+def test_plain_attention_is_that_of_torch(length):
+    """In float64, value and gradients, with grouped heads, packed documents and padding."""
+    q, k, v, dy = draw(2, length, 4, 2, 8)
+    segments = np.stack([documents(length, 100, 60, 90), documents(length, length)])
+    tensors = [torch.tensor(a, requires_grad=True) for a in (q, k, v)]
+    mask = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None])
+    y = torch.nn.functional.scaled_dot_product_attention(
+        *(a.transpose(1, 2) for a in tensors), attn_mask=torch.tensor(mask)[:, None], enable_gqa=True
+    ).transpose(1, 2)
+    y.backward(torch.tensor(dy))
+    with jax.enable_x64(True):
+        ours = with_gradients(partial(plain_attention, segments=jnp.asarray(segments)), q, k, v, dy)
+    assert_close(ours, [y.detach().numpy(), *(a.grad.numpy() for a in tensors)], 1e-13)
+
+
+# Lengths that are no multiple of a tile, one, two and four query heads a key head, heads of all tile sizes.
+SHAPES = {
+    "two heads a group": ((2, 200, 4, 2, 64), [documents(200, 70, 61, 29), documents(200, 200)]),
+    "one key head, width between powers of two": ((1, 300, 4, 1, 80), [documents(300, 1, 150, 149)]),
+    "no groups": ((1, 256, 2, 2, 128), [documents(256, 100, 100)]),
+    "wide heads": ((1, 130, 1, 1, 256), [documents(130, 64, 66)]),
+    "segments in any order": ((1, 260, 2, 1, 16), [np.arange(260, dtype=np.int32) * 7 % 5]),
+    "one document a row": ((1, 150, 2, 1, 64), None),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_flash_is_plain_in_value_and_gradients(name):
+    shape, rows = SHAPES[name]
+    arrays = [a.astype(np.float32) for a in draw(*shape)]
+    segments = None if rows is None else jnp.asarray(np.stack(rows))
+    ours = with_gradients(partial(flash_attention, segments=segments, interpret=True), *arrays)
+    assert_close(ours, with_gradients(partial(whole, segments=segments), *arrays), REORDERED)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_flash_in_half_precision_rounds_as_little_as_plain(dtype):
+    """Against float64: products of rounded weights and values, summed in float32."""
+    exact = [np.asarray(a.astype(dtype), np.float64) for a in draw(1, 200, 4, 2, 64)]
+    segments = jnp.asarray(documents(200, 90, 80)[None])
+    given = [a.astype(dtype) for a in exact]
+    ours = with_gradients(partial(flash_attention, segments=segments, interpret=True), *given)
+    plain = with_gradients(partial(plain_attention, segments=segments), *given)
+    with jax.enable_x64(True):
+        expected = with_gradients(partial(whole, segments=segments), *exact)
+    assert {a.dtype.name for a in ours} == {dtype}
+    for a, b, c in zip(ours, plain, expected, strict=True):
+        assert np.abs(a.astype(float) - c).max() < 1.5 * np.abs(b.astype(float) - c).max() + 1e-3 * np.abs(c).max()
+
+
+@pytest.mark.optimized
+def test_tiles_of_other_documents_are_not_visited():
+    """Not a number, times the weight 0, would be seen; the second document's tiles begin where the first's end."""
+    segments = jnp.asarray(documents(512, 256, 200)[None])
+    run = compiled(partial(flash_attention, segments=segments, interpret=True))
+    arrays = [a.astype(np.float32) for a in draw(1, 512, 4, 2, 64)]
+    before = run(*arrays)
+    for place in (slice(0, 256), slice(256, 512)):
+        spoilt = [a.copy() for a in arrays]
+        for a in spoilt:
+            a[:, place] = np.nan
+        for a, b in zip(before, run(*spoilt), strict=True):
+            keep = slice(256, 456) if place.start == 0 else slice(0, 256)
+            assert a[:, keep].tobytes() == b[:, keep].tobytes()
+
+
+# Key heads that divide over the tensor axis; that do not, each device reading one, and reading several.
+MESHES = {
+    "heads divide": (dict(data=2, fsdp=2, tensor=2), 8, 4),
+    "a key head for two devices": (dict(fsdp=2, tensor=4), 8, 2),
+    "key heads across devices": (dict(data=4, tensor=2), 6, 3),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_flash_on_a_mesh_is_flash_on_one_device(name):
+    sizes, heads, kv_heads = MESHES[name]
+    layout = mesh_layout(**sizes)
+    if kv_heads % sizes["tensor"]:
+        layout = layout.replace(act_kv_heads=())
+    arrays = [a.astype(np.float32) for a in draw(4, 140, heads, kv_heads, 16)]
+    segments = jnp.asarray(np.stack([documents(140, 50 + 15 * i, 40) for i in range(4)]))
+
+    def run(layout):
+        return with_gradients(lambda *qkv: causal_attention("flash", *qkv, segments, layout), *arrays)
+
+    assert_close(run(layout), run(Layout.single()), REORDERED)
+
+
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_flash_becomes_gpu_kernels(width, dtype):
+    """Forward, dq, and dk with dv, as Triton's programs; no GPU is needed to make them."""
+    shapes = [jax.ShapeDtypeStruct((2, 1000, heads, width), dtype) for heads in (6, 2, 2, 6)]
+    segments = jax.ShapeDtypeStruct((2, 1000), jnp.int32)
+
+    def run(q, k, v, dy, segments):
+        y, pullback = jax.vjp(lambda *qkv: flash_attention(*qkv, segments), q, k, v)
+        return y, pullback(dy)
+
+    text = jax.jit(run).trace(*shapes, segments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 3
+
+
+def test_cudnn_refuses_segments():
+    q, k, v, _ = draw(1, 16, 2, 2, 64)
+    with pytest.raises(ValueError, match="does not keep documents apart"):
+        causal_attention("cudnn", q, k, v, jnp.ones((1, 16), jnp.int32), Layout.single())
