@@ -68,7 +68,7 @@ def flash_attention(
     rows, columns = -length % TILE, pl.next_power_of_2(max(width, 16)) - width
     q, k, v = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, columns))) for x in (q, k, v))
     segments = jnp.pad(segments, ((0, 0), (0, rows)), constant_values=PADDING)
-    y = _attention(q, k, v, segments, 1 / math.sqrt(width), interpret)
+    y: Any = _attention(q, k, v, segments, 1 / math.sqrt(width), interpret)
     return y[:, :length, :, :width]
 
 

@@ -274,9 +274,9 @@ class LM:
 
         batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each.
         """
-        # Behind the one document of a row there is padding alone, which causal order hides.
-        segments = None if self.attention == "cudnn" else batch["segments"]
-        ctx = self.context(batch["positions"], segments)
+        ctx = self.context(batch["positions"], batch["segments"])
+        if self.attention == "cudnn":  # behind the one document of a row there is padding alone, hidden by the order
+            ctx = replace(ctx, segments=None)
         x, _ = self.hidden(params, batch["tokens"], ctx, stack)
         batch_size, length = batch["tokens"].shape
         chunks = loss_chunks(batch_size, length, self.vocab_padded, self.layout)

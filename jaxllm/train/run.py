@@ -81,7 +81,9 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
     if resume:
         resume.check(lm, store.folder.name, steps)
 
-    attention = choose_attention(config.train.attention, lm.attention_needs(packed=config.data.packing != "none"))
+    attention = choose_attention(
+        config.train.attention, lm.attention_needs(config.data.packing in ("best_fit", "concat"))
+    )
     lm = replace(lm, attention=attention.form)
     say("attention", attention)
 
