@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
@@ -48,6 +49,17 @@ def shared() -> Path:
             pytest.fail(f"JAXLLM_REQUIRE_SHARED=1 and {SHARED} is missing")
         pytest.skip(f"needs real data and weights; {SHARED} is missing (set JAXLLM_SHARED)")
     return SHARED
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache that huggingface_hub takes for its own (see hub_cache)."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,7 @@ SEE_EVERYTHING = [
     "train/memory",
     "convert",
     "plan",
+    "prepare",
     "report",
     "serve",
     "doctor",

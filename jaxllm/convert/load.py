@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jax.typing import DTypeLike
 
 from jaxllm.checkpoint.store import CheckpointStore
+from jaxllm.core import hub
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
@@ -58,11 +59,13 @@ def open_model(
     param_dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
 ) -> OpenModel:
-    """The model in `path`: a Hugging Face folder, a run's output folder (its newest checkpoint) or a checkpoint.
+    """The model in `path`: a Hugging Face folder, a run's output folder (its newest checkpoint), a checkpoint, or a
+    name of the Hub.
 
     param_dtype: None = as it is stored. compute_dtype: None = bfloat16 on GPU, float32 on CPU. Raises UserError.
     """
-    path, run = Path(path), _run_of(path)
+    path = hub.model_folder(path, "weights")
+    run = _run_of(path)
     if run is not None:
         step = int(path.name) if run != path else None
         return _from_checkpoint(run, step, layout, param_dtype, compute_dtype)
@@ -70,17 +73,20 @@ def open_model(
     return OpenModel(lm, path, lambda: load_params(lm))
 
 
-def model_folder(path: str | Path) -> Path:
-    """The folder with the config.json and the tokenizer of the model in `path` (see `open_model`)."""
-    run = _run_of(path)
-    return Path(path) if run is None else run / RUN_MODEL
+def model_folder(path: str | Path, what: Literal["config", "tokenizer"]) -> Path:
+    """The folder with the config.json or the tokenizer of the model in `path` (see `open_model`)."""
+    folder = hub.model_folder(path, what)
+    run = _run_of(folder)
+    return folder if run is None else run / RUN_MODEL
 
 
-def _run_of(path: str | Path) -> Path | None:
+def _run_of(path: Path) -> Path | None:
     """The run that `path` is, or a checkpoint of; None for a Hugging Face folder. Raises UserError for no folder."""
-    path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: there is no such folder; give a Hugging Face folder, a run or one of its checkpoints")
+        raise UserError(
+            f"{path}: there is no such folder; give a Hugging Face folder, a run, one of its checkpoints, or a model "
+            "of the Hub as owner/name"
+        )
     if (path / RUN_MODEL / "config.json").is_file():
         return path
     return path.parent.parent if path.parent.name == RUN_CHECKPOINTS and path.name.isdigit() else None

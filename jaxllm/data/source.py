@@ -1,31 +1,44 @@
-"""Records of data files: plain text, `.jsonl` (one object a line) and `.json` (an array of objects)."""
+"""Records of data files: from a file, a glob, a folder or a data set of the Hub to one record after another."""
 
+import fnmatch
 import glob
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
+from jaxllm.core import hub
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.data.chat import RenderConfig
+from jaxllm.data.files import SUFFIXES, Suffix, describe_place, open_file
+from jaxllm.data.lines import Place, read_json, read_json_lines, read_rows, read_text
+from jaxllm.data.splits import README, Choice, choose
+from jaxllm.data.tables import read_arrow, read_parquet
 from jaxllm.data.template import AUTO, FORMATS
-
-CHUNK = 1 << 24  # bytes read at a time from a text file that holds many documents
 
 
 class RecordsConfig(RenderConfig):
-    """How records become text."""
+    """Which records of a place are meant, and how they become text."""
 
     format: str = AUTO
     """a name of `template.FORMATS`, or auto: told from the columns of the first record"""
     fields: dict[str, str] = Field(default_factory=dict)
-    """our column name → the file's, such as {prompt: question, completion: answer}"""
+    """our column name → the file's, such as {prompt: question, completion: answer}; dots lead into objects and lists,
+    such as {messages: data.conversation, completion: answers.text.0}"""
+    columns: list[str] | None = Field(default=None, min_length=1)
+    """the names of the columns of CSV or TSV files that have no line of names"""
     separator: str | None = Field(default=None, min_length=1)
     """what stands between the documents of one text file; without it a file is one document"""
+    split: str | None = None
+    """of a folder or a Hub data set; default: train, where there is more than one"""
+    subset: str | None = None
+    """of a Hub data set that has several (its "config"), or a folder in a folder"""
 
     @field_validator("format")
     @classmethod
@@ -40,7 +53,9 @@ class SourceConfig(RecordsConfig):
     """Where records come from, how they become text, and how much of them is trained on."""
 
     path: str = Field(min_length=1)
-    """a file or a glob such as lib/**/*.py: .jsonl, .json, .txt, or with `format: text` any text"""
+    """a file, a glob such as lib/**/*.py, a folder, or a data set of the Hub: owner/name[@revision], or
+    hf://datasets/owner/name[@revision][/file or glob]. Files are .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt,
+    also compressed as .gz or .zst; with `format: text` any text"""
     weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """its share of the tokens, beside the weights of the other sources; default: every record once an epoch"""
 
@@ -49,7 +64,8 @@ class SourceConfig(RecordsConfig):
 class Record:
     """One record: `columns` under our names, where it stands, and the bytes that it takes there.
 
-    `index` counts from 1: lines of a `.jsonl`, places in the array of a `.json`, documents of a text.
+    `index` counts from 1: lines of `.jsonl`, `.csv` and `.tsv` (of a row its first), rows of `.parquet` and `.arrow`,
+    places in a `.json`, documents of a text.
     """
 
     file: str
@@ -64,37 +80,84 @@ class Record:
 
 def describe_origin(file: str, index: int) -> str:
     """Where a record stands, for people: `"train.jsonl, line 3"` or `"train.json, record 3"`."""
-    return f"{file}, {'line' if file.endswith('.jsonl') else 'record'} {index}"
+    return describe_place(hub.shown(file), index)
 
 
 def find_files(config: SourceConfig) -> list[str]:
-    """The files that `config.path` names, sorted. Raises UserError when there is none or one cannot be read."""
+    """The files that `config.path` names, sorted; those of the Hub are downloaded unless they are in its cache.
+
+    Raises UserError when there is none, one cannot be read, or it is open which files of a folder are meant.
+    """
     path = os.path.expanduser(config.path)
     if os.path.isdir(path):
-        raise UserError(f"data path {config.path!r} is a folder; name a file or a glob such as {path}/**/*.jsonl")
+        return _readable(_files_of_folder(Path(path), config))
     found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     files = [file for file in found if os.path.isfile(file)]
+    if not files and (name := _hub_name(config.path)) is not None:
+        return _readable(_files_of_hub(name, config))
     if not files:
         raise UserError(f"no data file matches {config.path!r} (looked from {os.getcwd()})")
+    _refuse_choice(config, "one file or a glob")
+    return _readable(files)
+
+
+def _readable(files: list[str]) -> list[str]:
     for file in files:
         if not os.access(file, os.R_OK):
             raise UserError(f"data file {file!r} may not be read; change its permissions or leave it out of `path`")
     return files
 
 
-def read(config: SourceConfig) -> Iterator[Record]:
+def _refuse_choice(config: SourceConfig, what: str) -> None:
+    for key in ("split", "subset"):
+        if getattr(config, key) is not None:
+            raise UserError(f"data path {config.path!r} is {what}, which has no {key}; remove `{key}`")
+
+
+def _hub_name(path: str) -> hub.HubName | None:
+    is_file = Suffix.of(path).kind is not None and not path.startswith("hf://")
+    return None if is_file else hub.HubName.parse(path, "dataset")
+
+
+def _files_of_folder(folder: Path, config: SourceConfig) -> list[str]:
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    readme = folder / README
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    wanted = Choice(f"the folder {config.path}", config.split, config.subset)
+    return [str(folder / name) for name in choose(names, text, wanted)]
+
+
+def _files_of_hub(name: hub.HubName, config: SourceConfig) -> list[str]:
+    def of_all(names: Sequence[str], text: Callable[[str], str]) -> list[str]:
+        return choose(names, text(README), Choice(str(name), config.split, config.subset))
+
+    def of_pattern(names: Sequence[str], text: Callable[[str], str]) -> list[str]:
+        inside = [file for file in names if fnmatch.fnmatchcase(file, name.inside)]
+        if not inside:
+            raise UserError(f"{name} has no file {name.inside!r}.{did_you_mean(name.inside, names)}")
+        return inside
+
+    if name.inside:
+        _refuse_choice(config, "one file or a glob")
+    folder, files = hub.fetch(name, of_pattern if name.inside else of_all)
+    return [str(folder / file) for file in files]
+
+
+def read(config: SourceConfig, advance: Callable[[int], object] = lambda _: None) -> Iterator[Record]:
     """Every record of a source: files in sorted order, records as they stand in the file.
 
-    Lines and documents of white space alone are no records. Text, and `.jsonl` by the line, is streamed;
-    a `.json` array is held in memory whole. Raises UserError for what cannot be read, naming file and place,
-    and when there is no record at all.
+    Lines and documents of white space alone are no records. All but a text of one document is streamed.
+    `advance(n)` is called for every n bytes that are read from disk. Raises UserError for what cannot be read, naming
+    file and place, and when there is no record at all.
     """
     files = find_files(config)
     found = False
     for file in files:
-        for record in _reader(config, file)(config, file):
-            found = True
-            yield record
+        reader = _reader(config, file)
+        with open_file(file, advance) as stream:
+            for index, value, size in reader(stream, file):
+                found = True
+                yield Record(file, index, _columns(value, config.fields, file, index), size)
     if not found:
         what = f"the data file {files[0]!r} is" if len(files) == 1 else f"all {len(files)} files of {config.path!r} are"
         raise UserError(f"{what} empty: there is no record to train on")
@@ -112,107 +175,59 @@ def fingerprint(sources: Sequence[SourceConfig]) -> str:
     return digest.hexdigest()
 
 
-def _reader(config: SourceConfig, file: str):
-    suffix = os.path.splitext(file)[1]
-    reader = {".jsonl": _read_lines, ".json": _read_array, ".txt": _read_text}.get(suffix)
-    if reader is None and config.format == "text":
-        reader = _read_text
-    if reader is None:
+Reader = Callable[[io.BufferedReader, str], Iterator[Place]]
+
+
+def _reader(config: SourceConfig, file: str) -> Reader:
+    kind = Suffix.of(file).kind or ("text" if config.format == "text" else None)
+    if kind is None:
         raise UserError(
-            f"data file {file!r}: the suffix {suffix!r} is none of .jsonl, .json, .txt; "
+            f"data file {file!r}: its suffix is none of {', '.join(SUFFIXES)}, nor one of these and .gz or .zst; "
             "to read it as plain text set `format: text`"
         )
-    if config.separator is not None and reader is not _read_text:
+    if config.separator is not None and kind != "text":
         raise UserError(f"data file {file!r}: `separator` is for text files; remove it")
-    return reader
-
-
-def _read_text(config: SourceConfig, file: str) -> Iterator[Record]:
-    offset = 0
-    for index, raw in enumerate(_documents(file, config.separator), 1):
-        text = _decode(raw, file, offset)
-        offset += len(raw) + len((config.separator or "").encode())
-        if text and not text.isspace():
-            yield Record(file, index, _rename({"text": text}, config.fields, file, index), len(raw))
-
-
-def _documents(file: str, separator: str | None) -> Iterator[bytes]:
-    with open(file, "rb") as stream:
-        if separator is None:
-            yield stream.read()
-            return
-        rest = b""
-        while chunk := stream.read(CHUNK):
-            *documents, rest = (rest + chunk).split(separator.encode())
-            yield from documents
-        yield rest
-
-
-def _read_lines(config: SourceConfig, file: str) -> Iterator[Record]:
-    offset = 0
-    with open(file, "rb") as stream:
-        for index, raw in enumerate(stream, 1):
-            line = _decode(raw, file, offset)
-            offset += len(raw)
-            if not line or line.isspace():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {index} is not JSON: {error.msg} at column {error.colno}") from None
-            yield Record(file, index, _columns(value, config.fields, file, index), len(raw))
-
-
-def _read_array(config: SourceConfig, file: str) -> Iterator[Record]:
-    with open(file, "rb") as stream:
-        text = _decode(stream.read(), file, 0)
-    if not text or text.isspace():
-        return
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}. "
-            "If the file holds one object a line, name it .jsonl"
-        ) from None
-    if not isinstance(values, list):
-        raise UserError(f"{file} holds one JSON {_json_type(values)}; an array of objects is needed")
-    size = len(text) // max(len(values), 1)
-    for index, value in enumerate(values, 1):
-        yield Record(file, index, _columns(value, config.fields, file, index), size)
+    if config.columns is not None and kind not in ("csv", "tsv"):
+        raise UserError(f"data file {file!r}: `columns` names those of .csv and .tsv files; rename others by `fields`")
+    readers: dict[str, Reader] = {
+        "text": lambda stream, file: read_text(stream, file, config.separator),
+        "jsonl": read_json_lines,
+        "json": read_json,
+        "csv": lambda stream, file: read_rows(stream, file, ",", config.columns or ()),
+        "tsv": lambda stream, file: read_rows(stream, file, "\t", config.columns or ()),
+        "parquet": read_parquet,
+        "arrow": read_arrow,
+    }
+    return readers[kind]
 
 
 def _columns(value: Any, fields: Mapping[str, str], file: str, index: int) -> dict[str, Any]:
+    """The columns of a record under our names; one that holds null is as if it were not there."""
     if not isinstance(value, dict):
         origin = describe_origin(file, index)
         raise UserError(f'{origin} is a JSON {_json_type(value)}; an object such as {{"text": …}} is needed')
-    return _rename(value, fields, file, index)
+    mapped = {ours: _look_up(value, theirs, ours, file, index) for ours, theirs in fields.items()}
+    taken = set(fields.values())
+    columns = {name: inner for name, inner in value.items() if name not in taken} | mapped
+    return {name: inner for name, inner in columns.items() if inner is not None}
 
 
-def _rename(columns: dict[str, Any], fields: Mapping[str, str], file: str, index: int) -> dict[str, Any]:
-    for ours, theirs in fields.items():
-        if theirs not in columns:
+def _look_up(columns: dict[str, Any], name: str, ours: str, file: str, index: int) -> Any:
+    """What `columns` has under `name`, in which dots lead into objects and lists."""
+    if name in columns:
+        return columns[name]
+    value: Any = columns
+    for key in name.split("."):
+        if isinstance(value, dict) and key in value:
+            value = value[key]
+        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
             raise UserError(
-                f"{describe_origin(file, index)} has no column {theirs!r}, to which `fields` maps {ours!r}."
-                f"{did_you_mean(theirs, columns)} Found: {', '.join(columns)}."
+                f"{describe_origin(file, index)} has no column {name!r}, to which `fields` maps {ours!r}."
+                f"{did_you_mean(name, columns)} Found: {', '.join(columns)}."
             )
-    mapped = set(fields.values())
-    kept = {name: value for name, value in columns.items() if name not in mapped}
-    return kept | {ours: columns[theirs] for ours, theirs in fields.items()}
-
-
-def _decode(raw: bytes, file: str, offset: int) -> str:
-    # A byte order mark is a note on the encoding, not text.
-    encoding = "utf-8-sig" if offset == 0 else "utf-8"
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        skipped = 3 if encoding == "utf-8-sig" and raw.startswith(b"\xef\xbb\xbf") else 0
-        place = offset + skipped + error.start
-        raise UserError(
-            f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place}. "
-            "Convert it to UTF-8, or leave it out of `path`"
-        ) from None
+    return value
 
 
 def _json_type(value: Any) -> str:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,7 +134,7 @@ def open_or_build(
     Its key covers the content of the files, their options, the tokenizer with its chat template, and the
     first record of each source as its format renders it. A store is built beside its place and renamed into
     it when whole, so that a killed build leaves no store and of two builders one wins. Memory does not grow
-    with the number of records but for `.json` arrays. Raises UserError for bad data, when nothing is
+    with the number of records. Raises UserError for bad data, when nothing is
     trained, and when the cache folder cannot be written or is full.
     """
     root = cache or cache_root()
@@ -195,17 +196,17 @@ def _build(
     for other in folder.parent.glob("*.partial"):
         if _is_stale(other):
             shutil.rmtree(other, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
-        partial.chmod(0o755)  # mkdtemp's folders are private, and a cache may be shared
-        _write(partial, sources, renderers, tokenizer, progress)
+        unfinished.chmod(0o755)  # mkdtemp's folders are private, and a cache may be shared
+        _write(unfinished, sources, renderers, tokenizer, progress)
         try:
-            partial.rename(folder)
+            unfinished.rename(folder)
         except OSError:
             if not folder.is_dir():  # another builder may have been first, with the same content
                 raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _is_stale(partial: Path) -> bool:
@@ -237,7 +238,7 @@ def _write(
         task = bar.add_task("tokenizing", total=size)
         for config, render in zip(sources, renderers, strict=True):
             before = replace(summary)
-            for records in _batches(source.read(config)):
+            for records in _batches(source.read(config, partial(bar.advance, task))):
                 rendered = [(record, sample) for record in records for sample in _render(render, record)]
                 encoded = encoder.encode([sample for _, sample in rendered])
                 for (record, given), found in zip(rendered, encoded, strict=True):
@@ -252,10 +253,8 @@ def _write(
                     append["splittable"]([given.splittable])
                     append["file"]([files.setdefault(record.file, len(files))])
                     append["record"]([record.index])
-                bar.advance(task, sum(record.size for record in records))
             _check_trained(config, render.name, before, summary)
             source_ends.append(summary.samples)
-        bar.update(task, completed=size)
     meta = {"summary": asdict(summary), "files": list(files), "source_ends": source_ends}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 

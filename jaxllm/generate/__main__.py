@@ -14,7 +14,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m jaxllm.generate",
         description="Completes prompts with a Hugging Face model, a run of jaxllm.train, or one of its checkpoints.",
     )
-    parser.add_argument("model", help="a Hugging Face folder, a run's output folder, or <run>/checkpoints/<step>")
+    parser.add_argument(
+        "model",
+        help="a Hugging Face folder, a run's output folder, <run>/checkpoints/<step>, or a Hub model: owner/name",
+    )
     parser.add_argument("--prompt", action="append", required=True, help="text to complete; may be given many times")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most (default 128)")
     parser.add_argument(

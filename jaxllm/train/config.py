@@ -28,16 +28,17 @@ class PretrainedModel(Section):
     """A model to continue from."""
 
     path: str
-    """a Hugging Face folder, a run's output folder or one of its checkpoints"""
+    """a Hugging Face folder, a run's output folder, one of its checkpoints, or a model of the Hub:
+    owner/name[@revision]"""
     tokenizer: str | None = None
-    """a tokenizer folder; default: the model's own"""
+    """a tokenizer folder, or a name of the Hub; default: the model's own"""
 
 
 class NewModel(Section):
     """A model to train from scratch: a family's config, and a tokenizer."""
 
     tokenizer: str
-    """a tokenizer folder, as written by transformers"""
+    """a tokenizer folder, as written by transformers, or a name of the Hub"""
 
     def family_config(self, vocab_size: int) -> FamilyConfig:
         """The family's own config, with `vocab_size` where the run's config does not set one."""

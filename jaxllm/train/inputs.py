@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+from rich.console import Console
 
 from jaxllm.callbacks.evaluate import EvaluationSet
 from jaxllm.convert.load import OpenModel, fitting_tokenizer, model_folder, open_model
+from jaxllm.core import hub
 from jaxllm.core.mesh import Layout
 from jaxllm.data.loader import Arrays, Loader, plans
 from jaxllm.data.pack import PackPlan
-from jaxllm.data.source import describe_origin
+from jaxllm.data.source import SourceConfig, describe_origin, find_files
 from jaxllm.data.store import Store, open_or_build
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.hf.config import parse_config, read_config
@@ -40,7 +44,9 @@ def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
         lm = LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout), *dtypes)
         return OpenModel(lm, tokenizer_folder, lambda: lm.init(jax.random.key(config.seed)))
     model = open_model(chosen.path, layout, *dtypes)
-    return model if chosen.tokenizer is None else OpenModel(model.lm, Path(chosen.tokenizer), model.load)
+    if chosen.tokenizer is None:
+        return model
+    return OpenModel(model.lm, hub.model_folder(chosen.tokenizer, "tokenizer"), model.load)
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerFast:
@@ -53,11 +59,13 @@ def _model_config(config: Config) -> tuple[FamilyConfig, Path]:
     """The config of the model, and the folder of its tokenizer."""
     chosen = config.model
     if isinstance(chosen, NewModel):
-        largest = max(load_tokenizer(chosen.tokenizer).get_vocab().values())
-        return chosen.family_config(1 + largest), Path(chosen.tokenizer)
-    folder = model_folder(chosen.path)
+        folder = hub.model_folder(chosen.tokenizer, "tokenizer")
+        return chosen.family_config(1 + max(load_tokenizer(folder).get_vocab().values())), folder
+    folder = model_folder(chosen.path, "config")
     _, family_config = parse_config(read_config(folder), folder / "config.json")
-    return family_config, folder if chosen.tokenizer is None else Path(chosen.tokenizer)
+    if chosen.tokenizer is not None:
+        return family_config, hub.model_folder(chosen.tokenizer, "tokenizer")
+    return family_config, model_folder(chosen.path, "tokenizer")
 
 
 class Rows(NamedTuple):
@@ -75,8 +83,14 @@ class Inputs:
     held_out: Mapping[str, Rows]
 
 
+def saying(console: Console) -> Say:
+    """What prints lines on `console`."""
+    return lambda what, value: console.print(f"{what:<10}{value}", highlight=False, soft_wrap=True)
+
+
 def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) -> Inputs:
     """The data of the config, tokenized unless the cache has it, and packed. Says what there is."""
+    _say_files(config.data.sources, say)
     store = open_or_build(config.data.sources, tokenizer)
     plan, held_out_share = plans(config.data, store, config.seed, config.train.batch_size)
     say("data", store.summary)
@@ -88,10 +102,21 @@ def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) ->
             assert held_out_share is not None  # the config was checked
             held_out[chosen.name] = Rows(store, held_out_share)
             continue
+        _say_files([source], say)
         own = open_or_build([source], tokenizer)
         data = config.data.model_copy(update={"sources": [source], "eval_fraction": 0.0})
         held_out[chosen.name] = Rows(own, plans(data, own, config.seed, config.train.batch_size)[0])
+        say("held out", f"{chosen.name}: {own.summary}")
     return Inputs(Rows(store, plan), held_out)
+
+
+def _say_files(sources: Iterable[SourceConfig], say: Say) -> None:
+    """Names the files that were chosen where the config names a folder or a data set of the Hub."""
+    for source in sources:
+        files = find_files(source)
+        if not glob.has_magic(source.path) and files != [os.path.expanduser(source.path)]:
+            more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+            say("files", f"{source.path}: {hub.shown(files[0])}{more}")
 
 
 def training_loader(rows: Rows, layout: Layout, **options: Any) -> Loader[Mapping[str, jax.Array]]:

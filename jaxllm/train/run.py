@@ -19,7 +19,7 @@ from jaxllm.callbacks.log import Log, MetricsFile
 from jaxllm.callbacks.save import Save
 from jaxllm.checkpoint.store import CheckpointStore
 from jaxllm.convert.load import RUN_CHECKPOINTS
-from jaxllm.core import tree
+from jaxllm.core import hub, tree
 from jaxllm.core.cache import programs_read
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
@@ -32,7 +32,7 @@ from jaxllm.models.stack import check_offload
 from jaxllm.optim.build import build
 from jaxllm.train.config import Config
 from jaxllm.train.folder import EXPORT, METRICS, Facts, find_resume, prepare
-from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, training_loader
+from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, saying, training_loader
 from jaxllm.train.interrupt import Interrupt
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
@@ -51,9 +51,7 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
     Raises UserError for wrong input, before anything is written or trained where it can be known then.
     """
 
-    def say(what: str, value: object) -> None:
-        console.print(f"{what:<10}{value}", highlight=False, soft_wrap=True)
-
+    say = saying(console)
     resume = find_resume(config)
     layout = Layout.of(config.mesh, devices)
     micro_batches, micro_batch = config.train.accumulation(layout)
@@ -63,6 +61,8 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
     model = open_chosen_model(config, layout)
     lm, tokenizer = model.lm, model.tokenizer()
     say("model", f"{lm.config.type} with {lm.parameter_count():,} parameters, computing in {lm.compute_dtype}")
+    if (name := hub.shown(model.folder)) != str(model.folder):
+        say("", f"from {name}")
     if lm.layout.rules != layout.rules:
         say("", f"the {lm.config.num_key_value_heads} key-value heads are held by every device of the tensor axis")
     if config.data.seq_len > lm.config.max_position_embeddings:

@@ -1,5 +1,6 @@
 """Records come out of files as they stand there, and every unreadable file is named with the place."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from jaxllm.core.errors import UserError
-from jaxllm.data import source
+from jaxllm.data import lines, source
 from jaxllm.data.source import SourceConfig, fingerprint, read
 
 
@@ -32,7 +33,7 @@ def test_a_text_file_is_one_document(tmp_path: Path):
 def test_a_separator_divides_documents_wherever_the_chunks_end(tmp_path: Path, monkeypatch, chunk: int):
     path = tmp_path / "a.txt"
     path.write_text("one<|end|>\ntwö\n<|end|>\n <|end|>three<|end")
-    monkeypatch.setattr(source, "CHUNK", chunk)
+    monkeypatch.setattr(lines, "CHUNK", chunk)
     found = records(path, separator="<|end|>")
     # The third document is white space alone: no record, but it counts.
     assert found == [(1, {"text": "one"}), (2, {"text": "\ntwö\n"}), (4, {"text": "three<|end"})]
@@ -73,7 +74,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path):
 
 def test_missing_files(tmp_path: Path):
     assert "no data file matches" in message(tmp_path / "nothing*.txt")
-    assert "is a folder" in message(tmp_path)
+    assert "no data file matches" in message("data/nothing.jsonl")
+    assert "holds no data file" in message(tmp_path)
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch):
@@ -106,11 +108,34 @@ def test_a_broken_line_is_named_with_its_number(tmp_path: Path):
 
 def test_a_broken_array(tmp_path: Path):
     path = tmp_path / "a.json"
-    path.write_text('{"text": "a"}\n{"text": "b"}\n')
-    assert "line 2 is not JSON" in message(path)
-    assert ".jsonl" in message(path)
-    path.write_text('{"text": "a"}')
-    assert "array of objects is needed" in message(path)
+    broken = {
+        '[{"text": "a"},\n {"text": }]': "line 2 is not a JSON array: Expecting value at column 11",
+        '[{"text": "a"}\n {"text": "b"}]': "line 2 is not a JSON array: Expecting ',' or ']' at column 2",
+        '[{"text": "a"},\n': "line 2 is not a JSON array: Expecting value",
+        '[{"text": "a"}]\n[]': "line 2 is not a JSON array: the array has ended",
+        '[{"text": "a"},\n {"text": "b': "Unterminated string",
+        '{\n "text": "a"\n}': "is not JSON: Expecting property name enclosed in double quotes",
+        '"a"': "line 1 is not a JSON array: an array of objects, or one object a line, is needed at column 1",
+    }
+    for content, wanted in broken.items():
+        path.write_text(content)
+        assert wanted in message(path)
+
+
+def test_json_may_hold_objects_by_the_line(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text(' {"text": "a"}\n\n{"text": "b"}\n')
+    assert records(path) == [(1, {"text": "a"}), (2, {"text": "b"})]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
+def test_an_array_is_read_wherever_the_chunks_end(tmp_path: Path, monkeypatch, chunk: int):
+    values = [{"text": 'é"\\', "n": 12.5, "deep": [[], {"a": True, "b": None}]}, {"text": "\U0001f600" * 20}] * 3
+    path = tmp_path / "a.json"
+    monkeypatch.setattr(lines, "CHUNK", chunk)
+    for text in (json.dumps(values), json.dumps(values, indent=2, ensure_ascii=False)):
+        path.write_text(text)
+        assert [columns for _, columns in records(path)] == values
 
 
 def test_a_record_that_is_no_object(tmp_path: Path):
@@ -128,6 +153,7 @@ def test_a_record_that_is_no_object(tmp_path: Path):
         ("a.txt", b"one|two|" + b"thr\xf0e", {"separator": "|"}),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xf0"}\n', {}),
         ("a.json", b'[{"text": "\xf0"}]', {}),
+        ("a.csv", b"text\nfine\n\xf0\n", {}),
     ],
 )
 def test_bytes_that_are_not_utf8_are_named_with_their_offset(
@@ -135,7 +161,11 @@ def test_bytes_that_are_not_utf8_are_named_with_their_offset(
 ):
     path = tmp_path / name
     path.write_bytes(mark + content)
-    assert f"{path} is not UTF-8: byte 0xf0 at offset {(mark + content).index(0xF0)}." in message(path, **options)
+    wrong = (mark + content).index(0xF0)
+    assert f"{path} is not UTF-8: byte 0xf0 at offset {wrong}." in message(path, **options)
+    path = tmp_path / f"{name}.gz"
+    path.write_bytes(gzip.compress(mark + content))
+    assert f"{path} is not UTF-8: byte 0xf0 at offset {wrong} of the decompressed" in message(path, **options)
 
 
 def test_a_field_that_the_file_lacks(tmp_path: Path):
@@ -147,10 +177,25 @@ def test_a_field_that_the_file_lacks(tmp_path: Path):
     assert "Found: question, answer" in text
 
 
+def test_fields_lead_into_objects_and_lists(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"data": {"chat": [1]}, "answers": {"text": ["yes", "no"]}, "a.b": "c"}')
+    fields = {"messages": "data.chat", "completion": "answers.text.1", "prompt": "a.b"}
+    found = dict(records(path, fields=fields))[1]
+    assert {name: found[name] for name in fields} == {"messages": [1], "completion": "no", "prompt": "c"}
+    assert "no column 'answers.text.2'" in message(path, fields={"completion": "answers.text.2"})
+
+
+def test_a_null_is_no_column(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "b": null, "c": null}')
+    assert records(path, fields={"d": "c"}) == [(1, {"text": "a"})]
+
+
 def test_an_unknown_suffix_and_a_separator_without_text(tmp_path: Path):
-    (tmp_path / "a.csv").write_text("a,b")
-    assert "`format: text`" in message(tmp_path / "a.csv")
-    assert records(tmp_path / "a.csv", format="text") == [(1, {"text": "a,b"})]
+    (tmp_path / "a.py").write_text("a,b")
+    assert "`format: text`" in message(tmp_path / "a.py")
+    assert records(tmp_path / "a.py", format="text") == [(1, {"text": "a,b"})]
     (tmp_path / "a.jsonl").write_text("{}")
     assert "`separator` is for text" in message(tmp_path / "a.jsonl", separator="x")
 

@@ -1,0 +1,206 @@
+"""Records of files of text: plain text, JSON, CSV and TSV. Only a text of one document is held in memory whole.
+
+Each reader yields `(index, value, size)`: the place of a record, counted from 1; its columns, or whatever else stands
+there; and the bytes that it takes, more or less.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxllm.core.errors import UserError
+from jaxllm.data.files import decode, not_utf8
+
+CHUNK = 1 << 20  # bytes read at a time from a file whose lines mean nothing
+
+Place = tuple[int, Any, int]
+
+
+def read_text(stream: io.BufferedReader, file: str, separator: str | None) -> Iterator[Place]:
+    """One record `{text}` a document; `separator` stands between them, None makes the file one document."""
+    offset = 0
+    for index, raw in enumerate(_documents(stream, separator), 1):
+        text = decode(raw, file, offset)
+        offset += len(raw) + len((separator or "").encode())
+        if text and not text.isspace():
+            yield index, {"text": text}, len(raw)
+
+
+def _documents(stream: io.BufferedReader, separator: str | None) -> Iterator[bytes]:
+    if separator is None:
+        yield stream.read()
+        return
+    rest = b""
+    while chunk := stream.read(CHUNK):
+        *documents, rest = (rest + chunk).split(separator.encode())
+        yield from documents
+    yield rest
+
+
+def read_json_lines(stream: io.BufferedReader, file: str) -> Iterator[Place]:
+    """One JSON value a line; the index is the line's."""
+    for index, line in _lines(stream, file):
+        if line.isspace():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {index} is not JSON: {error.msg} at column {error.colno}") from None
+        yield index, value, len(line)
+
+
+def _lines(stream: io.BufferedReader, file: str) -> Iterator[tuple[int, str]]:
+    offset = 0
+    for index, raw in enumerate(stream, 1):
+        if line := decode(raw, file, offset):
+            yield index, line
+        offset += len(raw)
+
+
+def read_json(stream: io.BufferedReader, file: str) -> Iterator[Place]:
+    """The elements of an array; or of a file that begins with an object the objects, one a line."""
+    if not stream.peek().removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        yield from _elements(_JsonText(stream, file))
+        return
+    try:
+        for index, (_, value, size) in enumerate(read_json_lines(stream, file), 1):
+            yield index, value, size
+    except UserError as error:
+        hint = "A .json file holds an array of objects, or begins with an object and holds one object a line"
+        raise UserError(f"{error}. {hint}") from error
+
+
+def _elements(text: "_JsonText") -> Iterator[Place]:
+    if not text.peek():
+        return
+    if text.peek() != "[":
+        raise text.error("an array of objects, or one object a line, is needed")
+    text.skip()
+    index = 0
+    while text.peek() != "]":
+        if index and text.peek() != ",":
+            raise text.error("Expecting ',' or ']'")
+        if index:
+            text.skip()
+            text.peek()
+        index += 1
+        yield index, *text.value()
+    text.skip()
+    if text.peek():
+        raise text.error("the array has ended, and something follows")
+
+
+class _JsonText:
+    """JSON text of a stream, of which one value at a time is in memory."""
+
+    _WHITE = re.compile(r"[ \t\r\n]*")
+
+    def __init__(self, stream: io.BufferedReader, file: str) -> None:
+        self._stream = stream
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._parse = json.JSONDecoder().raw_decode
+        self._text = ""
+        self._at = 0  # what stands before is done with
+        self._lines = 0  # line ends in the text that is no longer held
+        self._read = 0  # bytes
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            match = self._WHITE.match(self._text, self._at)
+            self._at = match.end() if match else self._at
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def skip(self) -> None:
+        """Goes past the character of `peek`."""
+        self._at += 1
+
+    def value(self) -> tuple[Any, int]:
+        """The value that begins at the character of `peek`, and its length."""
+        while True:
+            try:
+                value, end = self._parse(self._text, self._at)
+                if end < len(self._text) or not self._more():  # a number may go on
+                    size, self._at = end - self._at, end
+                    return value, size
+            except json.JSONDecodeError as error:
+                # Where the text at hand ends, inside of a string or of a short word such as `true`.
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 8
+                if not (cut and self._more()):
+                    raise self.error(error.msg, error.pos) from None
+
+    def error(self, what: str, at: int | None = None) -> UserError:
+        """What is wrong at the character of `peek`, or at another."""
+        at = self._at if at is None else at
+        line, column = 1 + self._lines + self._text.count("\n", 0, at), at - self._text.rfind("\n", 0, at)
+        return UserError(f"{self._file}, line {line} is not a JSON array: {what} at column {column}")
+
+    def _more(self) -> bool:
+        """Reads on, as much again as is held, so that a long value is not parsed too often. False at the end."""
+        chunk = self._stream.read(max(CHUNK, len(self._text) - self._at))
+        pending = len(self._decoder.getstate()[0])
+        try:
+            new = self._decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            raise not_utf8(self._file, error, self._read - pending) from None
+        if not chunk:
+            return False
+        if not self._read:
+            new = new.removeprefix("\ufeff")
+        self._read += len(chunk)
+        self._lines += self._text.count("\n", 0, self._at)
+        self._text, self._at = self._text[self._at :] + new, 0
+        return True
+
+
+def read_rows(stream: io.BufferedReader, file: str, delimiter: str, names: Sequence[str]) -> Iterator[Place]:
+    """The rows of a CSV or TSV file, whose values are strings; the index is the line where a row begins.
+
+    names: of the columns; where there are none the first row names them. Raises UserError for a row that has not one
+    value a name, and for quotes that do not close.
+    """
+    csv.field_size_limit(sys.maxsize)  # of the whole process, and 128 KiB by default
+    rows = csv.reader((line for _, line in _lines(stream, file)), delimiter=delimiter, strict=True)
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{file}: the row that begins in line {line} cannot be read: {error}. A value that holds a quote, "
+                "a line end or the delimiter stands in quotes, and quotes in it are doubled"
+            ) from None
+        if not row:
+            continue
+        if not names:
+            names = _header(row, file, line)
+        elif len(row) != len(names):
+            raise UserError(
+                f"{file}, line {line} has {len(row)} values and not {len(names)}, one for each of the columns "
+                f"{', '.join(names)}"
+            )
+        else:
+            yield line, dict(zip(names, row, strict=True)), sum(map(len, row)) + len(row)
+
+
+def _header(row: list[str], file: str, line: int) -> list[str]:
+    problem = None
+    if "" in row:
+        problem = f"the name of column {row.index('') + 1} is empty"
+    elif len(set(row)) < len(row):
+        problem = f"two columns are called {next(name for name in row if row.count(name) > 1)!r}"
+    if problem:
+        raise UserError(
+            f"{file}, line {line} should name the columns, and {problem}. Name them there; if the file has no such "
+            "line, name its columns by `columns: [first, second, …]`"
+        )
+    return row

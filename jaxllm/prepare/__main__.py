@@ -1,0 +1,47 @@
+"""`python -m jaxllm.prepare CONFIG.yaml [section.key=value …]`: tokenizes the data of a run ahead of it."""
+
+import os
+import sys
+
+from jaxllm.core.errors import UserError
+from jaxllm.core.process import without_torch
+
+USAGE = """usage: python -m jaxllm.prepare CONFIG.yaml [section.key=value ...]
+
+Tokenizes the data of a training run, its held-out sets too, into the cache ($JAXLLM_CACHE, or ~/.cache/jaxllm), and
+says what `python -m jaxllm.train` with the same arguments would say of it. Needs no GPU and writes nothing else.
+The keys are those of `python -m jaxllm.train --help`.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command. Returns its exit status: 0 done, 2 wrong input, 130 interrupted."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+
+    try:
+        from rich.console import Console
+
+        from jaxllm.core.config import load
+        from jaxllm.train.config import Config
+        from jaxllm.train.inputs import open_tokenizer, read_inputs, saying
+
+        config = load(arguments[0], arguments[1:], Config)
+        say = saying(Console())
+        inputs = read_inputs(config, open_tokenizer(config), say)
+        stores = dict.fromkeys(rows.store.folder for rows in (inputs.train, *inputs.held_out.values()))
+        say("prepared", ", ".join(map(str, stores)))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing of what was tokenized is kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    without_torch()
+    sys.exit(main(sys.argv[1:]))
