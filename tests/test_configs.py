@@ -13,6 +13,7 @@ from jaxllm.hf import read_model
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.layout import fit_layout
 from jaxllm.optim.build import build
+from jaxllm.train.changes import rule_of
 from jaxllm.train.config import Config, NewModel
 from jaxllm.train.state import abstract_state
 from jaxllm.train.step import batch_shapes
@@ -63,3 +64,15 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {key.name} " in out for key in keys(Config))
     assert re.search(r"optim\.b3 +0\.99 +\[adan\]", out)
     assert re.search(r"optim\.learning_rate +required", out)
+
+
+def test_every_key_says_whether_it_may_change_on_resume() -> None:
+    def has_no_rule(key: str) -> bool:
+        try:
+            rule_of(key)
+        except KeyError:
+            return True
+        return False
+
+    forgotten = [key.name for key in keys(Config) if has_no_rule(key.name)]
+    assert not forgotten, "add them to RULES in jaxllm/train/changes.py"

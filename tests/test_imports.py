@@ -34,10 +34,12 @@ OPTIM_FILES = ["__init__", "build", "wrappers"]
 SEE_EVERYTHING = [
     "__init__",
     "train/run",
-    "train/config",  # config, folder, inputs and memory are parts of the run, in files of their own
+    "train/config",  # these are parts of the run, in files of their own
+    "train/changes",
     "train/folder",
     "train/inputs",
     "train/memory",
+    "train/resume",
     "convert",
     "plan",
     "prepare",

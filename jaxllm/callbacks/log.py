@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -40,6 +41,9 @@ class MetricsFile:
         """
         lines = path.read_text().splitlines() if path.exists() and resumed_at is not None else []
         kept = [line for line in lines if _step_of(line) <= (resumed_at or 0)]
+        self._evaluated: dict[str, dict[int, float]] = {}
+        for line in map(json.loads, kept):
+            self._note(line["step"], line)
         new = path.with_name(f".{path.name}.new")
         new.write_text("".join(line + "\n" for line in kept))
         new.replace(path)
@@ -48,14 +52,24 @@ class MetricsFile:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line, and hands it to the operating system at once."""
+        self._note(step, values)
         self._file.write(json.dumps({"step": step, **{name: _finite(value) for name, value in values.items()}}) + "\n")
         self._file.flush()
         for listener in self._listeners:
             listener.on_metrics(step, values)
 
+    def values(self, name: str) -> Mapping[int, float]:
+        """By step, the values of a metric `eval/…`, those from before a resume included."""
+        return self._evaluated.get(name, {})
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+    def _note(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if name.startswith("eval/"):
+                self._evaluated.setdefault(name, {})[step] = float(value)
 
 
 def _finite(value: float) -> float | str:

@@ -1,37 +1,59 @@
 """Whether a checkpoint's files are as they were written."""
 
-import json
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jaxllm.core.errors import UserError
-
-SIZES = "sizes.json"
-
-
-def write_sizes(folder: Path) -> None:
-    """Notes the size of every file in the folders of the checkpoint `folder`."""
-    files = [path for path in folder.glob("*/**/*") if path.is_file()]
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    (folder / SIZES).write_text(json.dumps(sizes))
+# Hashes and names as `sha256sum` writes them, so that `sha256sum --check` reads them.
+SUMS = "SHA256SUMS"
 
 
-def check_sizes(folder: Path) -> None:
-    """Raises UserError naming the first file of the checkpoint `folder` that is missing or has another size."""
+def write_sums(folder: Path) -> None:
+    """Writes the hash of every file below `folder` into its `SHA256SUMS`."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_covered(path, folder)]
+    lines = [f"{digest}  {path.relative_to(folder).as_posix()}\n" for path, digest in _digests(files)]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with the checkpoint `folder`, naming a file; None if each file is as it was written.
+
+    It reads every file once, on several threads.
+    """
+    if not folder.is_dir():
+        return "it is not there"
     try:
-        sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(damaged(folder, f"{SIZES} is missing or no JSON")) from error
-    for name, size in sizes.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
-            raise UserError(damaged(folder, f"{name} {what}"))
+        lines = (folder / SUMS).read_text().splitlines()
+        wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    except (OSError, ValueError):
+        return f"its {SUMS} is missing or unreadable (another version of jaxllm may have written none)"
+    if not wanted:
+        return f"its {SUMS} is empty"
+    for name in wanted:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    for path, digest in _digests(folder / name for name in wanted):
+        name = path.relative_to(folder).as_posix()
+        if digest != wanted[name]:
+            return f"{name} does not hold what was written"
+    return None
 
 
-def damaged(folder: Path, what: str) -> str:
-    """The message about a checkpoint that cannot be used."""
-    return (
-        f"the checkpoint {folder} cannot be read: {what}. To go on from an older one, set checkpoint.resume to it and "
-        "output_dir to a new folder"
-    )
+def _is_covered(path: Path, folder: Path) -> bool:
+    # What Orbax adds to the folder itself, in part after everything else; no restore reads it.
+    return path.parent != folder or path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt", SUMS)
+
+
+def _digests(files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    files = list(files)
+    with ThreadPoolExecutor() as pool:  # hashing and reading both leave Python's lock to others
+        yield from zip(files, pool.map(_digest, files), strict=True)
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # a disk that cannot read it any more
+        return error.strerror or "unreadable"

@@ -1,161 +1,140 @@
-"""Checkpoints of a run: written in the background, complete or not there at all, readable on any mesh.
+"""The checkpoints of a run, to read: each is complete or not there at all, and readable on any mesh.
 
-A checkpoint is a folder `<step>/` with the training state (`state`, Orbax) and facts about the run (`facts`, JSON).
-Beside them, the text file `latest` names the newest complete one.
+A checkpoint is a folder `<step>/` with the training state (`state/`, Orbax), facts about the run (`facts.json`) and
+the hashes of both (`SHA256SUMS`). Beside them, the text files `latest` and `best` name a step.
 """
 
+from __future__ import annotations
+
+import json
 import logging
-import os
-import re
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from pydantic import Field, PositiveInt
 
-from jaxllm.checkpoint.integrity import check_sizes, damaged, write_sizes
-from jaxllm.core.config import Section
+from jaxllm.checkpoint.integrity import find_damage
+from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 
-
-class CheckpointConfig(Section):
-    """When to save, and what to keep."""
-
-    every: PositiveInt | None = None
-    """steps between checkpoints; null: only at the end, and when the run is interrupted"""
-    keep: PositiveInt = 2
-    """how many of the newest stay"""
-    resume: str = Field(default="auto", min_length=1)
-    """auto: go on from the newest checkpoint of output_dir, if there is one; none: output_dir must be new;
-    otherwise a folder <run>/checkpoints/<step> to go on from"""
+STATE = "state"
+FACTS = "facts.json"
+POINTERS = ("latest", "best")
 
 
-class CheckpointStore:
-    """The checkpoints in one folder.
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """The complete checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+    return [Checkpoint(folder.absolute(), step) for step in steps]
 
-    keep: how many of the newest stay. read_only: for a folder that a run may be writing to.
-    """
 
-    def __init__(self, folder: Path, *, keep: int | None = None, read_only: bool = False) -> None:
-        logging.getLogger("absl").addFilter(_is_not_from_orbax)
-        self.folder = folder.absolute()
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            item_names=("state", "facts"),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                create=not read_only,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-            ),
-        )
-        self._saving: int | None = None
-        self._pointing: threading.Thread | None = None
-        if not read_only and (newest := self.latest()) is not None:
-            self._point_to(newest)  # a run that was killed may have missed it
+def named_checkpoint(path: Path) -> Checkpoint | None:
+    """What `path` names: `<folder>/<step>`, or one of the files `<folder>/latest` and `<folder>/best`."""
+    if path.name in POINTERS and path.is_file():
+        path = path.with_name(path.read_text().strip())
+    is_one = path.name.isdigit() and path.is_dir()
+    return Checkpoint(path.parent.absolute(), int(path.name)) if is_one else None
 
-    def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
-        """Copies the state off the devices and returns; a background thread writes it. `facts` must be JSON."""
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(dict(facts)))
-        self.wait()
-        self._saving = step
-        with self._write_errors():
-            self._manager.save(step, args=args)
-        self._pointing = threading.Thread(target=self._point_when_complete, args=(step,), daemon=True)
-        self._pointing.start()
 
-    def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+@dataclass(frozen=True)
+class Checkpoint:
+    """The complete checkpoint of `step` in `parent`."""
 
-    def facts(self, step: int) -> dict[str, Any]:
-        """What `save` was given beside the state."""
-        return self._restore(step, facts=ocp.args.JsonRestore())["facts"]
+    parent: Path
+    step: int
 
-    def restore(self, step: int, abstract: Any, *, partial: bool = False) -> Any:
-        """The state of `step` with the shapes, dtypes and shardings of `abstract`, whatever mesh wrote it.
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.parent / str(self.step)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def verify(self) -> None:
+        """Raises UserError unless every file is as it was written, naming the file and a checkpoint that is whole."""
+        if (damage := find_damage(self.folder)) is not None:
+            raise UserError(self._damaged(damage))
+
+    def facts(self) -> dict[str, Any]:
+        """What the run said beside the state."""
+        return self._facts()["run"]
+
+    def restore(self, abstract: Any, *, partial: bool = False) -> Any:
+        """The state with the shapes, dtypes and shardings of `abstract`, whatever mesh wrote it.
 
         A dimension that was padded differently (the vocabulary on another mesh) is cut or filled with zeros.
-        With `partial`, `abstract` may name a part of the state only.
+        With `partial`, `abstract` may name a part of the state only. Raises UserError for a state with other leaves.
         """
+        self._check_leaves(set(tree.flatten(abstract)), partial)
 
         def argument(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
             return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=False)
 
-        restore = ocp.args.PyTreeRestore(
+        arguments = ocp.args.PyTreeRestore(
             item=abstract, restore_args=jax.tree.map(argument, abstract), partial_restore=partial
         )
-        return self._restore(step, state=restore)["state"]
-
-    def wait(self) -> None:
-        """Returns when everything saved so far is complete on disk."""
-        with self._write_errors():
-            self._manager.wait_until_finished()
-        if self._pointing is not None:
-            self._pointing.join()
-
-    def close(self) -> None:
-        """Waits for the last save and ends the background threads."""
-        self.wait()
-        with self._write_errors():
-            self._manager.close()
-
-    def _restore(self, step: int, **items: Any) -> Any:
-        if step not in self._manager.all_steps():
-            raise UserError(f"{self.folder} has no checkpoint {step}; it has {self._manager.all_steps()}")
-        check_sizes(self.folder / str(step))
+        silence_orbax()
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                return checkpointer.restore(self.folder / STATE, args=arguments)
         except jax.errors.JaxRuntimeError:  # out of memory, which is no damage
             raise
-        except Exception as error:  # Orbax raises nothing narrower for a damaged file
-            raise UserError(damaged(self.folder / str(step), _short(error))) from error
+        except Exception as error:  # Orbax raises nothing narrower for a file that it cannot read
+            raise UserError(self._damaged(short_reason(error))) from error
 
-    def _seal(self) -> None:
-        # Orbax calls this when everything is written, and renames the folder right after.
-        (unfinished,) = self.folder.glob(f"{self._saving}.*")
-        write_sizes(unfinished)
-
-    def _point_when_complete(self, step: int) -> None:
-        while not (complete := (self.folder / str(step)).is_dir()) and self._manager.is_saving_in_progress():
-            time.sleep(0.01)
-        if complete:
-            self._point_to(step)
-
-    def _point_to(self, step: int) -> None:
-        pointer = self.folder / "latest.tmp"
-        pointer.write_text(f"{step}\n")
-        pointer.rename(self.folder / "latest")
-
-    @contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        """Turns what a disk refuses into one message; other errors pass."""
+    def _facts(self) -> dict[str, Any]:
         try:
-            yield
-        except (OSError, ValueError) as error:
-            code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's form of an OSError
-            if not isinstance(error, OSError) and code is None:
-                raise
-            reason = os.strerror(int(code[1])) if code else _short(error)
+            facts = json.loads((self.folder / FACTS).read_text())
+            return {name: facts[name] for name in ("run", "leaves", "jaxllm")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(self._damaged(f"{FACTS} is missing or unreadable")) from error
+
+    def _check_leaves(self, wanted: set[str], partial: bool) -> None:
+        facts = self._facts()
+        there = set(facts["leaves"])
+        lacks, knows_not = sorted(wanted - there), [] if partial else sorted(there - wanted)
+        differences = [
+            f"it {verb} {leaves[0]}{f' and {len(leaves) - 1} more' if leaves[1:] else ''}"
+            for verb, leaves in (("lacks", lacks), ("has the unknown", knows_not))
+            if leaves
+        ]
+        if differences:
             raise UserError(
-                f"writing a checkpoint to {self.folder} failed: {reason}. Free some space or lower "
-                "checkpoint.keep; the checkpoints before it are complete, and the run resumes from the newest"
-            ) from error
+                f"the checkpoint {self} was written by another version of jaxllm ({facts['jaxllm']}): "
+                f"{' and '.join(differences)}. Finish the run with that version, or choose a new output_dir and start "
+                f"from its weights with model.path={self}"
+            )
+
+    def _damaged(self, what: str) -> str:
+        """The message about a checkpoint that cannot be used."""
+        older = [other for other in checkpoints(self.parent) if other.step < self.step]
+        whole = next((other for other in reversed(older) if find_damage(other.folder) is None), None)
+        offer = (
+            "No older checkpoint beside it is whole; choose a new output_dir"
+            if whole is None
+            else f"The newest older one that is whole is {whole}: name it instead. checkpoint.resume={whole} goes on "
+            "from there in the same output_dir, and moves the damaged one aside"
+        )
+        return f"the checkpoint {self} is damaged: {what}. {offer}"
 
 
-def _short(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """What Orbax says on one line, without tensorstore's description of its settings."""
     text = str(error).partition(" [tensorstore_spec")[0].partition(" See full TensorStore")[0]
     text = " ".join(text.split())
     return (text if len(text) <= 400 else text[:400] + "…").rstrip(".")
 
 
+def silence_orbax() -> None:
+    """Keeps Orbax's own log off the terminal: it logs a failure many times over, each with a trace, and all of them
+    reach us as exceptions."""
+    logging.getLogger("absl").addFilter(_is_not_from_orbax)
+
+
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
-    # It logs a failure many times over, each with a trace; all of them reach us as exceptions.
     return "/orbax/" not in record.pathname.replace("\\", "/")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jax.typing import DTypeLike
 
-from jaxllm.checkpoint.store import CheckpointStore
+from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
 from jaxllm.core import hub
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
@@ -59,16 +59,15 @@ def open_model(
     param_dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
 ) -> OpenModel:
-    """The model in `path`: a Hugging Face folder, a run's output folder (its newest checkpoint), a checkpoint, or a
-    name of the Hub.
+    """The model in `path`: a Hugging Face folder, a run's output folder (its newest checkpoint), a checkpoint
+    (`<run>/checkpoints/<step>`, or `/best` or `/latest` in place of the step), or a name of the Hub.
 
     param_dtype: None = as it is stored. compute_dtype: None = bfloat16 on GPU, float32 on CPU. Raises UserError.
     """
     path = hub.model_folder(path, "weights")
-    run = _run_of(path)
+    run, checkpoint = _run_of(path)
     if run is not None:
-        step = int(path.name) if run != path else None
-        return _from_checkpoint(run, step, layout, param_dtype, compute_dtype)
+        return _from_checkpoint(run, checkpoint, layout, param_dtype, compute_dtype)
     lm = read_model(path, layout, param_dtype, compute_dtype)
     return OpenModel(lm, path, lambda: load_params(lm))
 
@@ -76,25 +75,30 @@ def open_model(
 def model_folder(path: str | Path, what: Literal["config", "tokenizer"]) -> Path:
     """The folder with the config.json or the tokenizer of the model in `path` (see `open_model`)."""
     folder = hub.model_folder(path, what)
-    run = _run_of(folder)
+    run, _ = _run_of(folder)
     return folder if run is None else run / RUN_MODEL
 
 
-def _run_of(path: Path) -> Path | None:
-    """The run that `path` is, or a checkpoint of; None for a Hugging Face folder. Raises UserError for no folder."""
+def _run_of(path: Path) -> tuple[Path | None, Checkpoint | None]:
+    """The run that `path` is, or a checkpoint of, and that checkpoint; None for a Hugging Face folder.
+
+    Raises UserError for no folder.
+    """
+    if path.parent.name == RUN_CHECKPOINTS and (named := named_checkpoint(path)) is not None:
+        return named.parent.parent, named
     if not path.is_dir():
         raise UserError(
             f"{path}: there is no such folder; give a Hugging Face folder, a run, one of its checkpoints, or a model "
             "of the Hub as owner/name"
         )
     if (path / RUN_MODEL / "config.json").is_file():
-        return path
-    return path.parent.parent if path.parent.name == RUN_CHECKPOINTS and path.name.isdigit() else None
+        return path, None
+    return None, None
 
 
 def _from_checkpoint(
     run: Path,
-    step: int | None,
+    checkpoint: Checkpoint | None,
     layout: Layout,
     param_dtype: DTypeLike | None,
     compute_dtype: DTypeLike | None,
@@ -110,15 +114,11 @@ def _from_checkpoint(
         compute_dtype or ("bfloat16" if on_gpu else "float32"),
     )
 
-    checkpoints = run / RUN_CHECKPOINTS
-
     def load() -> Params:
-        store = CheckpointStore(checkpoints, read_only=True) if checkpoints.is_dir() else None
-        newest = step or (store.latest() if store else None)
-        if store is None or newest is None:
+        chosen = checkpoint or next(reversed(checkpoints(run / RUN_CHECKPOINTS)), None)
+        if chosen is None:
             raise UserError(f"{run}: the run has no complete checkpoint yet")
-        params = store.restore(newest, {"params": lm.abstract()}, partial=True)["params"]
-        store.close()
-        return params
+        chosen.verify()
+        return chosen.restore({"params": lm.abstract()}, partial=True)["params"]
 
     return OpenModel(lm, run / RUN_MODEL, load)

@@ -28,15 +28,15 @@ def main(arguments: list[str]) -> int:
 
         from jaxllm.core.config import load
         from jaxllm.train.config import Config
+        from jaxllm.train.interrupt import Interrupt
         from jaxllm.train.run import run
 
-        return run(load(arguments[0], arguments[1:], Config), Console())
+        console = Console()
+        with Interrupt(console) as interrupt:
+            return run(load(arguments[0], arguments[1:], Config), console, interrupt=interrupt)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

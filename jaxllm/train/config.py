@@ -7,10 +7,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, create_m
 
 from jaxllm.callbacks.base import CALLBACKS, CallbackConfig
 from jaxllm.callbacks.tensorboard import TensorBoardConfig
-from jaxllm.checkpoint.store import CheckpointConfig
+from jaxllm.checkpoint.retention import CheckpointConfig
 from jaxllm.core.config import ByType, Section
 from jaxllm.core.dtypes import DTypeName
-from jaxllm.core.errors import UserError
+from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.core.mesh import Layout, MeshConfig
 from jaxllm.core.registry import Registry
 from jaxllm.data.loader import DataConfig
@@ -233,5 +233,32 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
             f"evals share a name: {names}",
             "give each its own",
         ),
+        *_best_conflicts(config),
     ]
     return [(problem, remedy) for wrong, problem, remedy in table if wrong]
+
+
+def _best_conflicts(config: Config) -> list[tuple[bool, str, str]]:
+    """Of `checkpoint.best`: every checkpoint must have a value of the metric."""
+    best, every = config.checkpoint.best, config.checkpoint.every
+    if best is None or every is None:
+        return []
+    metrics = {
+        f"eval/{held_out.name}/{value}": held_out for held_out in config.evals for value in ("loss", "perplexity")
+    }
+    if best not in metrics:
+        known = f"choose one of {', '.join(metrics)}" if metrics else "add the set to evals"
+        return [
+            (True, f"checkpoint.best is {best}, which no set of evals gives", f"{known}.{did_you_mean(best, metrics)}")
+        ]
+    between = metrics[best].every
+    below, above = every // between * between, -(-every // between) * between
+    nearest = " or ".join(str(count) for count in (below, above) if count)
+    return [
+        (
+            every % between != 0,
+            f"checkpoint.best compares the checkpoints by {best}, which is evaluated every {between} steps, and "
+            f"checkpoint.every is {every}: some would have no value",
+            f"set checkpoint.every to {nearest}, or the set's every to a divisor of {every}",
+        )
+    ]

@@ -1,34 +1,80 @@
-"""Stopping a run between two steps."""
+"""Stopping a run by a signal."""
 
+import os
 import signal
-from types import FrameType, TracebackType
-from typing import Any
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While active, SIGINT (Ctrl-C) and SIGTERM are noted in `signal` instead of ending the program.
+    """While active, SIGINT (Ctrl-C) and SIGTERM end the process at once, with 128 + the signal as its exit status.
 
-    A second one ends it at once.
+    Inside `graceful()`, the first one is noted in `signal` instead, and the second one ends the process. A thread of
+    its own acts on them: Python's own handlers wait while the main thread compiles, evaluates or copies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
         self.signal: signal.Signals | None = None
+        self._console = console
+        self._graceful = False
         self._before: dict[signal.Signals, Any] = {}
 
+    def stopped(self) -> bool:
+        """Whether the run was told to stop."""
+        return self.signal is not None
+
+    @contextmanager
+    def graceful(self) -> Iterator[None]:
+        """The first signal is only noted here."""
+        self._graceful = True
+        try:
+            yield
+        finally:
+            self._graceful = False
+
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        arrived, self._arrives = os.pipe()
+        os.set_blocking(self._arrives, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._arrives, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._watch, args=(arrived,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._arrives)
+
+    def _watch(self, arrived: int) -> None:
+        while number := os.read(arrived, 1):
+            if number[0] in SIGNALS:
+                self._act(signal.Signals(number[0]))
+        os.close(arrived)
+
+    def _act(self, number: signal.Signals) -> None:
+        if not self._graceful or self.signal is not None:
+            self._end(number)
+        self.signal = number
+        self._console.print(
+            f"{number.name}: the run ends after this step and saves it; once more ends it at once",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _end(self, number: signal.Signals) -> NoReturn:
+        self._console.show_cursor(True)
+        message = "interrupted; the same command goes on from the newest checkpoint, if there is one"
+        print(f"\n{message}", file=sys.stderr, flush=True)
+        os._exit(128 + number)

@@ -24,19 +24,20 @@ def loop(
     A step's metrics are read after the next one is dispatched, so that the device never waits for the host. Those of
     the last step, and of each for which `settle` says yes, come with their own event: whoever saves that step's state
     waits for it anyway, and finds its metrics reported. To the step's own metrics it adds `step_time_s` and
-    `data_wait_s`. `stop` is asked after each dispatch; if it says yes, that step is the last.
+    `data_wait_s`. `stop` is asked before the first step and after each dispatch; if it says yes, that step is the last.
     """
     clock = _Clock()
     pending: dict[int, Metrics] = {}
-    for done in range(start + 1, steps + 1):
+    for done in range(start + 1, start + 1 if stop() else steps + 1):
         batch = clock.wait_for(lambda: next(batches))
         state, metrics = step(state, batch)
         clock.dispatched()
         last = done == steps or stop()
         settled = last or settle(done)
         ready, pending = (pending | {done: metrics}, {}) if settled else (pending, {done: metrics})
-        yield Event(done, state, last, {number: clock.read(values) for number, values in ready.items()})
-        if last:
+        event = Event(done, state, last, {number: clock.read(values) for number, values in ready.items()})
+        yield event
+        if event.last:
             return
 
 

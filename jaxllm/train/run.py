@@ -17,7 +17,7 @@ from jaxllm.callbacks.base import Callback
 from jaxllm.callbacks.evaluate import Evaluate
 from jaxllm.callbacks.log import Log, MetricsFile
 from jaxllm.callbacks.save import Save
-from jaxllm.checkpoint.store import CheckpointStore
+from jaxllm.checkpoint.writer import CheckpointWriter
 from jaxllm.convert.load import RUN_CHECKPOINTS
 from jaxllm.core import hub, tree
 from jaxllm.core.cache import programs_read
@@ -31,12 +31,14 @@ from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.models.stack import check_offload
 from jaxllm.optim.build import build
 from jaxllm.train.config import Config
-from jaxllm.train.folder import EXPORT, METRICS, Facts, find_resume, prepare
+from jaxllm.train.folder import EXPORT, METRICS, prepare
 from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, saying, training_loader
 from jaxllm.train.interrupt import Interrupt
+from jaxllm.train.lock import owned
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
 from jaxllm.train.metrics import flops_per_token, peak_flops
+from jaxllm.train.resume import Facts, find_resume
 from jaxllm.train.state import abstract_state, new_state
 from jaxllm.train.step import batch_shapes, compile_steps, make_step
 
@@ -44,12 +46,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def run(config: Config, console: Console, devices: Sequence[Any] | None = None) -> int:
+def run(
+    config: Config, console: Console, devices: Sequence[Any] | None = None, interrupt: Interrupt | None = None
+) -> int:
     """Trains as `config` says, on `devices` (default: all). Returns the exit status: 0, or 128 + the signal that
-    interrupted the run.
+    `interrupt` noted (default: signals do what they do in the calling program).
 
     Raises UserError for wrong input, before anything is written or trained where it can be known then.
     """
+    with owned(Path(config.output_dir)):
+        return _run(config, console, devices, interrupt or Interrupt(console))
+
+
+def _run(config: Config, console: Console, devices: Sequence[Any] | None, interrupt: Interrupt) -> int:
 
     say = saying(console)
     resume = find_resume(config)
@@ -79,7 +88,8 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
     steps = config.train.last_step(len(plan.order), *seen)
     sets = evaluation_sets(config, inputs.held_out, lm.layout, micro_batch)
     if resume:
-        resume.check(lm, store.folder.name, steps)
+        for note in resume.check(config, lm, store.folder.name, steps):
+            say("note", note)
 
     attention = choose_attention(
         config.train.attention, lm.attention_needs(config.data.packing in ("best_fit", "concat"))
@@ -118,7 +128,8 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
             shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes)
             first = partial(new_state, trainable=everything, tx=tx, scale_loss=scale_loss)
             new = jax.jit(first, out_shardings=shardings, donate_argnums=0)
-            state, facts = new(model.load()), Facts(step=0, epoch=0, position=0, tokens=0, data=store.folder.name)
+            state = new(model.load())
+            facts = Facts(step=0, steps=steps, epoch=0, position=0, tokens=0, data=store.folder.name)
         goes_on = resume is not None and resume.run.resolve() == folder.resolve()
         prepare(config, lm, model.folder, special_ids, keep_model=goes_on)
 
@@ -135,17 +146,16 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
 
         def facts_at(done: int) -> dict[str, Any]:
             place = loader.state_after(done - start)._asdict()
-            return Facts(step=done, **place, tokens=tokens_through(done), data=facts.data).model_dump()
+            return Facts(step=done, steps=steps, **place, tokens=tokens_through(done), data=facts.data).model_dump()
 
-        interrupt = open_things.enter_context(Interrupt())
+        open_things.enter_context(interrupt.graceful())
         resumed_at = start if resume else None
         chosen = [open_things.enter_context(closing(c.open(folder, resumed_at))) for c in config.callbacks]
         metrics = open_things.enter_context(closing(MetricsFile(folder / METRICS, resumed_at, chosen)))
-        checkpoints = CheckpointStore(folder / RUN_CHECKPOINTS, keep=config.checkpoint.keep)
-        save = open_things.enter_context(closing(Save(checkpoints, config.checkpoint.every, facts_at)))
-        evaluate = open_things.enter_context(closing(Evaluate(Perplexity(lm), sets, metrics, console, last=steps)))
-        if not resume:
-            evaluate.before(state)
+        checkpoints = CheckpointWriter(folder / RUN_CHECKPOINTS, config.checkpoint)
+        save = open_things.enter_context(closing(Save(checkpoints, config.checkpoint, facts_at, metrics)))
+        evaluate = Evaluate(Perplexity(lm), sets, metrics, console, last=steps, stop=interrupt.stopped)
+        evaluate.before(state, start)
         log = Log(
             metrics,
             console,
@@ -170,7 +180,7 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
             start=start,
             steps=steps,
             settle=lambda done: any(every and done % every == 0 for every in intervals),
-            stop=lambda: interrupt.signal is not None,
+            stop=interrupt.stopped,
         )
         done = start
         for event in events:
@@ -178,9 +188,9 @@ def run(config: Config, console: Console, devices: Sequence[Any] | None = None) 
                 callback.on_event(event)
             done, state = event.step, event.state
 
-    if done < steps:
-        assert interrupt.signal is not None
-        say("stopped", f"by {interrupt.signal.name} after step {done}; it is saved in {checkpoints.folder}")
+    if interrupt.signal is not None:
+        where = f"; it is saved in {checkpoints.folder}" if done > start else ""
+        say("stopped", f"by {interrupt.signal.name} after step {done}{where}")
         say("", "the same command goes on from there")
         return 128 + interrupt.signal
     params = tree.combine(state.params, state.frozen)

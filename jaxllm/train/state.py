@@ -50,13 +50,13 @@ class TrainState(NamedTuple):
     loss_scale: LossScale | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Event:
     """A step has been dispatched.
 
     step: updates done when it is finished. state: the state after it, valid until the next event is asked for.
     finished: `{step: metrics}` of the steps whose results have arrived since the last event. last: whether this is
-    the last event, because the run is complete or was told to stop.
+    the last event, because the run is complete or was told to stop; a callback may set it at a step that is settled.
     """
 
     step: int

@@ -15,7 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from whole_runs import Ran, train, workplace, write_jsonl
 
+from jaxllm.generate.__main__ import main as generate
 from jaxllm.train.__main__ import main
+from jaxllm.train.lock import owned
 
 
 class Place(NamedTuple):
@@ -92,6 +94,14 @@ CONFIGS = {
     ),
     "no checkpoint": (["checkpoint.resume=somewhere"], ["checkpoint.resume: somewhere is no checkpoint"]),
     "no model": (["model={path: nowhere}"], ["nowhere: there is no such folder"]),
+    "a best checkpoint of no set": (
+        ["checkpoint.best=eval/heldout/loss"],
+        ["checkpoint.best is eval/heldout/loss, which no set of evals gives", "Did you mean 'eval/held_out/loss'?"],
+    ),
+    "a best checkpoint without its value": (
+        ["checkpoint.best=eval/held_out/loss", "checkpoint.every=8"],
+        ["evaluated every 6 steps, and checkpoint.every is 8", "set checkpoint.every to 6 or 12"],
+    ),
     "no tokenizer": (["model.tokenizer=nowhere"], ["tokenizer folder nowhere does not exist"]),
     "vocabulary too small": (["model.vocab_size=511"], ["up to 511", "511 rows", "model.vocab_size"]),
 }
@@ -213,7 +223,10 @@ OTHER_RUNS = {
     "another optimizer": (["optim.type=lion"], ["another config: optim.type (there: adamw, now: lion)"]),
     "resume none": (["checkpoint.resume=none"], ["holds a run, and checkpoint.resume is none", "resume=auto"]),
     "fewer steps than done": (["train.steps=3"], ["has done 4 steps", "asks for 3"]),
-    "an older checkpoint of itself": (["checkpoint.resume={run}/checkpoints/2"], ["checkpoint.resume (there: auto"]),
+    "an older checkpoint of itself": (
+        ["checkpoint.resume={run}/checkpoints/2"],
+        ["has {run}/checkpoints/4, which is newer and whole", "checkpoint.resume=auto"],
+    ),
 }
 
 
@@ -223,9 +236,17 @@ def test_the_folder_of_another_run(case, place, finished, capfd):
     before = contents(finished.folder)
     overrides = [override.format(run=finished.folder) for override in overrides]
     said = fails(capfd, place.config, f"output_dir={finished.folder}", *SAME, *overrides)
-    for fragment in (str(finished.folder), *fragments):
-        assert fragment in said
+    for fragment in ("{run}", *fragments):
+        assert fragment.format(run=finished.folder) in said
     assert contents(finished.folder) == before
+
+
+def test_a_folder_that_another_process_is_writing(place, finished, capfd):
+    with owned(finished.folder):
+        before = contents(finished.folder)
+        said = fails(capfd, place.config, f"output_dir={finished.folder}", *SAME)
+        assert f"output_dir {finished.folder} is in use by process {os.getpid()} on" in said
+        assert contents(finished.folder) == before
 
 
 def test_a_folder_that_is_no_run(place, capfd):
@@ -269,23 +290,32 @@ def test_another_run_s_checkpoint_with_another_model(place, finished, capfd):
     assert not (place.folder / "run").exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut short", "no facts"])
-def test_a_damaged_checkpoint(damage, place, finished, capfd):
+def test_a_damaged_checkpoint(place, finished, capfd):
+    """It is named, and so is the command to go on from the one before it; that works, and loses nothing."""
     run = shutil.copytree(finished.folder, place.folder / "run")
-    newest = run / "checkpoints/4"
-    file = max((newest / "state").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
-    if damage == "missing":
-        file.unlink()
-    elif damage == "cut short":
-        os.truncate(file, file.stat().st_size // 2)
-    else:
-        shutil.rmtree(newest / "facts")
-    before = contents(run)
-    said = fails(capfd, place.config, f"output_dir={run}", *SAME, "train.steps=6")
-    name = "facts/" if damage == "no facts" else str(file.relative_to(newest))
-    assert f"the checkpoint {newest} cannot be read: {name}" in said
-    assert "set checkpoint.resume to it and output_dir to a new folder" in said
-    assert contents(run) == before
+    newest, before = run / "checkpoints/4", contents(run)
+    written = contents(newest)
+    name = max(written, key=lambda name: len(written[name]))
+    (newest / name).write_bytes(written[name][::-1])
+    damaged = contents(newest)
+    command = (place.config, f"output_dir={run}", "train.steps=4", "checkpoint.every=2")
+    said = fails(capfd, *command)
+    assert f"the checkpoint {newest} is damaged: {name} does not hold" in said
+    assert contents(newest) == damaged
+    assert generate([str(run), "--prompt", "Once"]) == 2
+    assert f"The newest older one that is whole is {run}/checkpoints/2: name it instead" in capfd.readouterr().err
+
+    remedy = re.search(r"checkpoint\.resume=\S+", said)
+    assert remedy
+    gone_on = train(*command, remedy[0])
+    assert f"resuming  from {run}/checkpoints/2, 2 of 4 steps to go" in gone_on.said
+    assert "changed, and harmless: evals.0.every (there: 4, now: 6)\n" in gone_on.said
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "4", "4.damaged", "latest"}
+    assert contents(run / "checkpoints/4.damaged") == damaged
+    # The same training: it exports what it exported before.
+    assert contents(run / "export") == {name[7:]: data for name, data in before.items() if name[:7] == "export/"}
+    # The same command again, as a script would give it, goes on from the newest.
+    assert f"from {run}/checkpoints/4, 0 of 4 steps to go" in train(*command, remedy[0]).said
 
 
 # What a run finds out later.

@@ -48,10 +48,20 @@ def test_nothing_is_left_to_do() -> None:
 
 def test_it_stops_when_told_and_reports_everything() -> None:
     asked = count(1)
-    seen = events(start=0, steps=100, stop=lambda: next(asked) == 3)
+    seen = events(start=0, steps=100, stop=lambda: next(asked) == 4)  # once before the first step
     assert [event.step for event in seen] == [1, 2, 3]
     assert seen[-1].last
+    assert events(start=0, steps=100, stop=lambda: True) == []
     assert [step for event in seen for step in event.finished] == [1, 2, 3]
+
+
+def test_it_ends_with_the_step_whose_event_is_made_the_last() -> None:
+    seen = []
+    for event in loop(counting, START, iter([{"number": 1}] * 9), start=0, steps=9, settle=lambda step: step == 2):
+        seen.append(event)
+        event.last = event.step == 2
+    assert [event.step for event in seen] == [1, 2]
+    assert list(seen[-1].finished) == [1, 2]
 
 
 class Metric:
