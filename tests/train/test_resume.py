@@ -217,7 +217,12 @@ class ToldToStop(Interrupt):
         return super().stopped()
 
 
-@pytest.mark.optimized
+def read_logged(folder: Path) -> dict[tuple[int, str], float]:
+    """The losses, held out or not."""
+    lines = read_metrics(folder)
+    return {(line["step"], name): value for line in lines for name, value in line.items() if name.endswith("/loss")}
+
+
 def test_interrupted_in_an_evaluation(workplace, never_stopped):
     """It is broken off, the step is saved, and the evaluation is made up for; so too at the very last step."""
     folder = workplace.parent / "evaluating"
@@ -231,7 +236,10 @@ def test_interrupted_in_an_evaluation(workplace, never_stopped):
         assert "eval/held_out/loss" not in read_metrics(folder)[-1]
         assert not (folder / "export").exists()
     assert train(workplace, *overrides).status == 0
-    assert logged(folder) == logged(never_stopped)
+    ours, theirs = read_logged(folder), read_logged(never_stopped)
+    assert list(ours) == list(theirs)
+    # This process has eight devices, and so other threads than that one: another order of sums.
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-5)
 
 
 @pytest.mark.full
