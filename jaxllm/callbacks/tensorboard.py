@@ -1,7 +1,9 @@
 """TensorBoard: the lines of metrics.jsonl as scalars of the same names."""
 
+import socket
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,14 +29,18 @@ class TensorBoard(Callback):
 
     def __init__(self, folder: Path, resumed_at: int | None) -> None:
         # Here, since importing it imports torch where that is, which takes seconds.
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.record_writer import masked_crc32c
 
         self._protocol: tuple[Any, Any] = event_pb2, summary_pb2  # generated code without types
+        self._checksum: Callable[[bytes], int] = masked_crc32c
         folder.mkdir(exist_ok=True)
         first = 0 if resumed_at is None else resumed_at + 1
-        self._file = EventsWriter(str(folder / "events"), f".{first}")
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{first}"
+        self._file = (folder / name).open("wb", buffering=0)
         events, _ = self._protocol
+        self._write(events.Event(wall_time=time.time(), file_version="brain.Event:2"))
         begin = events.SessionLog(status=events.SessionLog.START)
         self._write(events.Event(wall_time=time.time(), step=first, session_log=begin))
 
@@ -46,8 +52,11 @@ class TensorBoard(Callback):
         self._write(events.Event(wall_time=time.time(), step=step, summary=summary))
 
     def _write(self, event: Any) -> None:
-        self._file.write_event(event)
-        self._file.flush()
+        # Not by tensorboardX's own writer: it waits for the disk after every record.
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checksums = (struct.pack("<I", self._checksum(part)) for part in (length, data))
+        self._file.write(length + next(checksums) + data + next(checksums))
 
     def close(self) -> None:
         """Closes the file."""
