@@ -114,8 +114,10 @@ def test_after_the_end_there_is_nothing(store: Store, plan: PackPlan):
     assert list(finished) == []
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "grouped"])
 @pytest.mark.parametrize("hosts", [2, 3, 6])
-def test_hosts_take_their_rows_of_each_micro_batch(store: Store, plan: PackPlan, hosts: int):
+def test_hosts_take_their_rows_of_each_micro_batch(store: Store, hosts: int, packing: str):
+    plan, _ = plans(config(store, packing=packing), store, seed=1, batch_size=12)
     alone = take(4, loader(store, plan, 2, 6))
     each = 6 // hosts
     parts = [
@@ -127,6 +129,23 @@ def test_hosts_take_their_rows_of_each_micro_batch(store: Store, plan: PackPlan,
         assert {batch.state for batch in together} == {whole.state}
         for name, array in whole.arrays.items():
             assert (np.concatenate([batch.arrays[name] for batch in together], axis=1) == array).all()
+
+
+def test_grouped_batches_are_as_wide_as_their_longest_row_needs(store: Store):
+    plan, _ = plans(config(store, packing="grouped"), store, seed=1, batch_size=6)
+    assert plan.widths == (4, 8, 16, 32)
+    batches = list(loader(store, plan, epochs=2))
+    for batch in batches:
+        longest = max(plan.row_tokens[row] for row in batch.rows.ravel() if row >= 0)
+        width = next(width for width in plan.widths if width >= longest)
+        assert {array.shape for array in batch.arrays.values()} == {(2, 3, width)}
+    assert {batch.arrays["tokens"].shape[-1] for batch in batches} == {4, 8, 16, 32}
+    places = sum(batch.arrays["tokens"].size for batch in batches)
+    assert places < 0.75 * 2 * plan.rows * 32
+    # Evaluation goes through the same rows from the shortest to the longest.
+    lengths = [plan.row_tokens[row] for row in rows_of(list(loader(store, plan, epochs=1, shuffle=False))) if row >= 0]
+    assert lengths == sorted(lengths)
+    assert len(lengths) == plan.rows
 
 
 def test_evaluation_takes_the_rows_in_order(store: Store, plan: PackPlan):
@@ -230,7 +249,7 @@ def test_bad_settings(store: Store, tmp_path: Path, byte_tokenizer):
         plans(single, built, seed=0, batch_size=6)
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
+@pytest.mark.parametrize("packing", ["best_fit", "concat", "none", "grouped"])
 def test_real_text_is_trained_once_an_epoch(shared: Path, tmp_path: Path, packing: str):
     from transformers import AutoTokenizer
 

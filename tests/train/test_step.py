@@ -28,12 +28,13 @@ from small_runs import (
 from jaxllm import optim
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
+from jaxllm.core.mesh import Layout
 from jaxllm.models.stack import NamedTensors, Remat, check_offload, loop, scan
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.nn.named import TENSOR_NAMES
 from jaxllm.optim.build import build
 from jaxllm.train.state import TrainState, new_state
-from jaxllm.train.step import make_step
+from jaxllm.train.step import CompiledStep, batch_shapes, compile_steps, make_step
 
 # A transform whose state after one step is the gradient that it got.
 RECORD = optax.trace(0.9)
@@ -341,3 +342,25 @@ def test_bfloat16_parameters_have_float32_moments_and_are_rounded_once():
         expected = jnp.asarray(moved, jnp.float32).astype(jnp.bfloat16)
         np.testing.assert_array_equal(state.params[name], expected)
         assert (state.params[name] != leaf).any()
+
+
+def test_each_width_has_a_program_and_the_largest_is_planned_for():
+    layout = Layout.single()
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated), {}, {}, ())
+
+    def count(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        return state._replace(step=state.step + 1), {"tokens": jnp.sum(batch["loss_mask"])}
+
+    def compiled(*widths: int) -> CompiledStep:
+        return compile_steps(count, state, [batch_shapes((1, 2, width), layout) for width in widths], layout)
+
+    several = compiled(4, 16, 8)
+    assert several.peak_bytes == compiled(16).peak_bytes > compiled(8).peak_bytes
+    at = TrainState(jnp.zeros((), jnp.int32), {}, {}, ())
+    for width in (16, 4, 8, 16):
+        batch = {
+            name: jnp.ones((1, 2, width), leaf.dtype) for name, leaf in batch_shapes((1, 2, width), layout).items()
+        }
+        at, metrics = several.run(at, batch)
+        assert metrics["tokens"] == 2 * width
+    assert at.step == 4
