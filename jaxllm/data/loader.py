@@ -31,10 +31,7 @@ class DataConfig(Section):
     """What is trained on."""
 
     sources: list[SourceConfig] = Field(min_length=1)
-    """where records come from. Without weights they are all shuffled together, and an epoch is each of them once.
-    With weights, which then all of them need, a weight is a share of the tokens of an epoch, and an epoch has as
-    many tokens as all the sources together: a source that is smaller than its share is repeated, one that is larger
-    goes on in the next epoch; weight 0 leaves it out. No record comes again before all of its source were seen"""
+    """where records come from; without weights they are all shuffled together"""
     seq_len: int = Field(ge=1)
     """tokens in a row"""
     packing: Packing = "best_fit"

@@ -57,7 +57,9 @@ class SourceConfig(RecordsConfig):
     hf://datasets/owner/name[@revision][/file or glob]. Files are .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt,
     also compressed as .gz or .zst; with `format: text` any text"""
     weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """its share of the tokens, beside the weights of the other sources; default: every record once an epoch"""
+    """its share of an epoch's tokens, relative to the weights of the other sources, which then all need one; 0 leaves
+    it out. An epoch has as many tokens as all the sources together: a source smaller than its share is repeated, a
+    larger one goes on in the next epoch. Default: an epoch is every record once"""
 
 
 @dataclass(frozen=True, slots=True)
