@@ -114,14 +114,15 @@ def test_after_the_end_there_is_nothing(store: Store, plan: PackPlan):
     assert list(finished) == []
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "grouped"])
+@pytest.mark.parametrize(("packing", "micro_batches"), [("best_fit", 2), ("grouped", 1)])
 @pytest.mark.parametrize("hosts", [2, 3, 6])
-def test_hosts_take_their_rows_of_each_micro_batch(store: Store, hosts: int, packing: str):
-    plan, _ = plans(config(store, packing=packing), store, seed=1, batch_size=12)
-    alone = take(4, loader(store, plan, 2, 6))
+def test_hosts_take_their_rows_of_each_micro_batch(store: Store, hosts: int, packing: str, micro_batches: int):
+    plan, _ = plans(config(store, packing=packing), store, seed=1, batch_size=6 * micro_batches)
+    alone = list(loader(store, plan, micro_batches, 6, epochs=2))
     each = 6 // hosts
     parts = [
-        take(4, loader(store, plan, 2, 6, row_slice=slice(each * host, each * (host + 1)))) for host in range(hosts)
+        list(loader(store, plan, micro_batches, 6, epochs=2, row_slice=slice(each * host, each * (host + 1))))
+        for host in range(hosts)
     ]
     for step, whole in enumerate(alone):
         together = [part[step] for part in parts]
