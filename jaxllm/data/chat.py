@@ -273,11 +273,12 @@ def _template_line(error: Exception) -> int | None:
     return next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), None)
 
 
-def _difference(one: str, other: str, width: int = 40) -> tuple[str, str]:
-    """What two texts have from the place on where they part."""
+def _difference(one: str, other: str, before: int = 12, width: int = 40) -> tuple[str, str]:
+    """What two texts have around the place where they part."""
     alike = (a == b for a, b in zip(one, other, strict=False))
     place = next((i for i, same in enumerate(alike) if not same), min(len(one), len(other)))
-    return one[place : place + width], other[place : place + width]
+    around = slice(max(0, place - before), place + width)
+    return one[around], other[around]
 
 
 def _squeezed(text: str) -> str:

@@ -26,7 +26,9 @@ class Text:
     `document`: the tokenizer's own special tokens go in front and a trained EOS behind; otherwise the text holds
     its special tokens already.
     `splittable`: a sample longer than the window is trained in consecutive pieces; otherwise it is cut.
-    `exact`: no token may hold both trained text and text that is only read; otherwise such a token is trained.
+    `exact`: no token may hold both trained text and text that is only read, and what stands before a trained stretch
+    must have the tokens that it has alone, as when the model is asked for the answer. Without, a token over a border
+    is trained.
     """
 
     segments: tuple[Segment, ...]

@@ -53,8 +53,8 @@ _DTYPES: dict[str, type[np.generic]] = {
 class Summary:
     """What a store holds.
 
-    `untrained`, `torn`: samples left out because nothing in them is trained, or because a token holds both trained
-    text and text that is only read; `torn_at` is where the first of these stands. `unended`: samples that do not
+    `untrained`, `torn`: samples left out because nothing in them is trained, or because they are not read exactly
+    (see `segments.Text`); `torn_at` is where the first of these stands. `unended`: samples that do not
     train the end of a turn. `formats`: path of each source → its format, found or given.
     """
 
@@ -71,7 +71,7 @@ class Summary:
         formats = ", ".join(f"{path} as {name}" for path, name in self.formats.items())
         notes = (
             (self.untrained, "left out: nothing in them is trained"),
-            (self.torn, f"left out: a token spans where a trained turn begins or ends (first: {self.torn_at})"),
+            (self.torn, f"left out: a trained turn begins or ends inside a token (first: {self.torn_at})"),
             (self.unended, "without the trained end of a turn"),
         )
         return (
@@ -282,9 +282,9 @@ def _check_trained(config: SourceConfig, name: str, before: Summary, after: Summ
     samples, torn = after.samples - before.samples, after.torn - before.torn
     if not samples and torn:
         raise UserError(
-            f"nothing is trained in {config.path!r}: in each of {torn:,} samples, such as {after.torn_at}, a token "
-            "holds both text that is trained and text that is not. Use a chat template whose marks are tokens of "
-            "the tokenizer, or set `train_on: all`"
+            f"nothing is trained in {config.path!r}: in each of {torn:,} samples, such as {after.torn_at}, a trained "
+            "turn begins or ends inside a token, or the tokens before it are others when the model is asked for it. "
+            "Use a chat template whose marks are special tokens of the tokenizer, or set `train_on: all`"
         )
     if not samples:
         raise UserError(

@@ -15,6 +15,7 @@ from jaxllm.data.segments import Rendered, Segment, Text, Tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_REMEMBERED = 1000  # prompts, which are mostly the few words that open a turn
 NEVER = -1  # the place of an end mark that is not there
 
 
@@ -29,7 +30,7 @@ class Encoded(NamedTuple):
     """A sample, and what is to be known about its mask.
 
     `end`: the place of the first trained token that ends a turn or the text, or `NEVER`.
-    `torn`: the text must be read exactly, and some token holds both trained text and text that is only read.
+    `torn`: the text must be read exactly, and it is not (see `Text.exact`).
     """
 
     sample: Sample
@@ -55,6 +56,7 @@ class Encoder:
         self._added = np.array(sorted(tokenizer.added_tokens_decoder), np.int64)
         self._special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         self._tested_characters: set[str] = set()
+        self._read: dict[str, list[int]] = {}
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         """The samples in order. The segments of a text are joined, then tokenized once.
@@ -109,6 +111,7 @@ class Encoder:
                 self._require_exact_offsets(joined[i])
                 offsets = np.array(encoded["offset_mapping"][i], np.int64).reshape(-1, 2)[~added]
                 trained, ends, torn = self._masks(text.segments, ids, offsets)
+                torn = text.exact and (torn or not self._asked_alike(text, ids, offsets))
             else:
                 trained = np.full(len(ids), any(segment.trained for segment in text.segments if segment.text))
                 ends = np.full(len(ids), any(segment.ends for segment in text.segments if segment.text)) & trained
@@ -119,7 +122,7 @@ class Encoder:
                 ids = np.concatenate([front, ids, back])
                 trained = np.concatenate([np.zeros(len(front), bool), trained, np.full(len(back), trained.any())])
                 ends = trained & (ids == eos)
-            results.append(Encoded(Sample(ids, trained), _first(ends), torn and text.exact))
+            results.append(Encoded(Sample(ids, trained), _first(ends), torn))
         return results
 
     def _masks(
@@ -134,6 +137,27 @@ class Encoder:
         ends = _characters([segment.ends for segment in segments], lengths, first, last)
         torn = (trained > 0) & (trained < last - first)
         return trained > 0, (trained > 0) & (ends > 0), bool(torn.any())
+
+    def _asked_alike(self, text: Text, ids: np.ndarray, offsets: np.ndarray) -> bool:
+        """Whether what stands before each trained stretch has the same tokens when nothing follows it, as it does
+        when the model is asked for the answer."""
+        written, place, before = str(text), 0, True
+        for segment in text.segments:
+            if segment.trained and not before and not self._is_read_alike(written, place, ids, offsets):
+                return False
+            place, before = place + len(segment.text), segment.trained
+        return True
+
+    def _is_read_alike(self, text: str, end: int, ids: np.ndarray, offsets: np.ndarray) -> bool:
+        # A token added to the vocabulary stands by itself: what is before it decides nothing behind it.
+        stop = int(np.searchsorted(offsets[:, 0], end))
+        start = int(np.max(np.flatnonzero(np.isin(ids[:stop], self._added)), initial=0))
+        alone = text[offsets[start, 0] if start else 0 : end]
+        if alone not in self._read:
+            if len(self._read) > _REMEMBERED:
+                self._read.clear()
+            self._read[alone] = self._tokenizer.backend_tokenizer.encode(alone, add_special_tokens=False).ids
+        return self._read[alone] == ids[start:stop].tolist()
 
     def _require_exact_offsets(self, text: str) -> None:
         # A BPE model without an unknown token and without byte pieces drops a character that it does not

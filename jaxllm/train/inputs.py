@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from rich.console import Console
+from rich.text import Text
 
 from jaxllm.callbacks.evaluate import EvaluationSet
 from jaxllm.convert.load import OpenModel, fitting_tokenizer, model_folder, open_model
@@ -19,6 +20,7 @@ from jaxllm.core import hub
 from jaxllm.core.mesh import Layout
 from jaxllm.data.loader import Arrays, Loader, plans
 from jaxllm.data.pack import PackPlan
+from jaxllm.data.preview import preview, require_ends
 from jaxllm.data.source import SourceConfig, describe_origin, find_files
 from jaxllm.data.store import Store, open_or_build
 from jaxllm.data.tokenizer import load_tokenizer
@@ -85,16 +87,23 @@ class Inputs:
 
 def saying(console: Console) -> Say:
     """What prints lines on `console`."""
-    return lambda what, value: console.print(f"{what:<10}{value}", highlight=False, soft_wrap=True)
+
+    def say(what: str, value: object) -> None:
+        shown = value if isinstance(value, Text) else str(value)
+        console.print(Text.assemble(f"{what:<10}", shown), soft_wrap=True)
+
+    return say
 
 
 def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) -> Inputs:
-    """The data of the config, tokenized unless the cache has it, and packed. Says what there is."""
+    """The data of the config, tokenized unless the cache has it, and packed. Says what there is, and shows a sample."""
     _say_files(config.data.sources, say)
     store = open_or_build(config.data.sources, tokenizer)
     plan, held_out_share = plans(config.data, store, config.seed, config.train.batch_size)
     say("data", store.summary)
     say("", plan)
+    require_ends(store, plan)
+    say("sample", preview(store, plan, tokenizer))
     held_out: dict[str, Rows] = {}
     for chosen in config.evals:
         source = chosen.source()
