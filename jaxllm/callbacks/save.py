@@ -14,7 +14,7 @@ class Save(Callback):
     """Saves every `config.every` steps (None: never by itself), and at the last one, done or interrupted.
 
     facts: what to store beside the state, for a step. metrics: has the values that `config.best` compares, and gets
-    `ckpt/step`, `ckpt/save_s` and `ckpt/blocked_s` of each checkpoint when it is complete.
+    `ckpt/save_s` and `ckpt/blocked_s` of each checkpoint's step when it is complete, which is some steps later.
     """
 
     def __init__(
@@ -28,11 +28,9 @@ class Save(Callback):
         self._config = config
         self._facts = facts
         self._metrics = metrics
-        self._step = 0
 
     def on_event(self, event: Event) -> None:
         """Saves if this step is due."""
-        self._step = event.step
         every = self._config.every
         if event.last or (every is not None and event.step % every == 0):
             scores = self._metrics.values(self._config.best) if self._config.best is not None else {}
@@ -46,5 +44,4 @@ class Save(Callback):
 
     def _note(self, finished: Iterable[Saved]) -> None:
         for saved in finished:
-            times = {"ckpt/save_s": saved.save_s, "ckpt/blocked_s": saved.blocked_s}
-            self._metrics.write(self._step, {"ckpt/step": saved.step, **times})
+            self._metrics.write(saved.step, {"ckpt/save_s": saved.save_s, "ckpt/blocked_s": saved.blocked_s})

@@ -16,7 +16,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "model",
-        help="a Hugging Face folder, a run's output folder, <run>/checkpoints/<step>, or a Hub model: owner/name",
+        help="a Hugging Face folder, a run's folder, <run>/checkpoints/<step> (or /best), or a Hub model: owner/name",
     )
     parser.add_argument("--prompt", action="append", required=True, help="text to complete; may be given many times")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most (default 128)")

@@ -186,6 +186,9 @@ def test_a_new_folder_goes_on_from_a_named_checkpoint(workplace, never_stopped):
         f"output_dir={folder}",
         f"checkpoint.resume={never_stopped}/checkpoints/20",
         "optim.learning_rate=1e-3",
+        "evals.0.every=4",
+        "checkpoint.best=eval/held_out/loss",
+        "checkpoint.best_mode=max",  # so that it is none of the newest
     )
     ran = train(workplace, *overrides)
     assert ran.status == 0
@@ -197,6 +200,13 @@ def test_a_new_folder_goes_on_from_a_named_checkpoint(workplace, never_stopped):
     assert lines[21]["train/learning_rate"] == pytest.approx(theirs[21]["train/learning_rate"] / 10, rel=1e-6)
     assert "optim.learning_rate (there: 0.01, now: 0.001)" in ran.said
     assert os.listdir(never_stopped) == before
+    losses = {line["step"]: line["eval/held_out/loss"] for line in ran.metrics() if "eval/held_out/loss" in line}
+    assert list(losses) == list(range(20, STEPS + 1, 4))
+    best = max(range(24, STEPS + 1, 4), key=lambda step: losses[step])
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {str(best), "36", "40", "best", "latest"}
+    chosen, wanted = (open_model(folder / "checkpoints" / name, Layout.single()).load() for name in ("best", str(best)))
+    jax.tree.map(np.testing.assert_array_equal, chosen, wanted)
     # The same command again finds its own work, which is done.
     again = train(workplace, *overrides)
     assert again.status == 0

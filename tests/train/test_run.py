@@ -91,7 +91,11 @@ def test_metrics_have_each_step_once_and_in_order(scratch):
     lines = scratch.metrics()
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 13))
     assert [line["step"] for line in lines if "eval/held_out/loss" in line] == [0, 6, 12]
-    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    told = [line["step"] for line in lines if "ckpt/save_s" not in line]
+    assert told == sorted(told)
+    saves = [line for line in lines if "ckpt/save_s" in line]
+    assert [line["step"] for line in saves] == [4, 8, 12]
+    assert all(0 < line["ckpt/blocked_s"] < line["ckpt/save_s"] for line in saves)
     steps = [line for line in lines if "train/loss" in line]
     assert {"perf/compile_s", "mem/planned_gib"} <= steps[0].keys()
     names = {
