@@ -121,4 +121,4 @@ def test_broken_folders(run, story, tmp_path, capsys):
     assert "hidden_size" in fails(capsys, story, *PROMPT) or "shape" in fails(capsys, story, *PROMPT)
     damaged = shutil.copytree(run, tmp_path / "damaged")
     shutil.rmtree(damaged / "checkpoints/2/state")
-    assert f"the checkpoint {damaged}/checkpoints/2 cannot be read" in fails(capsys, damaged, *PROMPT)
+    assert f"the checkpoint {damaged}/checkpoints/2 is damaged: state/" in fails(capsys, damaged, *PROMPT)
