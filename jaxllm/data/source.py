@@ -20,7 +20,7 @@ from jaxllm.data.files import SUFFIXES, Suffix, describe_place, open_file
 from jaxllm.data.lines import Place, read_json, read_json_lines, read_rows, read_text
 from jaxllm.data.splits import README, Choice, choose
 from jaxllm.data.tables import read_arrow, read_parquet
-from jaxllm.data.template import AUTO, FORMATS
+from jaxllm.data.template import AUTO, FOREIGN_FORMATS, FORMATS
 
 
 class RecordsConfig(RenderConfig):
@@ -45,7 +45,9 @@ class RecordsConfig(RenderConfig):
     def _known_format(cls, name: str) -> str:
         if name != AUTO and name not in FORMATS:
             known = ", ".join([AUTO, *FORMATS])
-            raise ValueError(f"unknown format {name!r}.{did_you_mean(name, FORMATS)} Known: {known}.")
+            ours = FOREIGN_FORMATS.get(name)
+            hint = f" It is called {ours!r} here." if ours else did_you_mean(name, FORMATS)
+            raise ValueError(f"unknown format {name!r}.{hint} Known: {known}.")
         return name
 
 

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 AUTO = "auto"
 UNTRAINED = -100  # the label of a token that is not trained, as everywhere in PyTorch
 
+# What other trainers call our formats.
+FOREIGN_FORMATS = {
+    "alpaca": "instruction",
+    "chat": "messages",
+    "chat_template": "messages",
+    "chatml": "messages",
+    "input_ids": "tokens",
+    "sharegpt": "conversations",
+    "tokenized": "tokens",
+}
+
 Columns = Mapping[str, Any]
 
 
@@ -42,6 +53,10 @@ class Format:
     chat: bool = False
     own_mask: bool = False
     stop: str = ""
+
+    def __str__(self) -> str:
+        optional = f" (also {', '.join(self.optional)})" if self.optional else ""
+        return ", ".join(self.columns) + optional
 
     def fits(self, columns: Columns) -> bool:
         return set(self.columns) <= set(columns) and not set(self.without) & set(columns)
@@ -73,7 +88,7 @@ def detect(columns: Columns) -> str:
         raise UserError(f"the columns {found} fit more than one format ({', '.join(fitting)}); choose one by `format:`")
     known = [column for name in FORMATS for column in FORMATS[name].columns]
     hints = "".join(did_you_mean(column, known) for column in [*columns][:8])
-    needs = "; ".join(f"{name}: {', '.join(FORMATS[name].columns)}" for name in FORMATS)
+    needs = "; ".join(f"{name}: {FORMATS[name]}" for name in FORMATS)
     raise UserError(
         f"the columns {found} fit no format.{hints} Rename them by `fields: {{ours: theirs}}`. "
         f"Formats and their columns: {needs}."

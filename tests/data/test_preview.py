@@ -61,6 +61,8 @@ def test_the_first_token_of_a_document_is_not_marked(shared: Path, tmp_path: Pat
     assert text.endswith("</s>⟧")
     assert "characters …" in text
     assert len(text) < shown.LONGEST + 200
+    gpt2 = AutoTokenizer.from_pretrained(shared / "models/tokenizers/gpt2")  # puts nothing in front
+    assert "\nOnce⟦ upon a time" in str(preview(*rows(path, gpt2, tmp_path, seq_len=512), gpt2))
 
 
 def test_a_long_conversation_is_shortened(write_lines, byte_tokenizer, tmp_path: Path, monkeypatch):

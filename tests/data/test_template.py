@@ -9,7 +9,8 @@ import pytest
 from jaxllm.core.errors import UserError
 from jaxllm.data.chat import RenderConfig
 from jaxllm.data.segments import Rendered, Segment, Text, Tokens
-from jaxllm.data.template import FORMATS, Renderer, detect
+from jaxllm.data.source import SourceConfig
+from jaxllm.data.template import FOREIGN_FORMATS, FORMATS, Renderer, detect
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 # One record of each format, with every column that it may have.
@@ -62,6 +63,13 @@ def test_columns_of_two_formats_are_ambiguous(one: str, other: str):
         detect(both)
     assert one in str(caught.value)
     assert other in str(caught.value)
+
+
+def test_other_names_of_formats_are_explained():
+    assert set(FOREIGN_FORMATS.values()) <= set(FORMATS)
+    assert not set(FOREIGN_FORMATS) & set(FORMATS)
+    with pytest.raises(ValueError, match=r"'sharegpt'\. It is called 'conversations' here"):
+        SourceConfig(path="x", format="sharegpt")
 
 
 def test_columns_that_fit_no_format():
