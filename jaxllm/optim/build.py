@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import optax
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from jaxllm import optim
 from jaxllm.core import tree
@@ -46,69 +46,101 @@ class ScheduleConfig(Section):
     type: Any
     """The name of the schedule, as each section narrows it."""
     warmup: StepsOrShare = 0.03
-    """Steps, or share of the run, in which the rate rises to its peak."""
+    """Steps (a whole number), or share of the schedule (below 1), in which the rate rises to its peak."""
+    steps: PositiveInt | None = None
+    """How long the schedule is; default: as the run. A shorter run is a part of it, and after it the rate stays."""
 
     def build(self, peak: float, total_steps: int) -> optax.Schedule:
-        """The schedule of a run of `total_steps`. Raises UserError for a warm-up longer than the run."""
-        warmup = _in_steps(self.warmup, total_steps)
-        if warmup > total_steps:
+        """The schedule of a run of `total_steps`.
+
+        Raises UserError for a warm-up longer than the run, a decay that does not fit, or a schedule that ends at 0
+        before the run does.
+        """
+        length = self.steps or total_steps
+        warmup = _in_steps(self.warmup, length)
+        if warmup > min(length, total_steps):
+            which, shorter = ("run", total_steps) if total_steps <= length else ("schedule", length)
             raise UserError(
-                f"optim.schedule.warmup is {warmup} steps, but the run has {total_steps}; shorten it, or "
+                f"optim.schedule.warmup is {warmup} steps, but the {which} has {shorter}; shorten it, or "
                 "give it as a share of the run, such as 0.03"
             )
-        return self._shape(peak, total_steps, warmup)
+        rate = self._shape(peak, length, warmup)
+        if length < total_steps and not rate(length):
+            raise UserError(
+                f"optim.schedule.steps is {length}, and the run has {total_steps}: its last {total_steps - length} "
+                "steps would have the rate 0; set optim.schedule.final, or leave steps out"
+            )
+        return rate
+
+    def describe(self, peak: float, total_steps: int) -> str:
+        """What `build` makes of it, in steps and rates."""
+        rate, length = self.build(peak, total_steps), self.steps or total_steps
+        warmup = _in_steps(self.warmup, length)
+        text = f"{self.type}: {warmup} steps of warm-up to {peak:.3g}, {self._after(length)}"
+        text += f"{float(rate(total_steps - 1)):.3g} at step {total_steps}"
+        return text if length == total_steps else f"{text}, where the run ends; the schedule has {length} steps"
 
     @abstractmethod
-    def _shape(self, peak: float, total_steps: int, warmup: int) -> optax.Schedule: ...
+    def _shape(self, peak: float, length: int, warmup: int) -> optax.Schedule: ...
+
+    def _after(self, length: int) -> str:
+        """What there is to say of the rate between the warm-up and the end."""
+        return ""
 
 
 class Constant(ScheduleConfig):
     type: Literal["constant"]
 
-    def _shape(self, peak: float, total_steps: int, warmup: int) -> optax.Schedule:
-        return schedule.constant(peak, total_steps, warmup)
+    def _shape(self, peak: float, length: int, warmup: int) -> optax.Schedule:
+        return schedule.constant(peak, length, warmup)
 
 
 class Linear(ScheduleConfig):
     type: Literal["linear"]
     final: NotNegative = 0.0
-    """The rate after the last step, as a share of the peak."""
+    """The rate after the schedule's last step, as a share of the peak."""
 
-    def _shape(self, peak: float, total_steps: int, warmup: int) -> optax.Schedule:
-        return schedule.linear(peak, total_steps, warmup, self.final)
+    def _shape(self, peak: float, length: int, warmup: int) -> optax.Schedule:
+        return schedule.linear(peak, length, warmup, self.final)
 
 
 class Cosine(ScheduleConfig):
     type: Literal["cosine"]
     final: NotNegative = 0.1
-    """The rate after the last step, as a share of the peak."""
+    """The rate after the schedule's last step, as a share of the peak."""
 
-    def _shape(self, peak: float, total_steps: int, warmup: int) -> optax.Schedule:
-        return schedule.cosine(peak, total_steps, warmup, self.final)
+    def _shape(self, peak: float, length: int, warmup: int) -> optax.Schedule:
+        return schedule.cosine(peak, length, warmup, self.final)
 
 
 class WarmupStableDecay(ScheduleConfig):
     type: Literal["wsd"]
     decay: StepsOrShare = 0.2
-    """Steps, or share of the run, at its end in which the rate falls."""
+    """Steps (a whole number), or share of the schedule (below 1), at its end in which the rate falls."""
+    shape: Literal["sqrt", "linear", "cosine"] = "sqrt"
+    """How it falls: sqrt is 1 − √p, fast first."""
     final: NotNegative = 0.0
-    """The rate after the last step, as a share of the peak."""
+    """The rate after the schedule's last step, as a share of the peak."""
 
-    def _shape(self, peak: float, total_steps: int, warmup: int) -> optax.Schedule:
-        decay = _in_steps(self.decay, total_steps)
-        if warmup + decay > total_steps:
+    def _shape(self, peak: float, length: int, warmup: int) -> optax.Schedule:
+        decay = _in_steps(self.decay, length)
+        if warmup + decay > length:
             raise UserError(
-                f"optim.schedule: warmup ({warmup} steps) and decay ({decay} steps) do not fit into the run "
-                f"of {total_steps} steps; shorten one of them"
+                f"optim.schedule.decay is {decay} steps, but after optim.schedule.warmup ({warmup} steps) "
+                f"{length - warmup} of {length} are left; shorten one of them"
             )
-        return schedule.wsd(peak, total_steps, warmup, decay, self.final)
+        return schedule.wsd(peak, length, warmup, decay, self.final, self.shape)
+
+    def _after(self, length: int) -> str:
+        decay = _in_steps(self.decay, length)
+        return f"stable until step {length - decay}, then {self.shape} decay to " if decay else ""
 
 
 class InverseSqrt(ScheduleConfig):
     type: Literal["inverse_sqrt"]
 
-    def _shape(self, peak: float, total_steps: int, warmup: int) -> optax.Schedule:
-        return schedule.inverse_sqrt(peak, total_steps, warmup)
+    def _shape(self, peak: float, length: int, warmup: int) -> optax.Schedule:
+        return schedule.inverse_sqrt(peak, length, warmup)
 
 
 SCHEDULES = Registry[type[ScheduleConfig]]("schedule")

@@ -3,11 +3,16 @@
 Warm-up is `peak·(i + 1)/warmup_steps`: the first step has `peak/warmup_steps`, the warm-up's last has `peak`.
 Linear and cosine go from there, step `w = max(warmup_steps − 1, 0)`, to `final·peak` one step *after* the
 run: progress at step i is `(i − w)/(total_steps − w)`, so the last step has a little more than `final·peak`.
-Thus no step is wasted on a rate of 0, at either end, and a run of one step has the peak rate. (Hugging Face's
-schedules begin at 0: their first step changes nothing.) After the run a schedule stays at its end.
+Thus no step is wasted on a rate of 0, at either end, and a run of one step has the peak rate. After the run a
+schedule stays at its end.
+
+The schedules of transformers begin at 0, so that their first step changes nothing: with a warm-up of W ≥ 1 steps, the
+rate of step i in a run of T steps is that of `get_*_schedule_with_warmup` at its step i + 1 of T + 1; without one, at
+its step i of T. A wsd decay of D steps is there one of D + 1, of which the last falls after the run.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,20 +49,33 @@ def cosine(peak: float, total_steps: int, warmup_steps: int = 0, final: float = 
     return _warmed_up(peak, total_steps, warmup_steps, share)
 
 
-def wsd(
-    peak: float, total_steps: int, warmup_steps: int = 0, decay_steps: int = 0, final: float = 0.0
-) -> optax.Schedule:
-    """Warm-up, stable at `peak`, and in the last `decay_steps` steps down towards `final·peak`.
+# The share of the way down that is left, by progress p from 0 to 1.
+_DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "sqrt": lambda p: 1 - jnp.sqrt(p),
+    "linear": lambda p: 1 - p,
+    "cosine": lambda p: (1 + jnp.cos(jnp.pi * p)) / 2,
+}
 
-    The k-th of these steps has progress `p = k/(decay_steps + 1)` and the share `1 − √p` of the way left, the
-    best form of Hägele et al., arXiv 2405.18392. Warm-up and decay must fit into the run.
+
+def wsd(
+    peak: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    decay_steps: int = 0,
+    final: float = 0.0,
+    shape: Literal["sqrt", "linear", "cosine"] = "sqrt",
+) -> optax.Schedule:
+    """Warm-up, stable at `peak`, and in the last `decay_steps` steps down towards `final·peak` (arXiv 2404.06395).
+
+    The k-th of these steps has progress `p = k/(decay_steps + 1)` and, of the way, `1 − √p` left (the best form of
+    Hägele et al., arXiv 2405.18392), or `1 − p`, or `(1 + cos πp)/2`. Warm-up and decay must fit into the run.
     """
     if warmup_steps + decay_steps > total_steps:
         raise ValueError(f"{warmup_steps=} and {decay_steps=} are together more than {total_steps=}")
     start = total_steps - decay_steps - 1
 
     def share(step: jax.Array) -> jax.Array:
-        return final + (1 - final) * (1 - jnp.sqrt(_progress(step, start, total_steps)))
+        return final + (1 - final) * _DECAYS[shape](_progress(step, start, total_steps))
 
     return _warmed_up(peak, total_steps, warmup_steps, share if decay_steps else lambda _: 1.0)
 

@@ -98,6 +98,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     say("attention", attention)
 
     tx, schedule = build(config.optim, steps)
+    say("rate", config.optim.schedule.describe(config.optim.learning_rate, steps))
     everything = jax.tree.map(lambda _: True, lm.abstract())
     scale_loss = config.train.scales_loss()
     state_shapes = abstract_state(lm.abstract(), everything, tx, lm.layout, scale_loss=scale_loss)

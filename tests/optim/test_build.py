@@ -2,7 +2,7 @@
 
 import inspect
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,17 @@ from jaxllm import optim
 from jaxllm.core.config import ByType, Section, dump, load
 from jaxllm.core.errors import UserError
 from jaxllm.optim import schedule
-from jaxllm.optim.build import OPTIMIZERS, SCHEDULES, AdamW, OptimizerConfig, build
+from jaxllm.optim.build import (
+    OPTIMIZERS,
+    SCHEDULES,
+    AdamW,
+    Cosine,
+    Linear,
+    OptimizerConfig,
+    ScheduleConfig,
+    WarmupStableDecay,
+    build,
+)
 
 
 class Root(Section):
@@ -119,8 +129,43 @@ def test_warmup_longer_than_the_run_is_refused() -> None:
 
 def test_decay_longer_than_the_rest_of_the_run_is_refused() -> None:
     section = '{"type": "adamw", "learning_rate": 1, "schedule": {"type": "wsd", "warmup": 0.5, "decay": 6}}'
-    with pytest.raises(UserError, match=r"warmup \(5 steps\) and decay \(6 steps\) do not fit into the run of 10"):
+    with pytest.raises(UserError, match=r"decay is 6 steps, but after .*warmup \(5 steps\) 5 of 10 are left"):
         build(AdamW.model_validate_json(section), total_steps=10)
+
+
+def wsd_of(**changes: Any) -> WarmupStableDecay:
+    return WarmupStableDecay(type="wsd", warmup=0.1, decay=20, final=0.5, shape="linear", **changes)
+
+
+def test_a_schedule_of_its_own_length() -> None:
+    """A shorter run is a part of it, and in a longer one the rate stays at its end; shares are of the schedule."""
+    whole = jax.vmap(schedule.wsd(1.0, 100, 10, 20, 0.5, "linear"))(np.arange(200))
+    for run_steps in (50, 200):
+        rate = wsd_of(steps=100).build(1.0, run_steps)
+        np.testing.assert_array_equal(jax.vmap(rate)(np.arange(run_steps)), whole[:run_steps])
+
+
+def test_a_schedule_in_words() -> None:
+    words = "wsd: 10 steps of warm-up to 0.001, stable until step 80, then linear decay to "
+    assert wsd_of().describe(1e-3, 100) == words + "0.000524 at step 100"
+    assert wsd_of(steps=100).describe(1e-3, 50) == (
+        words + "0.001 at step 50, where the run ends; the schedule has 100 steps"
+    )
+    assert Cosine(type="cosine", warmup=5).describe(1.0, 50) == "cosine: 5 steps of warm-up to 1, 0.101 at step 50"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (Linear(type="linear", warmup=0.5, steps=100), r"warmup is 50 steps, but the run has 40"),
+        (Linear(type="linear", warmup=20, steps=10), r"warmup is 20 steps, but the schedule has 10"),
+        (Linear(type="linear", warmup=2, steps=10), r"steps is 10, and the run has 40: its last 30 steps would have "),
+    ],
+    ids=["warm-up past the run", "warm-up past the schedule", "no rate left"],
+)
+def test_a_schedule_that_does_not_suit_the_run_is_refused(section: ScheduleConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        section.build(1.0, 40)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
-"""Exact values of the schedules, worked out by hand."""
+"""Exact values of the schedules, worked out by hand, and against transformers."""
 
 import jax
 import numpy as np
 import optax
 import pytest
+import torch
+from transformers import optimization
 
 from jaxllm.optim import schedule
 
@@ -28,6 +30,8 @@ PROGRESS = np.arange(1, 7) / 7
         (schedule.wsd(2.0, 10, 4), [2.0] * 6),
         (schedule.wsd(2.0, 10, 4, decay_steps=3), [2.0] * 3 + [2 * (1 - (k / 4) ** 0.5) for k in (1, 2, 3)]),
         (schedule.wsd(2.0, 10, 4, 6, final=0.5), [1 + 1 - (k / 7) ** 0.5 for k in range(1, 7)]),
+        (schedule.wsd(2.0, 10, 4, 3, 0.5, "linear"), [2.0] * 3 + [1 + 1 - k / 4 for k in (1, 2, 3)]),
+        (schedule.wsd(2.0, 10, 4, 3, 0.0, "cosine"), [2.0] * 3 + [1 + np.cos(np.pi * k / 4) for k in (1, 2, 3)]),
         (schedule.inverse_sqrt(2.0, 10, 4), [2 * (4 / n) ** 0.5 for n in range(5, 11)]),
     ],
 )
@@ -82,3 +86,60 @@ def test_warmup_longer_than_the_run_is_refused(name: str) -> None:
 def test_decay_that_overlaps_the_warmup_is_refused() -> None:
     with pytest.raises(ValueError, match="warmup_steps=5 and decay_steps=6"):
         schedule.wsd(1.0, 10, 5, 6)
+
+
+# Ours, and the schedule of transformers for the same numbers of warm-up, decay and total steps.
+THEIRS = {
+    "constant": (
+        lambda w, d, t: schedule.constant(1.0, t, w),
+        lambda o, w, d, t: optimization.get_constant_schedule_with_warmup(o, w),
+    ),
+    "linear": (
+        lambda w, d, t: schedule.linear(1.0, t, w),
+        lambda o, w, d, t: optimization.get_linear_schedule_with_warmup(o, w, t),
+    ),
+    "cosine": (
+        lambda w, d, t: schedule.cosine(1.0, t, w),
+        lambda o, w, d, t: optimization.get_cosine_schedule_with_warmup(o, w, t),
+    ),
+    "cosine to a tenth": (
+        lambda w, d, t: schedule.cosine(1.0, t, w, 0.1),
+        lambda o, w, d, t: optimization.get_cosine_with_min_lr_schedule_with_warmup(o, w, t, min_lr_rate=0.1),
+    ),
+    "inverse_sqrt": (
+        lambda w, d, t: schedule.inverse_sqrt(1.0, t, w),
+        lambda o, w, d, t: optimization.get_inverse_sqrt_schedule(o, w),
+    ),
+    **{
+        f"wsd {shape}": (
+            lambda w, d, t, shape=shape: schedule.wsd(1.0, t, w, d, 0.2, shape),
+            lambda o, w, d, t, name=name: optimization.get_wsd_schedule(
+                o, w, d + 1, num_training_steps=t, decay_type=name, min_lr_ratio=0.2
+            ),
+        )
+        for shape, name in (("sqrt", "1-sqrt"), ("linear", "linear"), ("cosine", "cosine"))
+    },
+}
+
+
+# transformers' inverse root divides by its warm-up.
+CASES = [(name, warmup) for name in THEIRS for warmup in (0, 1, 7) if (name, warmup) != ("inverse_sqrt", 0)]
+
+
+@pytest.mark.parametrize(("name", "warmup"), CASES)
+def test_the_rates_are_those_of_transformers_one_step_on(name: str, warmup: int) -> None:
+    """At step i + 1 of T + 1 where there is a warm-up, and at step i of T where there is none.
+
+    Theirs of wsd has the minimum in its warm-up too, which ours has not.
+    """
+    steps, decay, later = 30, 6, 1 if warmup or name.startswith("wsd") else 0
+    ours, theirs = THEIRS[name]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = theirs(optimizer, warmup, decay, steps + later)
+    rates = []
+    for _ in range(steps + later):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    first = warmup if name.startswith("wsd") else 0
+    np.testing.assert_allclose(values(ours(warmup, decay, steps), steps)[first:], rates[later:][first:], rtol=2e-5)
