@@ -101,6 +101,8 @@ class TrainConfig(Section):
     leaks between documents before the run starts"""
     max_grad_norm: PositiveFloat | None = 1.0
     """gradients are scaled down to this global norm; null: never"""
+    deterministic: bool = False
+    """whether the same run gives the same bits on a GPU, at some cost; on a CPU it always does"""
     max_bad_steps: PositiveInt = 3
     """the run stops after so many steps in a row whose loss or gradient is not finite; none of them is applied"""
 

@@ -14,6 +14,7 @@ from jaxllm.hf.config import write_config
 from jaxllm.hf.source import GENERATION_CONFIG
 from jaxllm.models.base import LM
 from jaxllm.train.config import Config
+from jaxllm.train.determinism import AUTOTUNED
 from jaxllm.train.lock import LOCK
 
 RESOLVED = "config.resolved.yaml"
@@ -22,8 +23,10 @@ EXPORT = "export/hf"
 
 
 def first_of(folder: Path) -> str | None:
-    """The name of something in `folder`; None if it holds nothing but the lock of the process that asks."""
-    names = (path.name for path in folder.iterdir() if path.name != LOCK)
+    """The name of something in `folder`; None if it holds nothing but the lock of the process that asks, and what the
+    compiler left of a run that did not come to its first step.
+    """
+    names = (path.name for path in folder.iterdir() if path.name not in (LOCK, AUTOTUNED))
     return next(names, None) if folder.exists() else None
 
 

@@ -31,6 +31,7 @@ from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.models.stack import check_offload
 from jaxllm.optim.build import build
 from jaxllm.train.config import Config
+from jaxllm.train.determinism import describe_options, deterministic_options
 from jaxllm.train.folder import EXPORT, METRICS, prepare
 from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, saying, training_loader
 from jaxllm.train.interrupt import Interrupt
@@ -111,8 +112,11 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         max_grad_norm=config.train.max_grad_norm,
     )
     batches = [batch_shapes((micro_batches, micro_batch, width), lm.layout) for width in plan.widths]
+    options = deterministic_options(folder, jax.default_backend()) if config.train.deterministic else None
+    if options is not None:
+        say("same bits", describe_options(options))
     with console.status("compiling the training step"), programs_read() as read:
-        compiled = compile_steps(step, state_shapes, batches, lm.layout)
+        compiled = compile_steps(step, state_shapes, batches, lm.layout, options)
     limit = device_bytes(lm.layout.mesh.local_devices[0])
     per_device = micro_batch // lm.layout.size("batch")
     check_fits(compiled, config, per_device, limit)

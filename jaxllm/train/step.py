@@ -134,12 +134,17 @@ def batch_shapes(shape: tuple[int, int, int], layout: Layout) -> dict[str, jax.S
     }
 
 
-def compile_step(step: Step, state: Any, batch: Any, layout: Layout) -> CompiledStep:
-    """Compiles `step` for abstract arguments with shardings. The state's buffers are reused for the new state."""
+def compile_step(
+    step: Step, state: Any, batch: Any, layout: Layout, options: Mapping[str, Any] | None = None
+) -> CompiledStep:
+    """Compiles `step` for abstract arguments with shardings. The state's buffers are reused for the new state.
+
+    options: the compiler's, for this program alone.
+    """
     start = time.monotonic()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
-    compiled = jitted.lower(state, batch).compile()
+    compiled = jitted.lower(state, batch).compile(compiler_options=dict(options or {}))
     memory: Any = compiled.memory_analysis()
     peak = (
         memory.argument_size_in_bytes
@@ -156,12 +161,14 @@ def compile_step(step: Step, state: Any, batch: Any, layout: Layout) -> Compiled
     )
 
 
-def compile_steps(step: Step, state: Any, batches: Sequence[Any], layout: Layout) -> CompiledStep:
+def compile_steps(
+    step: Step, state: Any, batches: Sequence[Any], layout: Layout, options: Mapping[str, Any] | None = None
+) -> CompiledStep:
     """Compiles `step` for each of several shapes of a batch; `run` takes the program of its batch's shape.
 
     The bytes are those of the largest program, and the seconds those of all.
     """
-    compiled = {batch["tokens"].shape: compile_step(step, state, batch, layout) for batch in batches}
+    compiled = {batch["tokens"].shape: compile_step(step, state, batch, layout, options) for batch in batches}
     largest = max(compiled.values(), key=lambda one: one.peak_bytes)
     if len(compiled) == 1:
         return largest

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from transformers import optimization
+from transformers import optimization as hf
 
 from jaxllm.optim import schedule
 
@@ -92,28 +92,28 @@ def test_decay_that_overlaps_the_warmup_is_refused() -> None:
 THEIRS = {
     "constant": (
         lambda w, d, t: schedule.constant(1.0, t, w),
-        lambda o, w, d, t: optimization.get_constant_schedule_with_warmup(o, w),
+        lambda o, w, d, t: hf.get_constant_schedule_with_warmup(o, w),
     ),
     "linear": (
         lambda w, d, t: schedule.linear(1.0, t, w),
-        lambda o, w, d, t: optimization.get_linear_schedule_with_warmup(o, w, t),
+        lambda o, w, d, t: hf.get_linear_schedule_with_warmup(o, w, t),
     ),
     "cosine": (
         lambda w, d, t: schedule.cosine(1.0, t, w),
-        lambda o, w, d, t: optimization.get_cosine_schedule_with_warmup(o, w, t),
+        lambda o, w, d, t: hf.get_cosine_schedule_with_warmup(o, w, t),
     ),
     "cosine to a tenth": (
         lambda w, d, t: schedule.cosine(1.0, t, w, 0.1),
-        lambda o, w, d, t: optimization.get_cosine_with_min_lr_schedule_with_warmup(o, w, t, min_lr_rate=0.1),
+        lambda o, w, d, t: hf.get_cosine_with_min_lr_schedule_with_warmup(o, w, t, min_lr_rate=0.1),
     ),
     "inverse_sqrt": (
         lambda w, d, t: schedule.inverse_sqrt(1.0, t, w),
-        lambda o, w, d, t: optimization.get_inverse_sqrt_schedule(o, w),
+        lambda o, w, d, t: hf.get_inverse_sqrt_schedule(o, w),
     ),
     **{
         f"wsd {shape}": (
             lambda w, d, t, shape=shape: schedule.wsd(1.0, t, w, d, 0.2, shape),
-            lambda o, w, d, t, name=name: optimization.get_wsd_schedule(
+            lambda o, w, d, t, name=name: hf.get_wsd_schedule(
                 o, w, d + 1, num_training_steps=t, decay_type=name, min_lr_ratio=0.2
             ),
         )
