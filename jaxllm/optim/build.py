@@ -4,6 +4,8 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
+import numpy as np
 import optax
 from pydantic import BeforeValidator, Field, PositiveInt
 
@@ -65,7 +67,7 @@ class ScheduleConfig(Section):
                 "give it as a share of the run, such as 0.03"
             )
         rate = self._shape(peak, length, warmup)
-        if length < total_steps and not rate(length):
+        if length < total_steps and not jnp.any(rate(length)):
             raise UserError(
                 f"optim.schedule.steps is {length}, and the run has {total_steps}: its last {total_steps - length} "
                 "steps would have the rate 0; set optim.schedule.final, or leave steps out"
@@ -77,7 +79,7 @@ class ScheduleConfig(Section):
         rate, length = self.build(peak, total_steps), self.steps or total_steps
         warmup = _in_steps(self.warmup, length)
         text = f"{self.type}: {warmup} steps of warm-up to {peak:.3g}, {self._after(length)}"
-        text += f"{float(rate(total_steps - 1)):.3g} at step {total_steps}"
+        text += f"{np.asarray(rate(total_steps - 1)):.3g} at step {total_steps}"
         return text if length == total_steps else f"{text}, where the run ends; the schedule has {length} steps"
 
     @abstractmethod

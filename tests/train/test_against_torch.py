@@ -2,8 +2,11 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
+import pytest
 import torch
 from families import draw_params, small_lm
 from safetensors.numpy import load_file
@@ -11,13 +14,17 @@ from small_runs import MAX_GRAD_NORM, OPTIMIZER, llama, program, ragged_batch
 from transformers import LlamaForCausalLM
 
 from jaxllm.hf import save_hf
-from jaxllm.optim.build import build
+from jaxllm.nn.loss import CROSS_ENTROPY, Objective
+from jaxllm.optim.build import Linear, build
 
 STEPS, WARMUP, FINAL = 10, 3, 0.1
 CONFIG = llama(num_key_value_heads=2, attention_bias=True)
 OPTIM = OPTIMIZER.model_copy(
     update={"schedule": OPTIMIZER.schedule.model_copy(update={"warmup": WARMUP, "final": FINAL})}
 )
+# A second recipe: a straight line down, and an objective that is more than the cross entropy.
+LINEAR = OPTIM.model_copy(update={"schedule": Linear(type="linear", warmup=WARMUP, final=FINAL)})
+SMOOTHED = Objective(label_smoothing=0.1, z_loss=1e-2)
 
 
 def padded_batch(seed: int) -> dict[str, np.ndarray]:
@@ -39,12 +46,20 @@ def padded_batch(seed: int) -> dict[str, np.ndarray]:
 BATCHES = [padded_batch(seed) for seed in range(3)]
 
 
-def rate(step: int) -> float:
-    """A warm-up that starts above zero, then a cosine to a tenth of the peak, reached after the last step."""
+def rate(step: int, falls: Callable[[float], float]) -> float:
+    """A warm-up that starts above zero, then down to a tenth of the peak, reached after the last step."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     progress = (step - (WARMUP - 1)) / (STEPS - (WARMUP - 1))
-    return FINAL + (1 - FINAL) * (1 + math.cos(math.pi * progress)) / 2
+    return FINAL + (1 - FINAL) * falls(progress)
+
+
+def along_cosine(progress: float) -> float:
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def along_line(progress: float) -> float:
+    return 1 - progress
 
 
 GROUPS = {"embed": "embed_tokens", "attn": "self_attn", "mlp": "mlp", "norms": "norm", "head": "lm_head"}
@@ -54,8 +69,10 @@ def norm_of(tensors: list[torch.Tensor]) -> float:
     return torch.cat([tensor.flatten() for tensor in tensors]).norm().item()
 
 
-def torch_run(model: LlamaForCausalLM) -> tuple[list[float], dict[str, list[float]], dict[str, np.ndarray]]:
-    """Losses, norms and trained weights of ten steps of two micro-batches.
+def torch_run(
+    model: LlamaForCausalLM, falls: Callable[[float], float], smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """Metrics and trained weights of ten steps of two micro-batches.
 
     The norms are those of gradients before clipping and of weights before the update: all together, and by group.
     """
@@ -67,8 +84,8 @@ def torch_run(model: LlamaForCausalLM) -> tuple[list[float], dict[str, list[floa
         {"params": plain, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(optimized, lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), eps=OPTIM.eps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    losses, norms = [], defaultdict(list)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, falls))
+    metrics = defaultdict(list)
     parts = {name: name.removesuffix(".weight").removesuffix(".bias").split(".") for name in named}
     groups = {
         group: [p for name, p in named.items() if any(part.endswith(theirs) for part in parts[name])]
@@ -77,36 +94,45 @@ def torch_run(model: LlamaForCausalLM) -> tuple[list[float], dict[str, list[floa
     for step in range(STEPS):
         batch = {name: torch.tensor(array) for name, array in BATCHES[step % 3].items()}
         targets = torch.where(batch["loss_mask"] > 0, batch["targets"].long(), -100)
-        trained, loss = (targets != -100).sum(), 0.0
+        trained, losses = (targets != -100).sum(), np.zeros(3)
         for half in torch.arange(len(targets)).chunk(2):
             logits = model(batch["tokens"][half].long(), attention_mask=batch["segments"][half]).logits
-            part = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets[half].flatten(), ignore_index=-100, reduction="sum"
-            )
-            (part / trained).backward()
-            loss += (part / trained).item()
-        losses.append(loss)
+            logits, half_targets = logits.flatten(0, 1), targets[half].flatten()
+            part = partial(torch.nn.functional.cross_entropy, logits, half_targets, ignore_index=-100, reduction="sum")
+            log_z = torch.logsumexp(logits, -1)[half_targets >= 0]
+            parts_of_loss = part(label_smoothing=smoothing), part(), z_loss * (log_z**2).sum()
+            objective = (parts_of_loss[0] + parts_of_loss[2]) / trained
+            objective.backward()
+            losses += [objective.item(), (parts_of_loss[1] / trained).item(), (parts_of_loss[2] / trained).item()]
+        for name, value in zip(("objective", "loss", "z_loss"), losses, strict=True):
+            metrics[name].append(value)
+        metrics["learning_rate"].append(schedule.get_last_lr()[0])
         for group, members in groups.items():
-            norms[f"grad_norm/{group}"].append(norm_of([p.grad for p in members]))
-            norms[f"param_norm/{group}"].append(norm_of([p.detach() for p in members]))
-        norms["grad_norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item())
+            metrics[f"grad_norm/{group}"].append(norm_of([p.grad for p in members]))
+            metrics[f"param_norm/{group}"].append(norm_of([p.detach() for p in members]))
+        metrics["grad_norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item())
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return losses, norms, {name: weight.detach().numpy() for name, weight in model.state_dict().items()}
+    return metrics, {name: weight.detach().numpy() for name, weight in model.state_dict().items()}
 
 
-def test_ten_steps_are_those_of_torch(tmp_path):
+@pytest.mark.parametrize(
+    ("optim", "falls", "objective"),
+    [(OPTIM, along_cosine, CROSS_ENTROPY), (LINEAR, along_line, SMOOTHED)],
+    ids=["cosine", "linear, smoothed, z-loss"],
+)
+def test_ten_steps_are_those_of_torch(tmp_path, optim, falls, objective):
     lm = small_lm(CONFIG)
     save_hf(lm, draw_params(lm), tmp_path / "model")
     torch.set_num_threads(1)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager", dtype="float32")
-    losses, norms, weights = torch_run(model)
-    assert losses[-1] < 0.9 * losses[0]
-    assert min(norms["grad_norm"]) < MAX_GRAD_NORM < max(norms["grad_norm"])
+    theirs, weights = torch_run(model, falls, objective.label_smoothing, objective.z_loss)
+    assert theirs["loss"][-1] < 0.9 * theirs["loss"][0]
+    assert min(theirs["grad_norm"]) < MAX_GRAD_NORM < max(theirs["grad_norm"])
 
-    tx, schedule = build(OPTIM, STEPS)
-    made = program(CONFIG, tx=tx, schedule=schedule, micro_batches=2)
+    tx, schedule = build(optim, STEPS)
+    made = program(CONFIG, tx=tx, schedule=schedule, micro_batches=2, objective=objective)
     state, metrics = made.start(), []
     for step in range(STEPS):
         state, values = made.compiled.run(state, made.place(BATCHES[step % 3], 2))
@@ -114,10 +140,13 @@ def test_ten_steps_are_those_of_torch(tmp_path):
     # Float32: rounding comes to about 2e-6 of the losses, 6e-6 of the norms and 3e-6 of the largest weights. Decay of
     # norms and biases misses the losses by 7e-4, a rate one step off by 6e-2, b2 = 0.998 by 4e-5.
     ours = {name: [values[name] for values in metrics] for name in metrics[0]}
-    np.testing.assert_allclose(ours["loss"], losses, rtol=1e-5)
-    for name, values in norms.items():
-        np.testing.assert_allclose(ours[name], values, rtol=3e-5, err_msg=name)
-    np.testing.assert_allclose(ours["learning_rate"], [OPTIM.learning_rate * rate(i) for i in range(STEPS)], rtol=1e-6)
+    if objective == CROSS_ENTROPY:
+        assert not {"objective", "z_loss"} & ours.keys()
+        assert theirs.pop("objective") == theirs["loss"]
+        assert not any(theirs.pop("z_loss"))
+    for name, values in theirs.items():
+        tolerance = 1e-5 if name in ("loss", "objective") else 1e-6 if name == "learning_rate" else 3e-5
+        np.testing.assert_allclose(ours[name], values, rtol=tolerance, err_msg=name)
     save_hf(lm, state.params, tmp_path / "trained")
     trained = load_file(tmp_path / "trained" / "model.safetensors")
     assert trained.keys() == weights.keys()
