@@ -41,6 +41,7 @@ RULES = {
     "train.z_loss": Rule.NEW_FOLDER,
     "train.unroll": Rule.SAID,
     "train.attention": Rule.SAID,
+    "train.deterministic": Rule.SAID,
     "checkpoint": Rule.SAID,
     "checkpoint.resume": Rule.FREE,
     "evals": Rule.SAID,
