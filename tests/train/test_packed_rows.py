@@ -23,7 +23,7 @@ def model():
     with jax.enable_x64(True):
         lm = small_lm(llama(), dtype="float64")
         params = draw_params(lm)
-        loss = jax.jit(lambda rows: lm.loss_sum(params, rows))
+        loss = jax.jit(lambda rows: lm.losses(params, rows).cross_entropy)
         logits = jax.jit(
             lambda rows: lm.logits(params, rows["tokens"], positions=rows["positions"], segments=rows["segments"])
         )
@@ -105,5 +105,7 @@ def test_a_run_on_a_mixture_in_batches_of_like_length(config, shared):
     again = train(config, data, "train.steps=8", "checkpoint.every=3")
     assert "2 of 8 steps to go" in again.said
     names = ("step", "train/loss", "train/tokens")
-    ours, theirs = ([[line.get(name) for name in names] for line in lines] for lines in (again.metrics(), whole))
+    ours, theirs = (
+        [[line[name] for name in names] for line in lines if "train/loss" in line] for lines in (again.metrics(), whole)
+    )
     assert ours == theirs
