@@ -264,7 +264,7 @@ def test_the_loss_is_the_same_in_every_form_of_attention(name):
 
     def loss(attention):
         chosen = replace(lm, attention=attention)
-        return jax.jit(jax.value_and_grad(lambda params: chosen.loss_sum(params, batch, scan("full"))))(params)
+        return jax.jit(jax.value_and_grad(lambda params: chosen.losses(params, batch, scan("full")).objective))(params)
 
     def check(ours, theirs):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
