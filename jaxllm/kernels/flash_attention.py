@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -96,6 +97,8 @@ def _forward(
         interpret=interpret,
         name="attention_forward",
     )(q, k, v, segments, first)
+    # With both of them saved, the backward pass need not run this kernel again.
+    y, lse = (checkpoint_name(x, "attn_context") for x in (y, lse))
     return y, (q, k, v, segments, y, lse)
 
 

@@ -162,3 +162,20 @@ def test_cudnn_refuses_segments():
     q, k, v, _ = draw(1, 16, 2, 2, 64)
     with pytest.raises(ValueError, match="does not keep documents apart"):
         causal_attention("cudnn", q, k, v, jnp.ones((1, 16), jnp.int32), Layout.single())
+
+
+@pytest.mark.optimized
+def test_flash_is_not_run_again_where_its_result_is_saved_by_name():
+    """Each interpreted kernel is some loops of the compiled program."""
+    shapes = [jax.ShapeDtypeStruct((1, 128, heads, 16), jnp.float32) for heads in (2, 2, 2)]
+
+    def loops(policy):
+        def loss(q, k, v):
+            y = jax.checkpoint(partial(flash_attention, segments=None, interpret=True), policy=policy)(q, k, v)
+            return jnp.sum(jnp.square(y))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile().as_text().count(" while(")
+
+    policies = jax.checkpoint_policies
+    everything, nothing = loops(policies.everything_saveable), loops(policies.nothing_saveable)
+    assert loops(policies.save_only_these_names("attn_context")) == everything < nothing
