@@ -1,78 +1,159 @@
-"""`python -m jaxllm.generate MODEL --prompt TEXT`: completes text with a model."""
+"""`python -m jaxllm.generate MODEL`: completes text with a model, or talks with it."""
+
+from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.core.cache import keep_programs
 from jaxllm.core.process import without_torch
+
+if TYPE_CHECKING:
+    from jaxllm.generate.defaults import Defaults
+
+NEW_TOKENS, NEW_TOKENS_OF_A_REPLY = 128, 1024
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxllm.generate",
         description="Completes prompts with a Hugging Face model, a run of jaxllm.train, or one of its checkpoints.",
+        epilog="What is not given is taken from the model's generation_config.json, if it has it: the most likely "
+        "token is taken unless the file says do_sample. --top-k 0, --top-p 1 and --min-p 0 switch the file's off.",
     )
     parser.add_argument(
         "model",
         help="a Hugging Face folder, a run's folder, <run>/checkpoints/<step> (or /best), or a Hub model: owner/name",
     )
-    parser.add_argument("--prompt", action="append", required=True, help="text to complete; may be given many times")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most (default 128)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the most likely token (default); 1 samples"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to complete; may be given many times. An empty one starts from the tokenizer's begin of text, if "
+        "it has one. A single completion is printed as it comes",
     )
-    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens only")
-    parser.add_argument("--top-p", type=float, help="sample from the most likely tokens of this joint probability")
+    what.add_argument(
+        "--chat",
+        action="store_true",
+        help="a conversation by the tokenizer's chat template: each line of the standard input is a message. Ctrl-D "
+        "ends it, Ctrl-C ends a reply",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message of a conversation")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens to add at most (else {NEW_TOKENS}, or {NEW_TOKENS_OF_A_REPLY} for a reply of a conversation)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="0 takes the most likely token; 1 samples as the model says"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens only")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the most likely tokens of joint probability P only"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="sample only from tokens at least P times as likely as the likeliest"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="above 1 makes tokens that are there already less likely"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given many times"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
     return parser
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command. Returns its exit status: 0 done, 2 wrong input."""
+    """Runs the command. Returns its exit status: 0 done, 2 wrong input, 130 interrupted."""
     options = _parser().parse_args(arguments)
 
     # Imported after the help, which should be instant.
-    from jaxllm.convert.load import open_model
     from jaxllm.core.errors import UserError
-    from jaxllm.core.mesh import Layout
-    from jaxllm.generate.decode import Decoder
-    from jaxllm.generate.sample import Sampling
 
     try:
-        if options.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
-        if not 0 <= options.seed < 1 << 32:
-            raise UserError(f"--seed must be from 0 to {(1 << 32) - 1}, got {options.seed}")
-        sampling = Sampling(options.temperature, options.top_k, options.top_p)
-        model = open_model(options.model, Layout.single())
-        tokenizer = model.tokenizer()
-        prompts = [tokenizer(prompt)["input_ids"] for prompt in options.prompt]
-        completions = Decoder(model.lm)(
-            model.load(),
-            prompts,
-            max_new_tokens=options.max_new_tokens,
-            sampling=sampling,
-            stop_ids=_stop_ids(model.folder, tokenizer),
-            seed=options.seed,
-        )
-        whole = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-        print(f"\n{'-' * 60}\n".join(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in whole))
+        _check(options)
+        _write(options)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    except BrokenPipeError:  # whoever read the text has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
-def _stop_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the model's own, as transformers finds them, else the tokenizer's end of text."""
-    from jaxllm.hf.config import read_json
+def _check(options: argparse.Namespace) -> None:
+    """Raises UserError for what is wrong with any model."""
+    from jaxllm.core.errors import UserError
 
-    files = [folder / name for name in ("generation_config.json", "config.json")]
-    found = [read_json(file).get("eos_token_id") for file in files if file.is_file()]
-    ids = next((ids for ids in [*found, tokenizer.eos_token_id] if ids is not None), [])
-    return ids if isinstance(ids, list) else [ids]
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if not 0 <= options.seed < 1 << 32:
+        raise UserError(f"--seed must be from 0 to {(1 << 32) - 1}, got {options.seed}")
+    if "" in options.stop:
+        raise UserError("--stop is empty; give the text that is to end a completion")
+    if options.system is not None and not options.chat:
+        raise UserError("--system begins a conversation; give --chat too, or write it into the --prompt")
+    for text in [*(options.prompt or ()), *options.stop, options.system or ""]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{text!a} is not valid UTF-8") from None
+
+
+def _write(options: argparse.Namespace) -> None:
+    from jaxllm.convert.load import open_model
+    from jaxllm.core.mesh import Layout
+    from jaxllm.generate.chat import Conversation
+    from jaxllm.generate.writer import Writer
+
+    model = open_model(options.model, Layout.single())
+    tokenizer = model.tokenizer()
+    defaults = _defaults(model.folder)
+    sampling = defaults.sampling(
+        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
+    )
+    conversation = Conversation(tokenizer, options.system) if options.chat else None
+    otherwise = NEW_TOKENS if conversation is None else NEW_TOKENS_OF_A_REPLY
+    ends: list[Any] = defaults.eos_token_id or [tokenizer.eos_token_id]
+    writer = Writer(
+        model.lm,
+        model.load(),
+        tokenizer,
+        sampling=sampling,
+        stop_ids=[token for token in ends if token is not None],
+        stop=[*options.stop, *defaults.stop_strings],
+        max_new_tokens=options.max_new_tokens or defaults.max_new_tokens or otherwise,
+        seed=options.seed,
+    )
+    if conversation is None:
+        writer.complete(options.prompt)
+    else:
+        writer.talk(conversation)
+
+
+def _defaults(folder: Path) -> Defaults:
+    """What the model's files say, with the end of text from where transformers looks for it."""
+    from jaxllm.generate.defaults import read_defaults
+    from jaxllm.hf.config import read_config, read_json
+
+    file = folder / "generation_config.json"
+    raw = read_json(file) if file.is_file() else {}
+    if raw.get("eos_token_id") is None:
+        raw["eos_token_id"] = read_config(folder).get("eos_token_id")
+    defaults, missing = read_defaults(raw, file)
+    if missing:
+        print(f"note: {file}: {', '.join(missing)} is not implemented, and left aside", file=sys.stderr)
+    return defaults
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,56 @@ from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition
 
 
+class Rows(NamedTuple):
+    """What does not change while prompts are decoded together.
+
+    segments: `[B, S]` int32, 0 in the slots of the padding in front of a prompt. padding: `[B, 1]` int32, how many
+    those are. keys: `[B]`, of each row's draws.
+    """
+
+    segments: jax.Array
+    padding: jax.Array
+    keys: jax.Array
+
+
+class Progress(NamedTuple):
+    """What every step of decoding changes.
+
+    offset: scalar int32, the cache slots that are filled. drawn: scalar int32, the new tokens of a row. seen:
+    `[B, V]` bool, the tokens that each row has; None without a repetition penalty.
+    """
+
+    cache: LayerCache
+    offset: jax.Array
+    drawn: jax.Array
+    seen: jax.Array | None
+
+
 class Decoder:
-    """Completes prompts with `lm`, compiling once for each shape: prompts, longest prompt, tokens to add."""
+    """Completes prompts with `lm`.
+
+    Programs are compiled for the number of prompts and for the bucket of lengths (`bucket`) that the longest prompt
+    and the cache fall into, one for the prompts and one for all further tokens.
+    """
 
     def __init__(self, lm: LM) -> None:
         self._lm = lm
-        self._advance = jax.jit(partial(_advance, lm), static_argnames="sampling", donate_argnames="cache")
+        self.advance = jax.jit(partial(_advance, lm), static_argnames="sampling", donate_argnames="progress")
+
+    def room(self, prompt: Sequence[int], max_new_tokens: int) -> int:
+        """How many of `max_new_tokens` fit behind `prompt` into the model's positions.
+
+        Raises UserError if the prompt is empty, or so long that none does.
+        """
+        if not prompt:
+            raise UserError("a prompt has no token; give it some text, or use a tokenizer that begins texts with one")
+        left = self._lm.config.longest - len(prompt)
+        if left < 1:
+            raise UserError(
+                f"a prompt has {len(prompt):,} tokens, and the model's {self._lm.config.longest:,} positions leave no "
+                "room for a new one; shorten it"
+            )
+        return min(left, max_new_tokens)
 
     def __call__(
         self,
@@ -34,17 +79,18 @@ class Decoder:
     ) -> list[list[int]]:
         """The new token ids of each prompt, without the stop token that ended it.
 
-        Prompts of different lengths decode together; the most likely tokens of each are those that it has alone. A
-        prompt ends at the first of `stop_ids`, or after `max_new_tokens`.
+        Prompts of different lengths decode together; each gets the tokens that it gets alone. A prompt ends at the
+        first of `stop_ids`, after `max_new_tokens`, or at the last of the model's positions.
         """
         completions: list[list[int]] = [[] for _ in prompts]
+        rooms = [self.room(prompt, max_new_tokens) for prompt in prompts]
         running = set(range(len(prompts)))
-        for tokens in self.stream(params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed):
+        for tokens in self.stream(params, prompts, max_new_tokens=max(rooms), sampling=sampling, seed=seed):
             for row in sorted(running):
-                if tokens[row] in stop_ids:
-                    running.remove(row)
-                else:
+                if tokens[row] not in stop_ids:
                     completions[row].append(int(tokens[row]))
+                if tokens[row] in stop_ids or len(completions[row]) == rooms[row]:
+                    running.remove(row)
             if not running:
                 break
         return completions
@@ -58,52 +104,56 @@ class Decoder:
         sampling: Sampling | None = None,
         seed: int = 0,
     ) -> Iterator[np.ndarray]:
-        """Yields the next token of every prompt, int32 `[prompts]`, `max_new_tokens` times."""
-        if any(not prompt for prompt in prompts):
-            raise UserError("a prompt has no token; give it some text, or use a tokenizer that begins texts with one")
-        longest = max(len(prompt) for prompt in prompts)
-        slots = longest + max_new_tokens
+        """Yields the next token of every prompt, int32 `[prompts]`, `max_new_tokens` times.
+
+        The draws of a prompt follow from `seed` and the prompt, so they are those that it gets alone; the second of
+        equal prompts is another sample.
+        """
+        sampling = sampling or Sampling()
+        longest = bucket(max(len(prompt) for prompt in prompts))
+        slots = bucket(longest + max_new_tokens)
         tokens = np.zeros((len(prompts), longest), np.int32)
         # Prompts end together: padding stands on the left, in a segment of its own that no token looks at.
         segments = np.ones((len(prompts), slots), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt) :] = prompt
             segments[row, : longest - len(prompt)] = 0
-        padding = jnp.asarray([[longest - len(prompt)] for prompt in prompts], jnp.int32)
+        padding = np.array([[longest - len(prompt)] for prompt in prompts], np.int32)
+        copies = np.array([prompts[:row].count(prompt) for row, prompt in enumerate(prompts)])
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(copies)
+        rows = Rows(jnp.asarray(segments), jnp.asarray(padding), keys)
+        cache, none = self._lm.new_cache(len(prompts), slots), jnp.int32(0)
+        seen = jnp.zeros((len(prompts), self._lm.vocab_padded), bool) if sampling.repetition_penalty != 1 else None
+        progress = Progress(cache, none, none + 0, seen)
 
-        cache, key = self._lm.new_cache(len(prompts), slots), jax.random.key(seed)
-        new, offset = jnp.asarray(tokens), 0
-        for step in range(max_new_tokens):
-            token, cache = self._advance(
-                params,
-                new,
-                cache,
-                jnp.int32(offset),
-                segments,
-                padding,
-                jax.random.fold_in(key, step),
-                sampling=sampling or Sampling(),
-            )
-            yield np.asarray(token)
-            offset += new.shape[1]
-            new = token[:, None]
+        new, progress = self.advance(params, jnp.asarray(tokens), rows, progress, sampling=sampling)
+        for _ in range(max_new_tokens - 1):
+            # The device computes the next token while this one is read.
+            following, progress = self.advance(params, new[:, None], rows, progress, sampling=sampling)
+            yield np.asarray(new)
+            new = following
+        yield np.asarray(new)
+
+
+def bucket(length: int) -> int:
+    """`length`, rounded up to one of four sizes between powers of two: few programs, at most a quarter wasted."""
+    step = max(8, 1 << max(length - 1, 7).bit_length() - 3)
+    return -(-length // step) * step
 
 
 def _advance(
-    lm: LM,
-    params: Params,
-    tokens: jax.Array,
-    cache: LayerCache,
-    offset: jax.Array,
-    segments: jax.Array,
-    padding: jax.Array,
-    key: jax.Array,
-    *,
-    sampling: Sampling,
-) -> tuple[jax.Array, LayerCache]:
-    """The token after `tokens` `[B, T]`, which stand in the cache from slot `offset` on."""
-    positions = jnp.maximum(offset + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] - padding, 0)
-    ctx = lm.context(positions, cache=CachePosition(offset, segments))
-    x, written = lm.hidden(params, tokens, ctx, cache=cache)
-    assert written is not None
-    return draw(lm.head(params, x[:, -1:])[:, 0], key, sampling), written
+    lm: LM, params: Params, tokens: jax.Array, rows: Rows, progress: Progress, *, sampling: Sampling
+) -> tuple[jax.Array, Progress]:
+    """The token after `tokens` `[B, T]`, which go into the cache behind those that are there."""
+    length = tokens.shape[1]
+    slots = progress.offset + jnp.arange(length, dtype=jnp.int32)[None, :]
+    positions = jnp.maximum(slots - rows.padding, 0)
+    ctx = lm.context(positions, cache=CachePosition(progress.offset, rows.segments))
+    x, cache = lm.hidden(params, tokens, ctx, cache=progress.cache)
+    assert cache is not None
+    seen = progress.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(tokens))[:, None], tokens].max(slots >= rows.padding)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, progress.drawn)
+    new = draw(lm.head(params, x[:, -1:])[:, 0], keys, sampling, seen)
+    return new, Progress(cache, progress.offset + length, progress.drawn + 1, seen)

@@ -62,6 +62,11 @@ class FamilyConfig(Section):
         """What the rotary embedding follows from besides its kind."""
         return Rotation(self.head_dim, self.rope_theta, self.max_position_embeddings)
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest text that the model is meant for."""
+        return self.rope.longest(self.rotation)
+
     @model_validator(mode="after")
     def _defined_rope(self) -> "FamilyConfig":
         self.rope.check(self.rotation)

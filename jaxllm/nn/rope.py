@@ -55,6 +55,10 @@ class Rope(Section):
         """What cosines and sines are multiplied by, and so the attention's scores twice."""
         return 1.0
 
+    def longest(self, rotation: Rotation) -> int:
+        """The tokens of the longest text that the model is meant for."""
+        return rotation.max_positions
+
 
 class DefaultRope(Rope):
     """The plain angles, position · θ^(-2i / head_dim)."""
@@ -95,6 +99,10 @@ class DynamicRope(Rope):
         ratio = jnp.maximum(lengths, rotation.max_positions)[..., None] / rotation.max_positions
         growth = (self.factor * ratio - (self.factor - 1)) ** (rotation.head_dim / (rotation.head_dim - 2))
         return (rotation.theta * growth) ** -jnp.asarray(rotation.exponents(), growth.dtype)
+
+    def longest(self, rotation: Rotation) -> int:
+        """Here max_position_embeddings is the length before it was extended."""
+        return int(self.factor * rotation.max_positions)
 
 
 class Llama3Rope(Rope):

@@ -11,7 +11,7 @@ import transformers
 
 import jaxllm
 from jaxllm.core.errors import UserError
-from jaxllm.generate.decode import Decoder
+from jaxllm.generate.decode import Decoder, bucket
 from jaxllm.generate.sample import Sampling
 
 NEW = 24
@@ -86,6 +86,67 @@ def test_samples_follow_the_seed(model):
     assert sample(3, Sampling(1.0, top_k=1)) == model.greedy
 
 
-def test_an_empty_prompt_is_refused(model):
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(0.8, top_k=9, repetition_penalty=1.2)], ids=["plain", "narrowed"]
+)
+def test_a_prompt_draws_what_it_draws_alone_and_its_copies_draw_anew(model, sampling):
+    def sample(prompts: list[list[int]]) -> list[list[int]]:
+        return model.decode(model.params, prompts, max_new_tokens=NEW, sampling=sampling, seed=5)
+
+    together = sample([*model.prompts, model.prompts[0]])
+    assert together[: len(TEXTS)] == [sample([prompt])[0] for prompt in model.prompts]
+    assert together[-1] != together[0]
+    assert together[-1] == sample([model.prompts[0]] * 2)[1]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_the_repetition_penalty_counts_prompt_and_completion_and_no_padding(model, penalty):
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
+    wanted = []
+    for prompt in model.prompts:
+        ids = reference.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=NEW,
+            repetition_penalty=penalty,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        wanted.append(ids[0, len(prompt) :].tolist())
+    assert wanted != model.greedy
+    sampling = Sampling(repetition_penalty=penalty)
+    assert model.decode(model.params, model.prompts, max_new_tokens=NEW, sampling=sampling) == wanted
+
+
+def test_prompts_and_lengths_of_a_bucket_share_their_programs(model):
+    """Two programs, whatever is asked for within a bucket: one for the prompts, one for every further token."""
+    lm, params = jaxllm.load_hf(model.folder, param_dtype="float32")
+    decode = Decoder(lm)
+    for length, new in [(9, 20), (16, 1), (12, 24), (10, 9)]:
+        decode(params, [list(range(3, 3 + length))], max_new_tokens=new)
+        assert bucket(length) == 16
+    assert decode.advance._cache_size() <= 2 * len({bucket(16 + new) for new in (20, 1, 24, 9)})
+    before = decode.advance._cache_size()
+    decode(params, [list(range(3, 14))], max_new_tokens=22)
+    assert decode.advance._cache_size() == before
+
+
+def test_buckets_hold_their_lengths_and_waste_little():
+    sizes = [bucket(length) for length in range(1, 5000)]
+    assert all(length <= size <= max(8, 1.25 * length + 1, length + 7) for length, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) < 40
+
+
+def test_prompts_that_cannot_be_completed_are_refused(model):
     with pytest.raises(UserError, match="a prompt has no token"):
         model.decode(model.params, [[1, 2], []], max_new_tokens=3)
+    with pytest.raises(UserError, match="a prompt has 512 tokens, and the model's 512 positions"):
+        model.decode(model.params, [[1, 2], [1] * 512], max_new_tokens=3)
+
+
+def test_a_completion_ends_at_the_last_position_and_the_others_go_on(model):
+    long = [1] + [403] * 505
+    completions = model.decode(model.params, [long, model.prompts[0]], max_new_tokens=NEW)
+    assert [len(ids) for ids in completions] == [512 - 506, NEW]
+    assert completions[1] == model.greedy[0]

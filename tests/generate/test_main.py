@@ -1,7 +1,15 @@
 """The command: what it completes, and what it says about wrong input."""
 
+import io
 import json
+import os
+import pty
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,10 +45,14 @@ def completes(capsys, *arguments: object) -> str:
 
 
 def fails(capsys, *arguments: object) -> str:
-    assert main([*map(str, arguments)]) == 2
+    try:
+        status = main([*map(str, arguments)])
+    except SystemExit as exit:  # what argparse finds wrong itself
+        status = exit.code
+    assert status == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("error: ")
+    assert said.err.startswith(("error: ", "usage: "))
     return said.err
 
 
@@ -93,14 +105,22 @@ def test_it_stops_where_the_model_s_files_say(where, story, capsys):
     [
         (["--max-new-tokens", 0], "--max-new-tokens must be at least 1"),
         (["--temperature", -1], "temperature must be at least 0"),
-        (["--top-k", 5], "temperature 0 takes the most likely token"),
+        (["--top-k", 5], "top_k 5: .* temperature 0 takes the most likely token"),
         (["--temperature", 1, "--top-p", 2], "top_p must be above 0 and at most 1"),
+        (["--temperature", 1, "--top-p", 0], "top_p must be above 0 and at most 1"),
+        (["--temperature", 1, "--top-k", -1], "top_k must be at least 1"),
+        (["--temperature", 1, "--min-p", 2], "min_p must be from 0 to 1"),
+        (["--repetition-penalty", 0], "repetition_penalty must be above 0"),
+        (["--stop", ""], "--stop is empty"),
+        (["--system", "Be kind."], "--system begins a conversation; give --chat"),
+        (["--prompt", "a" + chr(0xDC80)], r"is not valid UTF-8"),
+        (["--prompt", "word " * 600], "positions leave no room"),
         (["--seed", -1], "--seed must be from 0"),
     ],
     ids=str,
 )
 def test_wrong_options(options, message, shared, capsys):
-    assert message in fails(capsys, shared / "models/stories260K", *PROMPT, *options)
+    assert re.search(message, fails(capsys, shared / "models/stories260K", *PROMPT, *options))
 
 
 def test_folders_without_a_model(run, tmp_path, capsys):
@@ -122,3 +142,136 @@ def test_broken_folders(run, story, tmp_path, capsys):
     damaged = shutil.copytree(run, tmp_path / "damaged")
     shutil.rmtree(damaged / "checkpoints/2/state")
     assert f"the checkpoint {damaged}/checkpoints/2 is damaged: state/" in fails(capsys, damaged, *PROMPT)
+
+
+def test_the_options_of_a_model_come_from_its_file(story, capsys):
+    """An instruction model samples and names several ends; what is given wins."""
+    whole = completes(capsys, story, *PROMPT, "--max-new-tokens", 20)
+    content = json.loads((story / "generation_config.json").read_text())
+
+    def write(**changes: object) -> None:
+        (story / "generation_config.json").write_text(json.dumps({**content, **changes}))
+
+    write(do_sample=True, temperature=1.5, top_k=40, max_new_tokens=20)
+    sampled = [completes(capsys, story, *PROMPT, "--seed", seed) for seed in (1, 2)]
+    assert sampled[0] != sampled[1]
+    assert completes(capsys, story, *PROMPT, "--temperature", 0) == whole
+    assert completes(capsys, story, *PROMPT, "--top-k", 1) == whole
+    write(max_new_tokens=20, stop_strings=[" named"])
+    assert completes(capsys, story, *PROMPT) == whole.partition(" named")[0] + "\n"
+    write(num_beams=4, top_p="most")
+    assert "generation_config.json: top_p = 'most'" in fails(capsys, story, *PROMPT)
+    write(num_beams=4)
+    assert main([str(story), *PROMPT, "--max-new-tokens", "2"]) == 0
+    assert "num_beams = 4 is not implemented" in capsys.readouterr().err
+
+
+def test_penalties_and_narrowings_reach_the_model(shared, capsys):
+    folder = shared / "models/stories260K"
+    plain = completes(capsys, folder, *PROMPT, "--max-new-tokens", 40)
+    assert completes(capsys, folder, *PROMPT, "--max-new-tokens", 40, "--repetition-penalty", 1.5) != plain
+    for narrow in (["--top-k", 1], ["--top-p", 1e-6], ["--min-p", 1]):
+        assert completes(capsys, folder, *PROMPT, "--max-new-tokens", 40, "--temperature", 1, *narrow) == plain
+
+
+def test_stop_strings_are_cut_from_every_completion(shared, capsys):
+    folder, options = shared / "models/stories260K", ["--prompt", "Tom", "--max-new-tokens", 60]
+    whole = completes(capsys, folder, *PROMPT, *options).rstrip("\n").split("\n" + "-" * 60 + "\n")
+    stops = [". She", "an"]
+    cut = completes(capsys, folder, *PROMPT, *options, "--stop", stops[0], "--stop", stops[1])
+
+    def ended(text: str, prompt: str) -> str:
+        places = [place for stop in stops if (place := text.find(stop, len(prompt))) >= 0]
+        return text[: min(places)] if places else text
+
+    assert cut.rstrip("\n") == ("\n" + "-" * 60 + "\n").join(
+        ended(text, prompt) for text, prompt in zip(whole, ["Once upon a time", "Tom"], strict=True)
+    )
+    assert cut.rstrip("\n") != ("\n" + "-" * 60 + "\n").join(whole)
+
+
+def test_an_empty_prompt_begins_a_text_where_the_tokenizer_has_a_beginning(story, capsys):
+    assert completes(capsys, story, "--prompt", "", "--max-new-tokens", 20).startswith("Once upon a time")
+    tokenizer = json.loads((story / "tokenizer.json").read_text())
+    (story / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
+    config = json.loads((story / "tokenizer_config.json").read_text())
+    config.update(tokenizer_class="PreTrainedTokenizerFast", add_bos_token=False)
+    (story / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "a prompt has no token" in fails(capsys, story, "--prompt", "")
+
+
+def test_the_end_of_the_positions_is_said(shared, capsys):
+    assert main([str(shared / "models/stories260K"), "--prompt", "word " * 166, "--max-new-tokens", "600"]) == 0
+    said = capsys.readouterr()
+    assert "note: ended at the last of the model's 512 positions" in said.err
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def talker(story) -> Path:
+    (story / "chat_template.jinja").write_text(TEMPLATE)
+    return story
+
+
+def test_a_conversation_over_a_pipe(talker, capsys, monkeypatch):
+    """Each line is answered in the light of those before it."""
+    options = [str(talker), "--chat", "--max-new-tokens", "12"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n\n   \n One day, Tom\n"))
+    first, second = completes(capsys, *options).splitlines()
+    assert first.startswith(", there was a little girl")
+    prompt = "Once upon a time" + first
+    assert completes(capsys, talker, "--prompt", "Once upon a time", "--max-new-tokens", 12) == prompt + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One day, Tom"))
+    assert completes(capsys, *options).splitlines() != [second]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" a time"))
+    assert completes(capsys, *options, "--system", "Once upon").splitlines() == [first]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert completes(capsys, *options) == ""
+
+
+def test_a_conversation_that_cannot_be(talker, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 600))
+    assert "positions leave no room" in fails(capsys, talker, "--chat")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Once \xff\n"), encoding="utf-8"))
+    assert "the standard input is not valid UTF-8" in fails(capsys, talker, "--chat")
+    (talker / "chat_template.jinja").unlink()
+    assert "needs a chat template" in fails(capsys, talker, "--chat")
+    assert "not allowed with argument" in fails(capsys, talker, "--chat", *PROMPT)
+    assert "--prompt --chat is required" in fails(capsys, talker)
+
+
+def test_a_terminal_is_asked_answered_as_tokens_come_and_left_by_ctrl_d(talker):
+    """In a process of its own, with a terminal: Ctrl-C ends a reply and not the conversation."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "jaxllm.generate", str(talker), "--chat", "--max-new-tokens", "480"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    shown, times = "", []
+
+    def until(condition) -> None:
+        nonlocal shown
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, shown
+            shown += os.read(ours, 64).decode()
+            times.append(time.monotonic())
+
+    try:
+        until(lambda: shown.endswith("> "))
+        os.write(ours, b"Once upon a time\n")
+        until(lambda: len(shown) > 120)
+        process.send_signal(signal.SIGINT)
+        until(lambda: shown.endswith("\n> "))
+        assert len(shown) < 1500, "the reply was not ended"
+        os.write(ours, b"\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+    assert ", there was a little girl" in shown
+    assert "Traceback" not in shown

@@ -1,0 +1,78 @@
+"""What generation_config.json means, and who wins."""
+
+import pytest
+
+from jaxllm.core.errors import UserError
+from jaxllm.generate.defaults import NEUTRAL, read_defaults
+from jaxllm.generate.sample import Sampling
+
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
+
+
+def sampling(file, **given):
+    return read_defaults(file, "generation_config.json")[0].sampling(**given)
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "wanted"),
+    [
+        ({}, {}, Sampling()),
+        ({}, {"temperature": 0.7, "top_k": 3}, Sampling(0.7, 3)),
+        (SAMPLING, {}, Sampling(0.6, 20, 0.9, 0.05, 1.1)),
+        (SAMPLING, {"temperature": 1.5, "top_p": 0.5}, Sampling(1.5, 20, 0.5, 0.05, 1.1)),
+        (SAMPLING, {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}, Sampling(0.6)),
+        (SAMPLING, {"temperature": 0.0}, Sampling(repetition_penalty=1.1)),
+        ({"do_sample": True}, {}, Sampling(1.0)),
+        ({"do_sample": True, "temperature": 0}, {}, Sampling()),
+        ({"do_sample": True, "top_k": 0, "top_p": 1.0}, {}, Sampling(1.0)),
+        # As in transformers, a file that does not sample has a temperature for nothing.
+        ({**SAMPLING, "do_sample": False}, {}, Sampling(repetition_penalty=1.1)),
+        ({**SAMPLING, "do_sample": None}, {"temperature": 1.0}, Sampling(1.0, repetition_penalty=1.1)),
+    ],
+    ids=str,
+)
+def test_what_is_given_wins_and_the_file_says_the_rest(file, given, wanted):
+    assert sampling(file, **given) == wanted
+
+
+def test_one_or_several_ends():
+    def ends(file):
+        defaults, _ = read_defaults(file, "file")
+        return defaults.eos_token_id, defaults.stop_strings
+
+    assert ends({}) == ([], [])
+    assert ends({"eos_token_id": 2, "stop_strings": "END"}) == ([2], ["END"])
+    assert ends({"eos_token_id": [2, 5], "stop_strings": ["a", "b"]}) == ([2, 5], ["a", "b"])
+    assert ends({"eos_token_id": None}) == ([], [])
+
+
+def test_what_is_not_implemented_is_named():
+    file = {**NEUTRAL, "num_beams": 4, "no_repeat_ngram_size": 3, "max_length": 20, "transformers_version": "5.0.0"}
+    assert sorted(read_defaults(file, "file")[1]) == ["no_repeat_ngram_size = 3", "num_beams = 4"]
+    assert read_defaults(NEUTRAL, "file")[1] == []
+
+
+def test_neutral_values_are_those_of_transformers():
+    from transformers import GenerationConfig
+
+    theirs = {**GenerationConfig().to_dict(), **GenerationConfig._get_default_generation_params()}
+    for name, value in NEUTRAL.items():
+        assert name in theirs, name
+        assert theirs[name] in (None, value), name
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ({"temperature": -1.0}, "file: temperature = -1.0: .*greater than or equal to 0"),
+        ({"temperature": "hot"}, "file: temperature = 'hot'"),
+        ({"top_p": 1.5}, "file: top_p = 1.5"),
+        ({"min_p": -0.1}, "file: min_p = -0.1"),
+        ({"repetition_penalty": 0}, "file: repetition_penalty = 0"),
+        ({"eos_token_id": "</s>"}, r"file: eos_token_id.0 = '</s>'"),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_named(file, message):
+    with pytest.raises(UserError, match=message):
+        read_defaults(file, "file")
