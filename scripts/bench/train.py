@@ -122,6 +122,7 @@ def bench(job: Job, size_name: str, names: Sequence[str], blocks: int, block_s: 
             "mfu_useful": about["useful_flops_per_token"] * rate / peak,
             "peak_bytes": memory[name],
             "planned_bytes": opened[name].get("planned_bytes"),
+            "attention": opened[name]["attention"],
             "compile_s": opened[name]["compile_s"],
             "first_step_s": opened[name]["first_step_s"],
             "speed_of_torch": ratios(seconds[name], seconds["torch"]),

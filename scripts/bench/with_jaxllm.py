@@ -1,6 +1,7 @@
 """The training step of this project, built as `jaxllm.train.run` builds it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from job import Engine, Job, serve
 
 import jaxllm
+from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.models.stack import scan
 from jaxllm.optim.build import AdamW, Constant, build
 from jaxllm.train.metrics import flops_per_token, peak_flops
@@ -23,6 +25,8 @@ class WithJaxllm(Engine):
     def open(self) -> dict[str, Any]:
         job, batches = self._job, self._job.batches()
         lm, params = jaxllm.load_hf(job.weights, param_dtype=job.param_dtype, compute_dtype=job.compute_dtype)
+        attention = choose_attention("auto", lm.attention_needs(packed=False))
+        lm = replace(lm, attention=attention.form)
         config = AdamW(
             type="adamw",
             learning_rate=job.learning_rate,
@@ -47,6 +51,7 @@ class WithJaxllm(Engine):
         return {
             "compile_s": compiled.compile_s,
             "planned_bytes": compiled.peak_bytes,
+            "attention": attention.form,
             "parameters": lm.parameter_count(),
             "flops_per_token": flops,
             "useful_flops_per_token": useful,

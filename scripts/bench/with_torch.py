@@ -36,7 +36,7 @@ class WithTorch(Engine):
         )
         self._batches = torch.from_numpy(job.batches()).long().to(DEVICE)
         self._forward: Any = torch.compile(self._loss) if self.compiled else self._loss
-        return {"compile_s": self._compile() if self.compiled else 0.0, "threads": torch.get_num_threads()}
+        return {"compile_s": self._compile() if self.compiled else 0.0, "attention": "sdpa"}
 
     def _loss(self, ids: torch.Tensor) -> torch.Tensor:
         logits = self._model(ids[:, :-1]).logits
