@@ -25,22 +25,12 @@ def largest_difference(losses: Sequence[float], others: Sequence[float]) -> floa
     return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
 
 
-COLUMNS = (
-    "size",
-    "device",
-    "engine",
-    "step s (quartiles)",
-    "tokens/s",
-    "MFU",
-    "useful",
-    "peak GiB",
-    "compile s",
-    "speed",
-)
+TIMES = ("step s (quartiles)", "tokens/s", "MFU", "useful", "peak GiB", "compile s", "speed (quartiles)", "load")
+COLUMNS = ("size", "device", "engine", *TIMES)
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as a Markdown table; `speed` is relative to eager PyTorch, with quartiles."""
+    """The results as a Markdown table. speed: times that of eager PyTorch. load: of the machine, before it began."""
     lines = [COLUMNS, tuple("---" for _ in COLUMNS)]
     for result in results:
         for name, engine in result["engines"].items():
@@ -57,6 +47,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                     f"{engine['peak_bytes'] / 2**30:.2f}",
                     f"{engine['compile_s']:.1f}",
                     f"{ratio['median']:.2f} ({ratio['q25']:.2f}–{ratio['q75']:.2f})",
+                    f"{result['load_before']:.1f}",
                 )
             )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

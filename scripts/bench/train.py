@@ -41,6 +41,11 @@ LOSSES = 20
 # Of a loss. In float32 rounding comes to 1e-6, which twenty updates of AdamW amplify; in bfloat16 to some 1e-3.
 TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
 PAUSE_S = 0.3  # after a block, until the threads of its engine sleep
+BUSY = 0.5  # programs that compute while nothing is measured yet
+ON_A_BUSY_MACHINE = (
+    "speeds are not to be quoted: PyTorch's threads wait for the slowest of them at every operation, and lose more "
+    "than XLA's when they cannot all run"
+)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
 
@@ -177,6 +182,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if not chosen.table:
         load = os.getloadavg()[0]
+        if load > BUSY:
+            print(f"note: the machine has a load of {load:.1f} already, so {ON_A_BUSY_MACHINE}", file=sys.stderr)
         if chosen.size is None:
             parser.error("give a size, or --table")
         if not {"jaxllm", "torch"} <= set(chosen.engines):
