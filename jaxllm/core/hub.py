@@ -30,7 +30,7 @@ _URL = re.compile(
     r"hf://(?P<kind>datasets/|models/|)(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.%-]+))?(/(?P<inside>.*))?"
 )
 _SNAPSHOT = re.compile(
-    r".*/(?P<kind>dataset|model)s--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{7})[^/]*(?P<inside>.*)"
+    r".*/(?P<kind>dataset|model)s--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?P<inside>/.*)?"
 )
 _WEIGHTS = re.compile(r"model(-\d{5}-of-(?P<count>\d{5}))?\.safetensors|model\.safetensors\.index\.json")
 
@@ -71,10 +71,18 @@ def shown(path: str | os.PathLike[str]) -> str:
     """A path for people: of a file in the Hub's cache its name and revision, `hf://owner/name@1a2b3c4/model.safetensors`."""
     path = os.fspath(path)
     found = _SNAPSHOT.fullmatch(path)
-    if found is None:
-        return path
+    return path if found is None else f"{_url(found)}@{found['commit'][:7]}{found['inside'] or ''}"
+
+
+def pinned(path: str | os.PathLike[str]) -> str | None:
+    """The name, with its commit, of the snapshot that a path is in: `hf://owner/name@<40 digits>`; None elsewhere."""
+    found = _SNAPSHOT.fullmatch(os.fspath(path))
+    return None if found is None else f"{_url(found)}@{found['commit']}"
+
+
+def _url(found: re.Match[str]) -> str:
     prefix = "datasets/" if found["kind"] == "dataset" else ""
-    return f"hf://{prefix}{found['owner']}/{found['name']}@{found['commit']}{found['inside']}"
+    return f"hf://{prefix}{found['owner']}/{found['name']}"
 
 
 def fetch(name: HubName, choose: Choose) -> tuple[Path, list[str]]:

@@ -147,6 +147,18 @@ def _files_of_hub(name: hub.HubName, config: SourceConfig) -> list[str]:
     return [str(folder / file) for file in files]
 
 
+def label(config: SourceConfig) -> str:
+    """What a source is called: its path, with its subset and split where they are given."""
+    return " ".join(filter(None, (config.path, config.subset, config.split)))
+
+
+def names_hint(config: SourceConfig, file: str) -> str:
+    """What to add to a message about unfit columns of `file`, where these may be a first record."""
+    if config.columns is not None or Suffix.of(file).kind not in ("csv", "tsv"):
+        return ""
+    return " If the file begins with a record, and not with the names, give those by `columns: [first, second, …]`."
+
+
 def read(config: SourceConfig, advance: Callable[[int], object] = lambda _: None) -> Iterator[Record]:
     """Every record of a source: files in sorted order, records as they stand in the file.
 

@@ -55,7 +55,7 @@ class Summary:
 
     `untrained`, `torn`: samples left out because nothing in them is trained, or because they are not read exactly
     (see `segments.Text`); `torn_at` is where the first of these stands. `unended`: samples that do not
-    train the end of a turn. `formats`: path of each source → its format, found or given.
+    train the end of a turn. `formats`: label of each source → its format, found or given.
     """
 
     samples: int = 0
@@ -164,7 +164,7 @@ def _renderer(config: SourceConfig, tokenizer: PreTrainedTokenizerFast) -> tuple
         name = template.detect(record.columns) if detected else config.format
         renderer = Renderer(name, config, tokenizer, detected=detected)
     except UserError as error:
-        raise UserError(f"{record.origin}: {error}") from error
+        raise UserError(f"{record.origin}: {error}{source.names_hint(config, record.file)}") from error
     first = [_facts(rendered) for rendered in _render(renderer, record)]
     return renderer, [name, renderer.chat.text if FORMATS[name].chat and config.chat_template else None, first]
 
@@ -224,7 +224,7 @@ def _write(
     progress: bool,
 ) -> None:
     encoder = Encoder(tokenizer)
-    summary = Summary(formats={config.path: r.name for config, r in zip(sources, renderers, strict=True)})
+    summary = Summary(formats={source.label(config): r.name for config, r in zip(sources, renderers, strict=True)})
     files: dict[str, int] = {}
     source_ends: list[int] = []
     small = max(tokenizer.get_vocab().values()) < 1 << 16

@@ -8,7 +8,9 @@ from pathlib import Path
 from jaxllm.convert.load import RUN_MODEL
 from jaxllm.core.config import dump
 from jaxllm.core.errors import UserError
+from jaxllm.core.hub import pinned
 from jaxllm.core.versions import environment
+from jaxllm.data.source import find_files
 from jaxllm.data.tokenizer import copy_tokenizer
 from jaxllm.hf.config import write_config
 from jaxllm.hf.source import GENERATION_CONFIG
@@ -41,11 +43,23 @@ def prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / RESOLVED, dump(config))
-        _write(folder / "env.json", json.dumps({**environment(), "attention": lm.attention}, indent=2) + "\n")
+        hub = _read_from_hub(config, lm, tokenizer_folder)
+        _write(
+            folder / "env.json", json.dumps({**environment(), "attention": lm.attention, "hub": hub}, indent=2) + "\n"
+        )
         if not keep_model:
             _write_model(folder / RUN_MODEL, lm, tokenizer_folder, special_ids, config.train.param_dtype)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}; choose another") from error
+
+
+def _read_from_hub(config: Config, lm: LM, tokenizer_folder: Path) -> list[str]:
+    """The names and commits of what the run reads of the Hub."""
+    evals = (held_out.source() for held_out in config.evals)
+    sources = filter(None, (*config.data.sources, *evals))
+    paths = [lm.source.folder] if lm.source else []
+    paths += [tokenizer_folder, *(file for source in sources for file in find_files(source))]
+    return sorted({name for path in paths if (name := pinned(path)) is not None})
 
 
 def _write_model(

@@ -6,7 +6,7 @@ import pytest
 from hub_cache import COMMIT, add_repository, ask, server
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.hub import HubName, fetch, model_folder, shown
+from jaxllm.core.hub import HubName, fetch, model_folder, pinned, shown
 
 MODEL = {
     "config.json": b'{"a": 1}',
@@ -53,7 +53,9 @@ def test_what_is_cached_is_not_asked_for(hub):
     assert model_folder("owner/name", "weights") == snapshot
     assert model_folder(f"owner/name@{COMMIT}", "weights") == snapshot
     assert shown(snapshot / "config.json") == "hf://owner/name@0123456/config.json"
+    assert pinned(snapshot / "config.json") == f"hf://owner/name@{COMMIT}"
     assert shown("/data/snapshots/a.txt") == "/data/snapshots/a.txt"
+    assert pinned("/data/snapshots/a.txt") is None
 
 
 def test_a_folder_that_is_here_comes_first(hub, tmp_path, monkeypatch):

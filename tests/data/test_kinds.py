@@ -15,6 +15,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.data import tables
 from jaxllm.data.files import COMPRESSIONS
 from jaxllm.data.source import SourceConfig, read
+from jaxllm.data.store import open_or_build
 
 # Quotes, delimiters, line ends and non-ASCII in values.
 VALUES = [{"prompt": f'say "{i}",\tplease', "completion": f"línea {i}\nand more\r\n"} for i in range(700)]
@@ -186,15 +187,17 @@ def test_csv_that_is_wrong(tmp_path: Path, content: str):
     assert CSV[content] in said
 
 
-def test_csv_without_a_line_of_names(tmp_path: Path):
+def test_csv_without_a_line_of_names(tmp_path: Path, byte_tokenizer):
     path = tmp_path / "a.csv"
-    path.write_text('3,"first, title",text\n\n4,b,c\n')
+    path.write_text('3,"first, title",body\n\n4,b,c\n')
     names = ["label", "title", "text"]
     assert columns(path, columns=names) == [
-        {"label": "3", "title": "first, title", "text": "text"},
+        {"label": "3", "title": "first, title", "text": "body"},
         {"label": "4", "title": "b", "text": "c"},
     ]
     assert "not 2, one for each of the columns label, text" in message(path, columns=["label", "text"])
+    with pytest.raises(UserError, match=r"fit no format.* If the file begins with a record, .* `columns: \[first"):
+        open_or_build([SourceConfig(path=str(path))], byte_tokenizer, cache=tmp_path)
     WRITERS[".jsonl"](tmp_path / "a.jsonl", VALUES)
     assert "`columns` names those of .csv and .tsv files" in message(tmp_path / "a.jsonl", columns=names)
 
