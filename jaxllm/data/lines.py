@@ -96,7 +96,7 @@ def _elements(text: "_JsonText") -> Iterator[Place]:
 
 
 class _JsonText:
-    """JSON text of a stream, of which one value at a time is in memory."""
+    """JSON text of a stream, of which one value at a time is in memory; any but a number, which may be cut in two."""
 
     _WHITE = re.compile(r"[ \t\r\n]*")
 
@@ -107,7 +107,8 @@ class _JsonText:
         self._parse = json.JSONDecoder().raw_decode
         self._text = ""
         self._at = 0  # what stands before is done with
-        self._lines = 0  # line ends in the text that is no longer held
+        self._lines = 0  # line ends in the text that is no longer held …
+        self._in_line = 0  # … and the characters behind the last of them
         self._read = 0  # bytes
 
     def peek(self) -> str:
@@ -127,9 +128,8 @@ class _JsonText:
         while True:
             try:
                 value, end = self._parse(self._text, self._at)
-                if end < len(self._text) or not self._more():  # a number may go on
-                    size, self._at = end - self._at, end
-                    return value, size
+                size, self._at = end - self._at, end
+                return value, size
             except json.JSONDecodeError as error:
                 # Where the text at hand ends, inside of a string or of a short word such as `true`.
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 8
@@ -139,7 +139,8 @@ class _JsonText:
     def error(self, what: str, at: int | None = None) -> UserError:
         """What is wrong at the character of `peek`, or at another."""
         at = self._at if at is None else at
-        line, column = 1 + self._lines + self._text.count("\n", 0, at), at - self._text.rfind("\n", 0, at)
+        line, start = 1 + self._lines + self._text.count("\n", 0, at), self._text.rfind("\n", 0, at)
+        column = at - start + (self._in_line if start < 0 else 0)
         return UserError(f"{self._file}, line {line} is not a JSON array: {what} at column {column}")
 
     def _more(self) -> bool:
@@ -156,6 +157,8 @@ class _JsonText:
             new = new.removeprefix("\ufeff")
         self._read += len(chunk)
         self._lines += self._text.count("\n", 0, self._at)
+        start = self._text.rfind("\n", 0, self._at)
+        self._in_line = self._at - start - 1 if start >= 0 else self._in_line + self._at
         self._text, self._at = self._text[self._at :] + new, 0
         return True
 

@@ -58,6 +58,16 @@ def test_what_is_cached_is_not_asked_for(hub):
     assert pinned("/data/snapshots/a.txt") is None
 
 
+def test_each_revision_is_its_own(hub):
+    newest = add_repository(hub, "model", "owner/name", MODEL)
+    older = add_repository(hub, "model", "owner/name", MODEL, commit=COMMIT[::-1], ref="v1")
+    assert model_folder("owner/name", "weights") == model_folder("owner/name@main", "weights") == newest
+    assert (
+        model_folder("owner/name@v1", "weights") == model_folder(f"hf://owner/name@{COMMIT[::-1]}", "weights") == older
+    )
+    assert "is not in the cache" in said("owner/name@v2")
+
+
 def test_a_folder_that_is_here_comes_first(hub, tmp_path, monkeypatch):
     add_repository(hub, "model", "owner/name", MODEL)
     monkeypatch.chdir(tmp_path)

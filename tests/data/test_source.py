@@ -106,7 +106,9 @@ def test_a_broken_line_is_named_with_its_number(tmp_path: Path):
     assert f"{path}, line 3 is not JSON" in message(path)
 
 
-def test_a_broken_array(tmp_path: Path):
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_a_broken_array(tmp_path: Path, monkeypatch, chunk: int):
+    monkeypatch.setattr(lines, "CHUNK", chunk)
     path = tmp_path / "a.json"
     broken = {
         '[{"text": "a"},\n {"text": }]': "line 2 is not a JSON array: Expecting value at column 11",

@@ -102,6 +102,18 @@ CONFIGS = {
         ["checkpoint.best=eval/held_out/loss", "checkpoint.every=8"],
         ["evaluated every 6 steps, and checkpoint.every is 8", "set checkpoint.every to 6 or 12"],
     ),
+    "a Hub name without network": (
+        ["model={path: owner/nothing}"],
+        [
+            "the Hub model owner/nothing is not in the cache",
+            "no file or folder of that name",
+            "hf download owner/nothing",
+        ],
+    ),
+    "data by a Hub name without network": (
+        ["data.sources.0.path=owner/nothing@v1"],
+        ["the Hub dataset owner/nothing@v1", "hf download owner/nothing --repo-type dataset --revision v1"],
+    ),
     "no tokenizer": (["model.tokenizer=nowhere"], ["tokenizer folder nowhere does not exist"]),
     "vocabulary too small": (["model.vocab_size=511"], ["up to 511", "511 rows", "model.vocab_size"]),
 }
