@@ -150,6 +150,14 @@ class LM:
         ways = math.lcm(self.layout.size("vocab"), self.layout.size("act_vocab"))
         return math.ceil(self.config.vocab_size / ways) * ways
 
+    @property
+    def padded(self) -> dict[str, tuple[int, int]]:
+        """By path, the padded dimension of a parameter and the real size of that; empty where nothing is padded."""
+        if self.vocab_padded == self.config.vocab_size:
+            return {}
+        axes = {"embed/table": 0} if self.config.tie_word_embeddings else {"embed/table": 0, "head/kernel": 1}
+        return {path: (axis, self.config.vocab_size) for path, axis in axes.items()}
+
     def _init_boxed(self, key: jax.Array) -> Params:
         c = self.config
         embed_key, layers_key, norm_key, head_key = jax.random.split(key, 4)
@@ -203,6 +211,13 @@ class LM:
         c = self.config
         tables = rope_tables(positions, c.rotation, self.compute_dtype, c.rope, segments)
         return Context(self.layout, tables, segments, self.attention, cache)
+
+    def batch_context(self, batch: Mapping[str, jax.Array]) -> Context:
+        """The context of a batch to train on, with `positions` and `segments`."""
+        ctx = self.context(batch["positions"], batch["segments"])
+        if self.attention == "cudnn":  # behind the one document of a row there is padding alone, hidden by the order
+            return replace(ctx, segments=None)
+        return ctx
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         """`[B, T]` int32 → `[B, T, D]` in the compute dtype."""
@@ -279,11 +294,18 @@ class LM:
 
         batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each.
         """
-        ctx = self.context(batch["positions"], batch["segments"])
-        if self.attention == "cudnn":  # behind the one document of a row there is padding alone, hidden by the order
-            ctx = replace(ctx, segments=None)
-        x, _ = self.hidden(params, batch["tokens"], ctx, stack)
-        batch_size, length = batch["tokens"].shape
+        x, _ = self.hidden(params, batch["tokens"], self.batch_context(batch), stack)
+        return self.head_losses(params, x, batch, objective)
+
+    def head_losses(
+        self,
+        params: Params,
+        x: jax.Array,
+        batch: Mapping[str, jax.Array],
+        objective: Objective = CROSS_ENTROPY,
+    ) -> Losses:
+        """`losses` from what the head reads, `[B, T, D]`; of `params`, what is not the head's may be missing."""
+        batch_size, length, _ = x.shape
         chunks = loss_chunks(batch_size, length, self.vocab_padded, self.layout)
         return token_losses(
             lambda x: self.head(params, x),

@@ -37,7 +37,7 @@ def scale_by_adan(
         del params
         grads: Any = updates
         if max_grad_norm > 0:
-            coefficient = clip_coefficient(grads, max_grad_norm, eps)
+            coefficient = clip_coefficient(jnp.asarray(optax.tree.norm(grads)), max_grad_norm, eps)
             grads = jax.tree.map(lambda g: g * coefficient, grads)
         is_first = state.step == 0
         diff: Any = jax.tree.map(lambda g, prev: jnp.where(is_first, 0.0, g - prev), grads, state.prev_grad)

@@ -1,8 +1,8 @@
 """The `optim:` section of a config: which optimizer, with which schedule, and which parameters decay."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from jaxllm.core.config import ByType, Section
 from jaxllm.core.errors import UserError
 from jaxllm.core.registry import Registry
 from jaxllm.optim import schedule
-from jaxllm.optim.wrappers import per_layer
+from jaxllm.optim.wrappers import per_layer, without_padding
 
 
 def _steps_or_share(value: Any) -> Any:
@@ -166,6 +166,9 @@ class OptimizerConfig(Section):
     no_decay: tuple[str, ...] = ("*/bias", "*norm*/scale")
     """Patterns of the parameters without weight decay; one that matches nothing is no error."""
 
+    has_statistics: ClassVar[bool] = False
+    """Whether an entry's update depends on others of its tensor, which must then be one layer's matrix or vector."""
+
     @abstractmethod
     def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
         """The optimizer at the given schedule. `mask` gives True for each parameter that decays."""
@@ -212,6 +215,7 @@ class Lomo(OptimizerConfig):
 
 class AdaLomo(OptimizerConfig):
     type: Literal["adalomo"]
+    has_statistics: ClassVar[bool] = True
     decay_rate: Positive = 0.8
     """How fast the memory of the second moment grows."""
     eps: tuple[Positive, Positive] = (1e-30, 1e-3)
@@ -220,9 +224,7 @@ class AdaLomo(OptimizerConfig):
     """The largest RMS of a tensor's update, before the rate and the parameter's scale."""
 
     def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
-        return per_layer(
-            optim.adalomo(rate, self.decay_rate, self.eps, self.clip_threshold, self.weight_decay, mask=mask)
-        )
+        return optim.adalomo(rate, self.decay_rate, self.eps, self.clip_threshold, self.weight_decay, mask=mask)
 
 
 OPTIMIZERS = Registry[type[OptimizerConfig]]("optimizer")
@@ -233,15 +235,20 @@ OPTIMIZERS.add("lomo", Lomo)
 OPTIMIZERS.add("adalomo", AdaLomo)
 
 
-def build(config: OptimizerConfig, total_steps: int) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+def build(
+    config: OptimizerConfig, total_steps: int, padded: Mapping[str, tuple[int, int]] | None = None
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The transform and its learning-rate schedule (for logging) for a run of `total_steps` steps.
 
-    The transform does not clip by the global norm: the step does, before it. Raises UserError for a warm-up
-    longer than the run.
+    padded: the parameters that are larger in memory than they are (`LM.padded`). The transform does not clip by the
+    global norm: the step does, before it. Raises UserError for a warm-up longer than the run.
     """
 
     def decays(params: optax.Params) -> Any:
         return tree.match(params, "*", exclude=config.no_decay, allow_unmatched=True)
 
     rate = config.schedule.build(config.learning_rate, total_steps)
-    return config.transform(rate, decays), rate
+    tx = config.transform(rate, decays)
+    if config.has_statistics:
+        tx = without_padding(per_layer(tx), padded or {})
+    return tx, rate

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 
-def clip_coefficient(grads: optax.Updates, max_norm: float, eps: float = 1e-6) -> jax.Array:
-    """`min(1, max_norm / (‖grads‖ + eps))`, with the Euclidean norm over all leaves together."""
-    return jnp.minimum(1.0, max_norm / (optax.tree.norm(grads) + eps))
+def clip_coefficient(norm: jax.Array, max_norm: float, eps: float = 1e-6) -> jax.Array:
+    """`min(1, max_norm / (norm + eps))`, `norm` being the Euclidean one over all leaves together."""
+    return jnp.minimum(1.0, max_norm / (norm + eps))
 
 
 def clip_by_value_and_norm(
@@ -28,7 +28,7 @@ def clip_by_value_and_norm(
         if max_value is not None:
             clipped = optax.tree.clip(updates, -max_value, max_value)
         if max_norm is not None:
-            coefficient = clip_coefficient(updates, max_norm)
+            coefficient = clip_coefficient(jnp.asarray(optax.tree.norm(updates)), max_norm)
             clipped = jax.tree.map(lambda g: g * coefficient, clipped)
         return clipped, state
 

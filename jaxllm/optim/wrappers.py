@@ -1,10 +1,11 @@
 """Transforms of transforms that know how a model's parameters are stored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxllm.core import tree
@@ -116,3 +117,41 @@ def _groups(tx: optax.GradientTransformation, params: tree.Tree, stacked: Sequen
         return _Group(size, mask, state, axes)
 
     return [group(size) for size in sorted({0, *jax.tree.leaves(layers)})]
+
+
+def without_padding(
+    tx: optax.GradientTransformation, padded: Mapping[str, tuple[int, int]]
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` applied to the real part of leaves that are padded in memory: their padding is never updated.
+
+    For a transform with statistics of a tensor (an RMS, a row mean): the zeros of a padded vocabulary would be counted,
+    so that the result would depend on the mesh. `padded` has, by the leaf's path, its padded dimension and the real
+    size of that. Extra arguments of `update` with the structure of the gradients are cut too; others are passed on
+    whole.
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def cut(leaves: Any) -> Any:
+        def real(path: str, leaf: jax.Array) -> jax.Array:
+            if path not in padded:
+                return leaf
+            axis, size = padded[path]
+            return jax.lax.slice_in_dim(leaf, 0, size, axis=axis)
+
+        return tree.map_with_path(real, leaves)
+
+    def filled(path: str, update: jax.Array, leaf: jax.Array) -> jax.Array:
+        return jnp.pad(update, [(0, whole - real) for whole, real in zip(leaf.shape, update.shape, strict=True)])
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(cut(params))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        structure = jax.tree.structure(updates)
+        extra = {name: cut(a) if jax.tree.structure(a) == structure else a for name, a in extra_args.items()}
+        new, state = inner.update(cut(updates), state, None if params is None else cut(params), **extra)
+        return tree.map_with_path(filled, new, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import jax
+import optax
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
 
 from jaxllm.callbacks.base import CALLBACKS, CallbackConfig
@@ -17,11 +18,13 @@ from jaxllm.data.loader import DataConfig
 from jaxllm.data.source import RecordsConfig, SourceConfig
 from jaxllm.kernels.attention_choice import AskedAttention
 from jaxllm.models import FAMILIES
-from jaxllm.models.base import FamilyConfig
-from jaxllm.models.stack import RematConfig, Stack, scan
+from jaxllm.models.base import LM, FamilyConfig
+from jaxllm.models.stack import RematConfig, scan
 from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import OPTIMIZERS, OptimizerConfig
+from jaxllm.train.fused import make_fused_step
 from jaxllm.train.metrics import MetricsConfig
+from jaxllm.train.step import Step, make_step
 
 
 class PretrainedModel(Section):
@@ -80,6 +83,9 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt | None = None
     """sequences on one data-parallel device at a time; default: its whole share of the batch. The rest of the batch
     is accumulated"""
+    update: Literal["ordinary", "fused"] = "ordinary"
+    """fused: each layer is updated inside the backward pass, so that the gradient of one layer exists at a time; it
+    computes each layer again, and with max_grad_norm walks back twice"""
     remat: RematConfig = "none"
     """what the backward pass computes again to save memory: none, dots (all but matrix products), offload_dots (the
     same, and the products wait in the host's memory) or full; or all but {save: [...], offload: [...]}"""
@@ -101,6 +107,8 @@ class TrainConfig(Section):
     leaks between documents before the run starts"""
     max_grad_norm: PositiveFloat | None = 1.0
     """gradients are scaled down to this global norm; null: never"""
+    max_grad_value: PositiveFloat | None = None
+    """every entry of a gradient is clamped to this magnitude, before the norm's scale; null: never"""
     deterministic: bool = False
     """whether the same run gives the same bits on a GPU, at some cost; on a CPU it always does"""
     max_bad_steps: PositiveInt = 3
@@ -149,13 +157,13 @@ class TrainConfig(Section):
         """Whether gradients are of a dtype that cannot hold small ones."""
         return self.compute_dtype == "float16"
 
-    def stack(self) -> Stack:
-        """The walk over the layers."""
-        return scan(self.remat, self.unroll)
-
-    def objective(self) -> Objective:
-        """What is minimised."""
-        return Objective(self.label_smoothing, self.z_loss)
+    def step(self, lm: LM, tx: optax.GradientTransformationExtraArgs, schedule: optax.Schedule) -> Step:
+        """The training step."""
+        objective = Objective(self.label_smoothing, self.z_loss)
+        clips = {"max_grad_norm": self.max_grad_norm, "max_grad_value": self.max_grad_value}
+        if self.update == "fused":
+            return make_fused_step(lm, tx, schedule, objective=objective, **clips)
+        return make_step(lm, tx, schedule, stack=scan(self.remat, self.unroll), objective=objective, **clips)
 
 
 class EvalConfig(RecordsConfig):
@@ -214,6 +222,17 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
             train.compute_dtype == "float16" and train.param_dtype == "bfloat16",
             "train.compute_dtype is float16 and train.param_dtype is bfloat16, which keeps 3 bits less of a weight",
             "set param_dtype to float32, or compute_dtype to bfloat16",
+        ),
+        (
+            train.update == "fused" and train.compute_dtype == "float16",
+            "train.update is fused, whose first updates are made before all gradients are known to be finite, and "
+            "train.compute_dtype is float16",
+            "set compute_dtype to bfloat16, or update to ordinary",
+        ),
+        (
+            train.update == "fused" and (train.remat != "none" or train.unroll != 1),
+            "train.update is fused, which computes each layer again in its own way, and train.remat or unroll is set",
+            "remove them, or set update to ordinary",
         ),
         (
             config.mesh.pipeline != 1,

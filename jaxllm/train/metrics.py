@@ -2,14 +2,16 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import optax
+import jax.numpy as jnp
 from pydantic import PositiveInt
 
 from jaxllm.core import tree
 from jaxllm.core.config import Section
+from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.mesh import Layout
 from jaxllm.models.base import LM
 
@@ -53,15 +55,26 @@ def peak_flops(layout: Layout) -> float | None:
     return next((peak * devices.size for peak in known), None)
 
 
-def norms(name: str, params: Any) -> dict[str, jax.Array]:
-    """`{"name/group": norm}` of a tree with the paths of parameters, over all layers together.
+def squares(params: Any) -> dict[str, jax.Array]:
+    """By the path of each leaf, the sum of the squares of its entries, in at least float32."""
+    return {path: jnp.sum(jnp.square(_wide(leaf))) for path, leaf in tree.flatten(params).items()}
 
-    The groups are `embed`, `head`, `norms` (all of them), and the parts of a block, such as `attn` and `mlp`.
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(at_least_float32(leaf.dtype))
+
+
+def norms(name: str, squares: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The Euclidean norm of all leaves, `name`, and `{"name/group": norm}` over all layers together.
+
+    squares: of the leaves, by their paths. The groups are `embed`, `head`, `norms` (all of them), and the parts of a
+    block, such as `attn` and `mlp`.
     """
     groups: defaultdict[str, list[jax.Array]] = defaultdict(list)
-    for path, leaf in tree.flatten(params).items():
-        groups[group_of(path)].append(leaf)
-    return {f"{name}/{group}": optax.tree.norm(leaves) for group, leaves in groups.items()}
+    for path, square in squares.items():
+        groups[name].append(square)
+        groups[f"{name}/{group_of(path)}"].append(square)
+    return {group: jnp.sqrt(sum(of_group, jnp.zeros(()))) for group, of_group in groups.items()}
 
 
 def group_of(path: str) -> str:

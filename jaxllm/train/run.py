@@ -41,7 +41,7 @@ from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
 from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.resume import Facts, find_resume
 from jaxllm.train.state import abstract_state, new_state
-from jaxllm.train.step import batch_shapes, compile_steps, make_step
+from jaxllm.train.step import batch_shapes, compile_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -98,19 +98,12 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     lm = replace(lm, attention=attention.form)
     say("attention", attention)
 
-    tx, schedule = build(config.optim, steps)
+    tx, schedule = build(config.optim, steps, lm.padded)
     say("rate", config.optim.schedule.describe(config.optim.learning_rate, steps))
     everything = jax.tree.map(lambda _: True, lm.abstract())
     scale_loss = config.train.scales_loss()
     state_shapes = abstract_state(lm.abstract(), everything, tx, lm.layout, scale_loss=scale_loss)
-    step = make_step(
-        lm,
-        tx,
-        schedule,
-        stack=config.train.stack(),
-        objective=config.train.objective(),
-        max_grad_norm=config.train.max_grad_norm,
-    )
+    step = config.train.step(lm, tx, schedule)
     batches = [batch_shapes((micro_batches, micro_batch, width), lm.layout) for width in plan.widths]
     options = deterministic_options(folder, jax.default_backend()) if config.train.deterministic else None
     if options is not None:

@@ -16,7 +16,8 @@ from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
 from jaxllm.models.stack import Stack
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
-from jaxllm.train.metrics import norms
+from jaxllm.optim.clip import clip_coefficient
+from jaxllm.train.metrics import norms, squares
 from jaxllm.train.state import SMALLEST_LOSS_SCALE, TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -35,12 +36,14 @@ def make_step(
     stack: Stack,
     objective: Objective = CROSS_ENTROPY,
     max_grad_norm: float | None = None,
+    max_grad_value: float | None = None,
 ) -> Step:
     """A step over batches of arrays `[micro-batches, sequences, T]`.
 
     The objective is the mean over all trained tokens of the whole batch, so that the result does not depend on how
     the batch is cut into micro-batches; their gradients are summed in at least float32. With `max_grad_norm`, the
-    gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters.
+    gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters. With
+    `max_grad_value`, its entries are clamped to ±max_grad_value before that (the norm is of the unclamped ones).
     A loss or gradient that is not finite leaves parameters, optimizer state and the schedule's step as they are.
 
     Where the state has a loss scale, the objective is multiplied by it before it is differentiated, and the float32
@@ -80,29 +83,19 @@ def make_step(
         loss_scale = state.loss_scale
         if loss_scale is not None:
             grads = optax.tree.scale(1 / loss_scale.scale, grads)
-        norm = optax.tree.norm(grads)
+        metrics = step_metrics(losses, squares(grads), squares(state.params), batch, schedule(state.step), objective)
+        norm = metrics["grad_norm"]
         good = jnp.isfinite(losses.objective) & jnp.isfinite(norm)
-        metrics = {
-            "loss": losses.cross_entropy,
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(state.step)),
-            "trained_tokens": jnp.sum(batch["loss_mask"]),
-            **norms("grad_norm", grads),
-            **norms("param_norm", state.params),
-        }
-        if objective != CROSS_ENTROPY:
-            metrics["objective"] = losses.objective
-        if objective.z_loss:
-            metrics["z_loss"] = losses.z_loss
         overflow = jnp.zeros((), bool)
         if loss_scale is not None:
             overflow = jnp.isfinite(losses.objective) & ~good & (loss_scale.scale > SMALLEST_LOSS_SCALE)
             metrics |= {"loss_scale": loss_scale.scale, "overflow": overflow.astype(jnp.int32)}
             loss_scale = loss_scale.after(good, overflow)
         metrics["bad"] = (~good & ~overflow).astype(jnp.int32)
+        if max_grad_value is not None:
+            grads = optax.tree.clip(grads, -max_grad_value, max_grad_value)
         if max_grad_norm is not None:
-            scale = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
-            grads = jax.tree.map(lambda g: g * scale, grads)
+            grads = optax.tree.scale(clip_coefficient(norm, max_grad_norm), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new, old = (params, opt_state), (state.params, state.opt_state)
@@ -110,6 +103,29 @@ def make_step(
         return TrainState(state.step + good, params, state.frozen, opt_state, loss_scale), metrics
 
     return step
+
+
+def step_metrics(
+    losses: Losses,
+    grad_squares: Mapping[str, jax.Array],
+    param_squares: Mapping[str, jax.Array],
+    batch: Batch,
+    learning_rate: Any,
+    objective: Objective,
+) -> dict[str, jax.Array]:
+    """The metrics of `make_step` that every step has; squares: `metrics.squares` of gradients and parameters."""
+    metrics = {
+        "loss": losses.cross_entropy,
+        "learning_rate": jnp.asarray(learning_rate),
+        "trained_tokens": jnp.sum(batch["loss_mask"]),
+        **norms("grad_norm", grad_squares),
+        **{name: norm for name, norm in norms("param_norm", param_squares).items() if "/" in name},
+    }
+    if objective != CROSS_ENTROPY:
+        metrics["objective"] = losses.objective
+    if objective.z_loss:
+        metrics["z_loss"] = losses.z_loss
+    return metrics
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from jaxllm.models.base import FamilyConfig
 from jaxllm.models.layout import fit_layout
 from jaxllm.models.stack import Stack, scan
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
-from jaxllm.optim.build import AdamW, Cosine, build
+from jaxllm.optim.build import AdamW, Cosine, OptimizerConfig, build
+from jaxllm.train.fused import make_fused_step
 from jaxllm.train.state import TrainState, abstract_state, new_state
 from jaxllm.train.step import BATCH_AXES, CompiledStep, batch_shapes, compile_step, make_step
 
@@ -86,10 +88,13 @@ def program(
     *,
     tx: Any = None,
     schedule: optax.Schedule = lambda step: 1.0,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    fused: bool = False,
     frozen: Sequence[str] = (),
     micro_batches: int = 1,
     stack: Stack | None = None,
     max_grad_norm: float | None = MAX_GRAD_NORM,
+    max_grad_value: float | None = None,
     dtype: str = "float32",
     compute_dtype: str | None = None,
     objective: Objective = CROSS_ENTROPY,
@@ -97,19 +102,21 @@ def program(
 ) -> Program:
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
 
-    schedule: what `tx` was built with. frozen: patterns of the parameters that do not train. dtype: of parameters,
-    and of the computation where no other is given; float16 scales the loss. shape: sequences in a whole batch, and
-    tokens in each.
+    tx, schedule: in place of those of `optimizer`. frozen: patterns of the parameters that do not train. dtype: of
+    parameters, and of the computation where no other is given; float16 scales the loss. shape: sequences in a whole
+    batch, and tokens in each.
     """
     lm = replace(small_lm(config, dtype=dtype), compute_dtype=jnp.dtype(compute_dtype or dtype))
     scale_loss = compute_dtype == "float16"
     layout = fit_layout(config, layout or Layout.single())
-    if tx is None:
-        tx, schedule = build(OPTIMIZER, STEPS)
     moved, params = on_layout(lm, layout, draw_params(lm))
+    if tx is None:
+        tx, schedule = build(optimizer, STEPS, moved.padded)
     chosen = tree.match(params, "*", exclude=frozen)
     abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss)
-    step = make_step(moved, tx, schedule, stack=stack or scan(), objective=objective, max_grad_norm=max_grad_norm)
+    options = dict(objective=objective, max_grad_norm=max_grad_norm, max_grad_value=max_grad_value)
+    make = make_fused_step if fused else partial(make_step, stack=stack or scan())
+    step = make(moved, tx, schedule, **options)
     rows, length = shape
     batch = batch_shapes((micro_batches, rows // micro_batches, length), layout)
     compiled = compile_step(step, abstract, batch, layout)

@@ -1,0 +1,221 @@
+"""The fused training step: the optimizer's update of each layer inside the backward walk.
+
+Full-parameter training without the gradient of the whole model: memory for the parameters, the optimizer's state, the
+layers' inputs, and the gradients of one layer, of the embedding and of the head. It computes what the ordinary step
+does.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxllm.core import tree
+from jaxllm.core.dtypes import at_least_float32
+from jaxllm.core.tree import Params
+from jaxllm.models.base import LM
+from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
+from jaxllm.optim.clip import clip_coefficient
+from jaxllm.train.metrics import squares
+from jaxllm.train.state import TrainState
+from jaxllm.train.step import Batch, Metrics, Step, step_metrics
+from jaxllm.train.sweep import layer_inputs, layer_sweep, squares_sweep, sum_micro
+
+Leaves = dict[str, Any]
+"""By the path of a parameter: it, its gradient, or a tuple of what the optimizer keeps about it."""
+
+_barrier = jax.lax.optimization_barrier
+
+
+def make_fused_step(
+    lm: LM,
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    *,
+    objective: Objective = CROSS_ENTROPY,
+    max_grad_norm: float | None = None,
+    max_grad_value: float | None = None,
+) -> Step:
+    """A step with the arguments, results and metrics of `make_step`, whose updates happen layer by layer.
+
+    `tx` must treat leaves separately, and the layers of a stack too (`wrappers.per_layer` sees to that).
+
+    One forward pass keeps each layer's input; the backward pass computes each layer again, once for all micro-batches.
+    With `max_grad_norm` there are two backward passes: the norm must be known before the first update.
+
+    A loss that is not finite leaves parameters and optimizer state as they are; so does a norm that is not, where it is
+    known beforehand. Without `max_grad_norm`, those layers keep theirs whose own gradients are not finite.
+    """
+    update = LeafUpdate(lm, tx)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        slots, common = update.split(state.params, state.opt_state)
+        layers, rest = _layers_and_rest(tree.flatten(state.params))
+        frozen_layers, frozen_rest = _layers_and_rest(tree.flatten(state.frozen))
+        model = _Model(lm, update.nested, {**frozen_rest, **rest}, rest.keys(), dict(batch), objective)
+
+        inputs, output = layer_inputs(model.block, {**frozen_layers, **layers}, model.embed(), model.batch)
+        walk = (model.block, layers, frozen_layers, inputs)
+        (losses, of_head), dx = model.head(output)
+        param_squares = squares(state.params)
+        # Every write depends on this, and so comes after the last reading of the old parameters: else XLA copies them.
+        good, coefficient = jnp.isfinite(losses.objective) & jnp.isfinite(sum(param_squares.values())), None
+        # What is updated before the walk: all but the layers if their gradients are known, else what only the head has.
+        early = {name: g for name, g in of_head.items() if not _in_embedding(name)}
+        if max_grad_norm is not None:
+            bottom, of_layers = squares_sweep(*walk, dx, model.batch)
+            early = {**early, **model.embed_gradients(bottom, of_head)}
+            norm = jnp.sqrt(sum(squares(early).values()) + sum(of_layers.values()))
+            coefficient, good = clip_coefficient(norm, max_grad_norm), good & jnp.isfinite(norm)
+
+        def visit(
+            params: Mapping[str, Any], grads: Mapping[str, Any], slots: Mapping[str, Any]
+        ) -> tuple[Leaves, Leaves]:
+            fine = good & jnp.isfinite(sum(squares(grads).values()))
+            grads = jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), dict(grads))
+            if max_grad_value is not None:
+                grads = optax.tree.clip(grads, -max_grad_value, max_grad_value)
+            if coefficient is not None:
+                grads = optax.tree.scale(coefficient, grads)
+            new = update(params, grads, slots, common)[:2]
+            return jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, (dict(params), dict(slots)))
+
+        def visit_rest(grads: Leaves) -> tuple[Leaves, Leaves]:
+            return visit({name: rest[name] for name in grads}, grads, {name: slots[name] for name in grads})
+
+        # These gradients are dead before the walk starts.
+        new_early, dx = _barrier((visit_rest(early), dx))
+        of_layers = {name: slots[name] for name in layers}
+        layers, layer_slots, dx, layer_squares = layer_sweep(*walk, dx, model.batch, visit=visit, state=of_layers)
+        late = model.embed_gradients(dx, of_head) if max_grad_norm is None else {}
+        visited = (new_early, (layers, layer_slots), visit_rest(late))
+        params, slots = (
+            {name: leaf for part in parts for name, leaf in part.items()} for parts in zip(*visited, strict=True)
+        )
+
+        grad_squares = {**squares({**early, **late}), **layer_squares}
+        metrics = step_metrics(losses, grad_squares, param_squares, batch, schedule(state.step), objective)
+        good &= jnp.isfinite(metrics["grad_norm"])
+        counted = jax.tree.map(lambda new, old: jnp.where(good, new, old), update({}, {}, {}, common)[2], common)
+        params = update.nested(params)
+        opt_state = update.join(params, slots, counted)
+        return TrainState(state.step + good, params, state.frozen, opt_state), metrics | {
+            "bad": (~good).astype(jnp.int32)
+        }
+
+    return step
+
+
+def _in_embedding(name: str) -> bool:
+    return name.startswith("embed/")
+
+
+def _layers_and_rest(leaves: Leaves) -> tuple[Leaves, Leaves]:
+    layers = {name: leaf for name, leaf in leaves.items() if name.startswith("layers/")}
+    return layers, {name: leaf for name, leaf in leaves.items() if name not in layers}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model around its layers, over all micro-batches of a batch.
+
+    nested: makes a tree of leaves. rest: all parameters but the layers'; trainable: which of them train.
+    """
+
+    lm: LM
+    nested: Any
+    rest: Leaves
+    trainable: Iterable[str]
+    batch: dict[str, jax.Array]
+    objective: Objective
+
+    def block(self, layer: Mapping[str, jax.Array], x: jax.Array, micro: Batch) -> jax.Array:
+        return self.lm.block(self.nested(layer)["layers"], x, self.lm.batch_context(micro))[0]
+
+    def embed(self) -> jax.Array:
+        """What the first layer is given, `[M, B, T, D]`."""
+        return sum_micro(lambda micro: ((), self._embed({}, micro)), self.batch)[1]
+
+    def _embed(self, leaves: Leaves, micro: Batch) -> jax.Array:
+        return self.lm.embed(self.nested({**self.rest, **leaves}), micro["tokens"])
+
+    def head(self, output: jax.Array) -> tuple[tuple[Losses, Leaves], jax.Array]:
+        """The mean losses, the gradients of all that the head reads, and that of the last layer's output."""
+        tied = self.lm.config.tie_word_embeddings
+        chosen = {name: self.rest[name] for name in self.trainable if tied or not _in_embedding(name)}
+        trained = jnp.maximum(jnp.sum(self.batch["loss_mask"]), 1)
+
+        def of_micro(x: jax.Array, micro: Batch) -> Any:
+            def loss(leaves: Leaves, x: jax.Array) -> tuple[jax.Array, Losses]:
+                sums = self.lm.head_losses(self.nested({**self.rest, **leaves}), x, micro, self.objective)
+                means = jax.tree.map(lambda total: total / trained, sums)
+                return means.objective, means
+
+            (_, means), (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(chosen, x)
+            return (means, grads), dx
+
+        return sum_micro(of_micro, output, self.batch)
+
+    def embed_gradients(self, dx: jax.Array, of_head: Leaves) -> Leaves:
+        """The gradients of the embedding from that of its output, and from `of_head` where the head is tied to it."""
+        chosen = {name: self.rest[name] for name in self.trainable if _in_embedding(name)}
+
+        def of_micro(dx: jax.Array, micro: Batch) -> Any:
+            _, vjp = jax.vjp(lambda leaves: self._embed(leaves, micro), chosen)
+            return vjp(dx)[0], ()
+
+        grads, _ = sum_micro(of_micro, dx, self.batch) if chosen else ({}, ())
+        return {name: g + of_head.get(name, 0) for name, g in grads.items()}
+
+
+class LeafUpdate:
+    """An optimizer applied to some leaves of a model at a time.
+
+    optax's state is taken apart into what belongs to each parameter and what is common to all (step counts).
+    """
+
+    def __init__(self, lm: LM, tx: optax.GradientTransformationExtraArgs) -> None:
+        self._paths = tree.paths(lm.abstract())
+        self._tx = tx
+
+    def nested(self, leaves: Mapping[str, Any]) -> Params:
+        """The parameter tree that has `leaves`, and None elsewhere."""
+        return jax.tree.map(leaves.get, self._paths)
+
+    def split(self, params: Params, opt_state: optax.OptState) -> tuple[Leaves, list[Any]]:
+        """`({path: (its leaves of the state, …)}, the common leaves)` of the state for `params`."""
+        owners = self._owners(params)
+        slots: Leaves = dict.fromkeys(tree.flatten(params), ())
+        common = []
+        for owner, leaf in zip(jax.tree.leaves(owners), jax.tree.leaves(opt_state), strict=True):
+            if owner == _COMMON:
+                common.append(leaf)
+            else:
+                slots[owner] += (leaf,)
+        return slots, common
+
+    def join(self, params: Params, slots: Mapping[str, Any], common: list[Any]) -> optax.OptState:
+        """The inverse of `split`."""
+        left = {_COMMON: iter(common), **{name: iter(leaves) for name, leaves in slots.items()}}
+        return jax.tree.map(lambda owner: next(left[owner]), self._owners(params))
+
+    def __call__(
+        self, params: Mapping[str, Any], grads: Mapping[str, Any], slots: Mapping[str, Any], common: list[Any]
+    ) -> tuple[Leaves, Leaves, list[Any]]:
+        """The updated leaves, and what the state is after the update."""
+        nested = self.nested(params)
+        updates, opt_state = self._tx.update(self.nested(grads), self.join(nested, slots, common), nested)
+        return tree.flatten(optax.apply_updates(nested, updates)), *self.split(nested, opt_state)
+
+    def _owners(self, params: Params) -> Any:
+        """A tree like the state for `params`: at each leaf the path of the parameter that it belongs to."""
+        shapes = jax.eval_shape(self._tx.init, params)
+        return optax.tree.map_params(
+            self._tx, lambda _, path: path, shapes, tree.paths(params), transform_non_params=lambda _: _COMMON
+        )
+
+
+_COMMON = ""

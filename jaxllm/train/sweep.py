@@ -1,0 +1,172 @@
+"""The backward sweep: from the last layer to the first, each layer is updated as soon as its gradient is there.
+
+The gradient of one layer exists at a time, instead of that of the whole stack (Lv et al., "Full Parameter Fine-tuning
+for Large Language Models with Limited Resources", arXiv 2306.09782, do so by hooks). Two things make XLA work in place:
+the stacked parameters are carried by the loop (as the outputs of a scan they would be a second copy), and an
+`optimization_barrier` stands between a layer's update and the walk to the layer below.
+
+Parameters are flat here, `{path: array}`: an update takes the leaves of a layer one by one.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.core.dtypes import at_least_float32
+from jaxllm.train.metrics import squares
+
+Leaves = Mapping[str, jax.Array]
+"""`{path: array}`, of one layer or, with a leading axis of L, of a stack of them."""
+
+Block = Callable[[Leaves, jax.Array, Any], jax.Array]
+"""`(layer, x, micro) -> x`: one layer on one micro-batch, whose own data (positions, segments, …) is `micro`."""
+
+Visit = Callable[[Leaves, Leaves, Mapping[str, Any]], tuple[Leaves, Mapping[str, Any]]]
+"""`(parameters, gradients, state) -> (parameters, state)` of one layer, each array with a leading axis of 1. It must
+treat leaves separately: it may be called with some of them alone."""
+
+_barrier = jax.lax.optimization_barrier
+
+
+def layer_inputs(block: Block, layers: Leaves, x: jax.Array, micro: Any) -> tuple[jax.Array, jax.Array]:
+    """The forward walk for x `[M, B, T, D]`, M micro-batches: `(what each layer is given [L, M, B, T, D], the output)`.
+
+    All micro-batches pass a layer before the next one is touched, so that a sharded layer is gathered once.
+    """
+
+    def body(x: jax.Array, layer: Leaves) -> tuple[jax.Array, jax.Array]:
+        return _map_micro(lambda x, micro: block(layer, x, micro), x, micro), x
+
+    output, inputs = jax.lax.scan(body, x, dict(layers))
+    return inputs, output
+
+
+def layer_sweep(
+    block: Block,
+    trainable: Leaves,
+    frozen: Leaves,
+    inputs: jax.Array,
+    dx: jax.Array,
+    micro: Any,
+    *,
+    visit: Visit,
+    state: Mapping[str, Any],
+) -> tuple[Leaves, Mapping[str, Any], jax.Array, Mapping[str, jax.Array]]:
+    """Gives each layer's parameters, gradients and state to `visit`, from the last layer to the first.
+
+    Args:
+        trainable, frozen: the two halves of the stacked parameters, `[L, …]` each; `block` gets both.
+        inputs: what each layer was given, `[L, M, B, T, D]`.
+        dx: the gradient of the last layer's output, `[M, B, T, D]`.
+        micro: the micro-batches' own data, a tree of arrays `[M, …]`.
+        state: by path, a tree of the visitor's arrays `[L, …]` for each trainable leaf.
+
+    Returns:
+        the visited parameters and state; the gradient of the first layer's input; by path, the sum of the squares of
+        a gradient over all layers. A gradient is summed over the micro-batches, in at least float32 if there are more
+        than one.
+    """
+    # A rule without state, or with little, writes a layer in one fusion. One with moments would make those of all
+    # leaves before it writes any: its leaves are chained, each stored before the next one's update begins.
+    chained = _bytes(state) >= _bytes(trainable)
+    parts = [[name] for name in trainable] if chained else [list(trainable)]
+
+    def body(k: jax.Array, carry: Any) -> Any:
+        trainable, state, dx, total = carry
+        i = inputs.shape[0] - 1 - k
+        grads, dx = _layer_gradients(block, take(trainable, i), take(frozen, i), inputs[i], dx, micro)
+        total = _add_squares(total, grads)
+        for names in parts:
+            g = {name: grads[name][None] for name in names}
+            g, dx = _barrier((g, dx)) if chained else (g, dx)
+            rows = _row({name: (trainable[name], state[name]) for name in names}, i)
+            new, new_state = visit({name: rows[name][0] for name in names}, g, {name: rows[name][1] for name in names})
+            new, new_state, dx = _barrier((new, new_state, dx))
+            trainable = {**trainable, **_put({name: trainable[name] for name in names}, new, i)}
+            state = {**state, **_put({name: state[name] for name in names}, new_state, i)}
+            if chained:
+                trainable, state, dx = _barrier((trainable, state, dx))
+        return trainable, state, dx, total
+
+    carry = (dict(trainable), dict(state), dx, _zero_squares(trainable))
+    return jax.lax.fori_loop(0, inputs.shape[0], body, carry)
+
+
+def squares_sweep(
+    block: Block, trainable: Leaves, frozen: Leaves, inputs: jax.Array, dx: jax.Array, micro: Any
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """The walk of `layer_sweep` without updates: `(gradient of the first layer's input, squares)`."""
+
+    def body(k: jax.Array, carry: Any) -> Any:
+        dx, total = carry
+        i = inputs.shape[0] - 1 - k
+        grads, dx = _layer_gradients(block, take(trainable, i), take(frozen, i), inputs[i], dx, micro)
+        return dx, _add_squares(total, grads)
+
+    return jax.lax.fori_loop(0, inputs.shape[0], body, (dx, _zero_squares(trainable)))
+
+
+def _layer_gradients(
+    block: Block, trainable: Leaves, frozen: Leaves, x: jax.Array, dx: jax.Array, micro: Any
+) -> tuple[Leaves, jax.Array]:
+    """One layer's gradients, summed over the micro-batches, and that of its input; the layer is computed again."""
+
+    def of_micro(x: jax.Array, dx: jax.Array, micro: Any) -> tuple[Leaves, jax.Array]:
+        _, vjp = jax.vjp(lambda p, x: block({**frozen, **p}, x, micro), dict(trainable), x)
+        return vjp(dx)
+
+    return sum_micro(of_micro, x, dx, micro)
+
+
+def sum_micro(f: Callable[..., tuple[Any, Any]], *args: Any) -> tuple[Any, Any]:
+    """`f(*args of a micro-batch) -> (total, each)` over all micro-batches: totals summed, the others stacked.
+
+    Several totals are summed in at least float32; of one micro-batch nothing is cast.
+    """
+
+    def one(args: Any) -> Any:
+        return jax.tree.map(lambda a: a[0], args)
+
+    if jax.tree.leaves(args)[0].shape[0] == 1:
+        total, each = f(*one(args))
+        return total, jax.tree.map(lambda a: a[None], each)
+
+    def add(total: Any, args: Any) -> tuple[Any, Any]:
+        new, each = f(*args)
+        return jax.tree.map(lambda t, a: t + a.astype(t.dtype), total, new), each
+
+    shapes = jax.eval_shape(f, *one(args))[0]
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, at_least_float32(a.dtype)), shapes)
+    return jax.lax.scan(add, zeros, args)
+
+
+def _map_micro(f: Callable[..., Any], *args: Any) -> Any:
+    return sum_micro(lambda *args: ((), f(*args)), *args)[1]
+
+
+def _zero_squares(trainable: Leaves) -> dict[str, jax.Array]:
+    return {name: jnp.zeros((), at_least_float32(leaf.dtype)) for name, leaf in trainable.items()}
+
+
+def _add_squares(total: Mapping[str, jax.Array], grads: Leaves) -> dict[str, jax.Array]:
+    of_layer = squares(grads)
+    return {name: total[name] + of_layer[name] for name in total}
+
+
+def take(stacked: Any, i: jax.Array) -> Any:
+    """Layer `i` of a stack."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
+
+
+def _row(stacked: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), stacked)
+
+
+def _put(stacked: Any, row: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), i, 0), stacked, row)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
