@@ -105,7 +105,7 @@ def _from_checkpoint(
 ) -> OpenModel:
     raw = read_config(run / RUN_MODEL)
     family, config = parse_config(raw, run / RUN_MODEL / "config.json")
-    on_gpu = layout.mesh.devices.flat[0].platform == "gpu"
+    on_gpu = layout.platform == "gpu"
     lm = LM(
         family,
         config,

@@ -184,6 +184,11 @@ class Layout:
         return slice(parts[0][0], parts[-1][1])
 
     @property
+    def platform(self) -> str:
+        """What the devices are: "gpu" or "cpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def replicated(self) -> NamedSharding:
         """The sharding of an array that every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())

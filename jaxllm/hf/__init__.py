@@ -44,23 +44,22 @@ def load_hf(
 def save_hf(lm: LM, params: Params, folder: str | Path) -> None:
     """Writes a checkpoint that `transformers` loads, each tensor in the dtype of its parameter.
 
-        A model of `load_hf` goes back into the names, files and `config.json` that it came in. An older export in
-        `folder` is replaced; a folder that holds anything else is refused with a UserError, and left as it is.
+    A model of `load_hf` goes back into the names, files and `config.json` that it came in. An older export in
+    `folder` is replaced; a folder that holds anything else is refused with a UserError, and left as it is.
 
-        >>> import tempfile, jax, jax.numpy as jnp
-        >>> from jaxllm.core import hub
-    from jaxllm.core.mesh import Layout
-        >>> from jaxllm.models import FAMILIES, LM
-        >>> llama = FAMILIES["llama"]
-        >>> size = dict(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-        >>> lm = LM(llama, llama.config(**size, num_attention_heads=4), Layout.single())
-        >>> params = lm.init(jax.random.key(0))
-        >>> folder = tempfile.mkdtemp()
-        >>> save_hf(lm, params, folder)
-        >>> again, loaded = load_hf(folder)
-        >>> loaded["layers"]["mlp"]["up"]["kernel"].shape
-        (2, 32, 64)
-        >>> again.logits(loaded, jnp.array([[1, 2, 3]])).shape
-        (1, 3, 100)
+    >>> import tempfile, jax, jax.numpy as jnp
+    >>> from jaxllm.core.mesh import Layout
+    >>> from jaxllm.models import FAMILIES, LM
+    >>> llama = FAMILIES["llama"]
+    >>> size = dict(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    >>> lm = LM(llama, llama.config(**size, num_attention_heads=4), Layout.single())
+    >>> params = lm.init(jax.random.key(0))
+    >>> folder = tempfile.mkdtemp()
+    >>> save_hf(lm, params, folder)
+    >>> again, loaded = load_hf(folder)
+    >>> loaded["layers"]["mlp"]["up"]["kernel"].shape
+    (2, 32, 64)
+    >>> again.logits(loaded, jnp.array([[1, 2, 3]])).shape
+    (1, 3, 100)
     """
     save(lm, params, folder)

@@ -44,7 +44,7 @@ def read_model(
     family, config = parse_config(source.config, source.folder / "config.json")
     layout = fit_layout(config, layout)
     if compute_dtype is None:
-        compute_dtype = "bfloat16" if layout.mesh.devices.flat[0].platform == "gpu" else "float32"
+        compute_dtype = "bfloat16" if layout.platform == "gpu" else "float32"
     lm = LM(family, config, layout, compute_dtype=jnp.dtype(compute_dtype), source=source)
     check(lm, source)
     stored = stored_dtypes(lm, source)

@@ -32,7 +32,7 @@ def causal_attention(
     if form == "xla":
         return plain_attention(q, k, v, segments)
     if form == "flash":
-        interpret = layout.mesh.devices.flat[0].platform == "cpu"
+        interpret = layout.platform == "cpu"
         return _on_each_device(partial(flash_attention, interpret=interpret), q, k, v, segments, layout)
     if segments is not None:
         raise ValueError("cuDNN's attention does not keep documents apart; pass segments=None or choose another form")

@@ -66,10 +66,9 @@ def token_losses(
 
     x: `[B, T, D]`, the input of `logits`, which gives `[b, t, V]`, of which the first `vocab_size` are tokens and the
     others −inf. targets: `[B, T]` int32. mask: `[B, T]`, 1 where the target is trained. `chunks` divides T: one
-    chunk's logits exist at a time, and are computed again in the backward pass.
+    chunk's logits exist at a time; where there are several, they are computed again in the backward pass.
     """
 
-    @jax.checkpoint
     def chunk_sums(x: jax.Array, targets: jax.Array, mask: jax.Array) -> Losses:
         # The tokens are gathered over the axes that split the vocabulary, which is much less than the matrix.
         x = layout.constrain(x, "act_vocab_batch", None, None)
@@ -96,5 +95,6 @@ def token_losses(
         batch, length, *rest = a.shape
         return jnp.moveaxis(a.reshape(batch, chunks, length // chunks, *rest), 1, 0)
 
-    parts = jax.lax.map(lambda chunk: chunk_sums(*chunk), (split(x), split(targets), split(mask)))
+    recomputed = jax.checkpoint(chunk_sums)
+    parts = jax.lax.map(lambda chunk: recomputed(*chunk), (split(x), split(targets), split(mask)))
     return jax.tree.map(jnp.sum, parts)

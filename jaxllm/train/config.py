@@ -89,8 +89,9 @@ class TrainConfig(Section):
     remat: RematConfig = "none"
     """what the backward pass computes again to save memory: none, dots (all but matrix products), offload_dots (the
     same, and the products wait in the host's memory) or full; or all but {save: [...], offload: [...]}"""
-    unroll: PositiveInt | Literal["all"] = 1
-    """layers that the loop over them does at once: more may be faster, and compile longer"""
+    unroll: PositiveInt | Literal["auto", "all"] = "auto"
+    """layers that the loop over them does at once: more may be faster, and compile longer; auto: all on a CPU, 1
+    elsewhere"""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """share of a target's probability that is spread over the whole vocabulary"""
     z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -163,7 +164,10 @@ class TrainConfig(Section):
         clips = {"max_grad_norm": self.max_grad_norm, "max_grad_value": self.max_grad_value}
         if self.update == "fused":
             return make_fused_step(lm, tx, schedule, objective=objective, **clips)
-        return make_step(lm, tx, schedule, stack=scan(self.remat, self.unroll), objective=objective, **clips)
+        unroll = self.unroll
+        if unroll == "auto":
+            unroll = "all" if lm.layout.platform == "cpu" else 1
+        return make_step(lm, tx, schedule, stack=scan(self.remat, unroll), objective=objective, **clips)
 
 
 class EvalConfig(RecordsConfig):
@@ -230,7 +234,7 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
             "set compute_dtype to bfloat16, or update to ordinary",
         ),
         (
-            train.update == "fused" and (train.remat != "none" or train.unroll != 1),
+            train.update == "fused" and (train.remat != "none" or train.unroll != "auto"),
             "train.update is fused, which computes each layer again in its own way, and train.remat or unroll is set",
             "remove them, or set update to ordinary",
         ),

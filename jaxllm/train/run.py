@@ -75,8 +75,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         say("", f"from {name}")
     if lm.layout.rules != layout.rules:
         say("", f"the {lm.config.num_key_value_heads} key-value heads are held by every device of the tensor axis")
-    if config.data.seq_len > lm.config.max_position_embeddings:
-        most = lm.config.max_position_embeddings
+    if config.data.seq_len > (most := lm.config.longest):
         say("note", f"data.seq_len is longer than the {most} tokens the model is meant for")
     own_tokenizer = lm.source is not None and model.folder == lm.source.folder
     special_ids = None if own_tokenizer else _special_ids(tokenizer)

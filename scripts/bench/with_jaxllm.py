@@ -39,7 +39,8 @@ class WithJaxllm(Engine):
         tx, schedule = build(config, 1)
         everything = jax.tree.map(lambda _: True, params)
         shapes = abstract_state(lm.abstract(), everything, tx, lm.layout)
-        step = make_step(lm, tx, schedule, stack=scan(), max_grad_norm=job.max_grad_norm)
+        stack = scan(unroll="all" if lm.layout.platform == "cpu" else 1)
+        step = make_step(lm, tx, schedule, stack=stack, max_grad_norm=job.max_grad_norm)
         _, rows, ids = batches.shape
         compiled = compile_step(step, shapes, batch_shapes((1, rows, ids - 1), lm.layout), lm.layout)
         self._run = compiled.run
