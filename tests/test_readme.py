@@ -1,5 +1,8 @@
 """What the README shows works: its commands, its configs and its Python."""
 
+import importlib
+import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,18 +12,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
+from whole_runs import stories, write_jsonl
 
 from jaxllm.core.config import load
-from jaxllm.generate.__main__ import main as generate
-from jaxllm.train.__main__ import main as train
 from jaxllm.train.config import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 # Smaller than what the README shows: the commands are tested, not the results.
-SHORT = ["train.epochs=null", "train.steps=2", "train.batch_size=8", "train.micro_batch_size=1", "data.seq_len=64"]
+SHORT = ["train.epochs=null", "train.batch_size=8", "train.micro_batch_size=1", "data.seq_len=256"]
+SMALL_MODEL = ["model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1"]
+SMALL_MODEL += ["model.num_attention_heads=2", "model.num_key_value_heads=2"]
+OF = {
+    "configs/pretrain.yaml": [*SHORT, *SMALL_MODEL, "optim.schedule.warmup=1", "data.eval_fraction=0.2"],
+    "configs/finetune.yaml": SHORT,
+    "configs/chat.yaml": SHORT,
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -46,26 +55,57 @@ def test_every_command_exists() -> None:
             assert (ROOT / words[2].replace(".", "/") / "__main__.py").is_file()
 
 
-def test_commands_run(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Trains, then generates from the run, then from a Hugging Face folder, as the README goes."""
+@pytest.mark.full
+def test_recipes_run(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The README from its first command to its last, in one folder, as a reader types it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "MODEL").symlink_to(shared / "models" / "stories260K")
-    (tmp_path / "alpaca.json").symlink_to(shared / "data" / "alpaca_gpt4" / "alpaca_en_demo.json")
-    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
-    programs = {"jaxllm.train": lambda words: train([*words, *SHORT]), "jaxllm.generate": generate}
-    ran = 0
+    (tmp_path / "TOKENIZER").symlink_to(shared / "models" / "stories260K")
+    (tmp_path / "alpaca.json").write_text(json.dumps(alpaca(shared, 60)))
+    (tmp_path / "corpus").mkdir()
+    write_jsonl(tmp_path / "corpus" / "stories.jsonl", stories(shared, 20))
+    conversations = (shared / "data" / "sgd_chat" / "dev.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "conversations.jsonl").write_text("".join(conversations[:60]))
+
+    said = []
     for words in commands():
-        if words[:2] == ["python", "-m"]:
-            assert programs[words[2]](words[3:]) == 0, capsys.readouterr().err
-            ran += 1
-    assert ran >= 3
+        if words[:2] != ["python", "-m"]:
+            continue
+        command, arguments = words[2], words[3:]
+        if command in ("jaxllm.train", "jaxllm.prepare"):
+            steps = [] if any(word.startswith("train.steps=") for word in arguments) else ["train.steps=2"]
+            arguments = [arguments[0], *OF[arguments[0]], *steps, *arguments[1:]]
+            arguments = ["train.steps=3" if word.startswith("train.steps=3") else word for word in arguments]
+        if "--chat" in arguments:
+            monkeypatch.setattr("sys.stdin", io.StringIO("I need a bus to Washington.\n"))
+            arguments += ["--max-new-tokens", "3"]
+        main = importlib.import_module(f"{command}.__main__").main
+        assert main(arguments) == 0, f"{words}: {capsys.readouterr().err}"
+        said.append((command, capsys.readouterr().out))
+
+    trained = [out for command, out in said if command == "jaxllm.train"]
+    assert "resuming" in trained[-1]
+    assert "runs/alpaca/checkpoints/2, 1 of 3 steps to go" in trained[-1]
+    prepared, pretrained = said[0][1], trained[0]
+    assert "prepared" in prepared
+    assert next(line for line in prepared.splitlines() if line.startswith("data")) in pretrained
+    template = tmp_path / "configs" / "chat.jinja"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs" / "chat" / "export" / "hf")
+    assert tokenizer.chat_template == template.read_text().rstrip("\n")
+    for export in ("runs/alpaca/export/hf", "runs/chat/export/hf", "runs/pretrain/export/hf", "exported"):
+        LlamaForCausalLM.from_pretrained(tmp_path / export)
+
+
+def alpaca(shared: Path, count: int) -> list[Any]:
+    return json.loads((shared / "data" / "alpaca_gpt4" / "alpaca_en_demo.json").read_text())[:count]
 
 
 @pytest.mark.parametrize("number", range(2))
 def test_configs_parse(number: int, tmp_path: Path) -> None:
     text = blocks("yaml")[number]
-    if number == 1:  # it shows the model section of configs/pretrain.yaml
+    if number == 0:  # it shows the model section of configs/pretrain.yaml
         rest = (ROOT / "configs" / "pretrain.yaml").read_text()
         text = re.sub(r"^model:\n(  .*\n)+", text, rest, flags=re.MULTILINE)
     (tmp_path / "config.yaml").write_text(text)

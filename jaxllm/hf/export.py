@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
-from jaxllm.core.hub import GENERATION_CONFIG, TOKENIZER_FILES
+from jaxllm.core.hub import TOKENIZER_FILES
 from jaxllm.core.tree import Params
-from jaxllm.hf.config import read_json, write_config
+from jaxllm.hf.config import read_config, write_config
 from jaxllm.hf.source import DTYPES, INDEX, SIDE_FILES, WEIGHTS, Source
 from jaxllm.hf.weights import Entry, copy, weight_table
 from jaxllm.models.base import LM
@@ -36,8 +36,7 @@ def save(
     params: Params,
     folder: str | Path,
     *,
-    tokenizer_folder: str | Path | None = None,
-    special_ids: Mapping[str, Any] | None = None,
+    model_folder: str | Path | None = None,
 ) -> None:
     """Writes `params` as a checkpoint that `transformers` loads; every process must call it, and one writes.
 
@@ -46,16 +45,16 @@ def save(
     parameter. The host holds one file's tensors at a time. The folder appears when it is complete: a killed
     export leaves the old one, if there was any.
 
-    tokenizer_folder: where the tokenizer's files are copied from; None = from the model's source.
-    special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for config.json and generation_config.json;
-        None = as in the source.
+    model_folder: where config.json, of which only what changed is updated, the tokenizer's files and the settings of
+        generation come from; None = from the model's source.
 
-    Raises UserError for a folder that holds something else, and for a full disk.
+    Raises UserError for a folder that holds something else, for a model_folder without a tokenizer, and for a full
+    disk.
     """
     folder = Path(folder).absolute()
     source: Source | None = lm.source
     check_replaceable(folder, source)
-    side_files = _side_files(source, tokenizer_folder)
+    side_files = _side_files(source, model_folder)
     leaves = tree.flatten(params)
     entries = {name: entry for entry in weight_table(lm) for name in _names(entry, source)}
     sizes = {name: math.prod(e.shape) * leaves[e.path].dtype.itemsize for name, e in entries.items()}
@@ -65,8 +64,8 @@ def save(
         for name, entry in entries.items()
     )
     dtype = None if unchanged else Counter(leaf.dtype.name for leaf in leaves.values()).most_common(1)[0][0]
-    raw = source.config if source else None
-    config = write_config(lm.family, lm.config, source=raw, dtype=dtype, special_ids=special_ids)
+    raw = read_config(model_folder) if model_folder else source.config if source else None
+    config = write_config(lm.family, lm.config, source=raw, dtype=dtype)
 
     writes = jax.process_index() == 0
     new = folder.with_name(f".{folder.name}.partial")
@@ -89,9 +88,6 @@ def save(
             _write_json(new / "config.json", config)
             for path in side_files:
                 shutil.copyfile(path, new / path.name)
-            if special_ids:
-                before = read_json(new / GENERATION_CONFIG) if (new / GENERATION_CONFIG).exists() else {}
-                _write_json(new / GENERATION_CONFIG, {**before, **special_ids})
             _swap(new, folder)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"hf export {folder}")
@@ -116,15 +112,15 @@ def _is_export_file(path: Path) -> bool:
     return path.is_file() and (path.name in known or path.suffix == ".safetensors")
 
 
-def _side_files(source: Source | None, tokenizer_folder: str | Path | None) -> list[Path]:
-    """The files to copy: from beside the source's weights, the tokenizer's from `tokenizer_folder`."""
-    files = {name: source.folder / name for name in source.side_files} if source else {}
-    if tokenizer_folder is not None:
-        own = {name: path for name in TOKENIZER_FILES if (path := Path(tokenizer_folder) / name).is_file()}
-        if not own:
+def _side_files(source: Source | None, model_folder: str | Path | None) -> list[Path]:
+    """The files to copy: from `model_folder`, else from beside the source's weights."""
+    if model_folder is not None:
+        files = {name: path for name in SIDE_FILES if (path := Path(model_folder) / name).is_file()}
+        if files.keys().isdisjoint(TOKENIZER_FILES):
             names = ", ".join(TOKENIZER_FILES)
-            raise UserError(f"{tokenizer_folder}: has none of a tokenizer's files ({names})")
-        files = {name: path for name, path in files.items() if name not in TOKENIZER_FILES} | own
+            raise UserError(f"{model_folder}: has none of a tokenizer's files ({names})")
+    else:
+        files = {name: source.folder / name for name in source.side_files} if source else {}
     for path in files.values():
         if not path.is_file():
             raise UserError(f"{path}: was there when the model was read, and is gone; put it back")

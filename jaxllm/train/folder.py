@@ -12,7 +12,7 @@ from jaxllm.core.hub import pinned
 from jaxllm.core.versions import environment
 from jaxllm.data.source import find_files
 from jaxllm.data.tokenizer import copy_tokenizer
-from jaxllm.hf.config import write_config
+from jaxllm.hf.config import read_json, write_config
 from jaxllm.hf.source import GENERATION_CONFIG
 from jaxllm.models.base import LM
 from jaxllm.train.config import Config
@@ -37,7 +37,8 @@ def prepare(
 ) -> None:
     """Writes what describes the run: the resolved config, the machine, and the model's config and tokenizer.
 
-    keep_model: the run goes on, and the model's are there. Raises UserError if the folder cannot be written.
+    The tokenizer gets the chat template by which all sources are written, if they name one. keep_model: the run goes
+    on, and the model's are there. Raises UserError if the folder cannot be written.
     """
     folder = Path(config.output_dir)
     try:
@@ -49,6 +50,9 @@ def prepare(
         )
         if not keep_model:
             _write_model(folder / RUN_MODEL, lm, tokenizer_folder, special_ids, config.train.param_dtype)
+            templates = {source.chat_template for source in config.data.sources}
+            if len(templates) == 1 and (template := templates.pop()) is not None:
+                shutil.copyfile(template, folder / RUN_MODEL / "chat_template.jinja")
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}; choose another") from error
 
@@ -69,8 +73,10 @@ def _write_model(
     folder.mkdir()
     copy_tokenizer(tokenizer_folder, folder)
     source = lm.source
-    if source is not None and (source.folder / GENERATION_CONFIG).is_file():
-        shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    generation = source.folder / GENERATION_CONFIG if source is not None else None
+    before = read_json(generation) if generation is not None and generation.is_file() else {}
+    if settings := {**before, **(special_ids or {})}:
+        _write(folder / GENERATION_CONFIG, json.dumps(settings, indent=2) + "\n")
     raw = source.config if source is not None else None
     raw = write_config(lm.family, lm.config, source=raw, dtype=dtype, special_ids=special_ids)
     _write(folder / "config.json", json.dumps(raw, indent=2) + "\n")

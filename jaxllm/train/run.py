@@ -18,7 +18,7 @@ from jaxllm.callbacks.evaluate import Evaluate
 from jaxllm.callbacks.log import Log, MetricsFile
 from jaxllm.callbacks.save import Save
 from jaxllm.checkpoint.writer import CheckpointWriter
-from jaxllm.convert.load import RUN_CHECKPOINTS
+from jaxllm.convert.load import RUN_CHECKPOINTS, RUN_MODEL
 from jaxllm.core import hub, tree
 from jaxllm.core.cache import programs_read
 from jaxllm.core.errors import UserError
@@ -191,7 +191,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         say("", "the same command goes on from there")
         return 128 + interrupt.signal
     params = tree.combine(state.params, state.frozen)
-    export(lm, params, folder / EXPORT, tokenizer_folder=model.folder, special_ids=special_ids)
+    export(lm, params, folder / EXPORT, model_folder=folder / RUN_MODEL)
     for name, results in evaluate.history.items():
         said = ", ".join(f"{result.loss:.4f} at step {at}" for at, result in (results[0], results[-1]))
         say("held out", f"{name}: loss {said}")

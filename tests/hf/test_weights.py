@@ -319,31 +319,33 @@ def test_a_new_model_is_split_at_the_usual_size(small, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
-def test_tokenizer_files_and_special_ids_come_along(small, tmp_path):
+def test_what_describes_a_model_comes_along(small, tmp_path):
     lm, params = small
-    (tmp_path / "tokenizer").mkdir()
+    described = tmp_path / "described"
+    described.mkdir()
     for name in ("tokenizer.json", "tokenizer.model", "training.log"):
-        (tmp_path / "tokenizer" / name).write_text("{}")
+        (described / name).write_text("{}")
     ids = {"bos_token_id": 3, "eos_token_id": [4, 5]}
-    save(lm, params, tmp_path / "model", tokenizer_folder=tmp_path / "tokenizer", special_ids=ids)
+    (described / "generation_config.json").write_text(json.dumps(ids))
+    raw = write_config(lm.family, lm.config, special_ids=ids)
+    (described / "config.json").write_text(json.dumps({**raw, "transformers_version": "4.40.0"}))
+    save(lm, params, tmp_path / "model", model_folder=described)
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model")
     }
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text()) == ids
-    raw = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")} == {
-        **ids,
-        "pad_token_id": None,
-    }
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert written == {**raw, "transformers_version": "4.40.0"}
     loaded_lm, loaded = load_hf(tmp_path / "model")
-    save(loaded_lm, loaded, tmp_path / "again", tokenizer_folder=tmp_path / "tokenizer")
+    save(loaded_lm, loaded, tmp_path / "again", model_folder=described)
     assert contents(tmp_path / "again") == contents(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.model").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.model: was there"):
         save_hf(loaded_lm, loaded, tmp_path / "later")
-    (tmp_path / "empty").mkdir()
+    (described / "tokenizer.json").unlink()
+    (described / "tokenizer.model").unlink()
     with pytest.raises(UserError, match="none of a tokenizer's files"):
-        save(lm, params, tmp_path / "other", tokenizer_folder=tmp_path / "empty")
+        save(lm, params, tmp_path / "other", model_folder=described)
 
 
 def test_an_export_replaces_an_export_and_nothing_else(small, tmp_path):

@@ -1,0 +1,96 @@
+"""`python -m jaxllm.convert`: checkpoints of runs, as folders for transformers."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from jaxllm.core.process import without_torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+SOURCES = (
+    "a run's folder (its newest checkpoint), <run>/checkpoints/<step> (or /best), a Hugging Face folder, or a model of "
+    "the Hub: owner/name"
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxllm.convert", description="Converts checkpoints. Works on the CPU, whatever GPU there is."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    to_hf = commands.add_parser(
+        "to-hf",
+        help="write a Hugging Face folder",
+        description="Writes the weights, config.json, tokenizer and generation settings of SRC into the folder DST, "
+        "which transformers loads. An older export in DST is replaced; one that holds anything else is refused.",
+    )
+    to_hf.add_argument("src", help=SOURCES)
+    to_hf.add_argument("dst", type=Path, help="the folder to write")
+    to_hf.add_argument("--dtype", choices=DTYPES, help="of the weights that are written (default: as they are stored)")
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a model is",
+        description="Says what SRC is: its family and shape, and the path, shape and dtype of each parameter.",
+    )
+    inspect.add_argument("src", help=SOURCES)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command. Returns its exit status: 0 done, 2 wrong input, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+
+    # Imported after the help, which should be instant.
+    from jaxllm.core.errors import UserError
+
+    try:
+        if options.command == "to-hf":
+            _to_hf(options.src, options.dst, options.dtype)
+        else:
+            _inspect(options.src)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _to_hf(src: str, dst: Path, dtype: str | None) -> None:
+    from jaxllm.convert.load import open_model
+    from jaxllm.core.mesh import Layout
+    from jaxllm.hf.export import check_replaceable, save
+
+    model = open_model(src, Layout.single(), dtype)
+    check_replaceable(dst, model.lm.source)
+    save(model.lm, model.load(), dst, model_folder=model.folder)
+    print(f"{dst}: {model.lm.parameter_count():,} parameters, for transformers")
+
+
+def _inspect(src: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxllm.convert.load import open_model
+    from jaxllm.core import tree
+    from jaxllm.core.mesh import Layout
+
+    lm = open_model(src, Layout.single()).lm
+    leaves = tree.flatten(lm.abstract())
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
+    console = Console()
+    console.print(f"{lm.config.type}: {lm.parameter_count():,} parameters, {total / 1e9:.3f} GB")
+    fields = lm.config.model_dump(exclude={"type"})
+    console.print(", ".join(f"{name} {value}" for name, value in fields.items()), soft_wrap=True)
+    table = Table("parameter", "shape", "dtype")
+    for path, leaf in leaves.items():
+        table.add_row(path, " × ".join(map(str, leaf.shape)), leaf.dtype.name)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a host's memory holds what one GPU does not
+    without_torch()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""The command that turns checkpoints of a run into folders for transformers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import train, workplace
+
+from jaxllm.convert.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, shared):
+    """A run of two steps from a pretrained model, with a checkpoint of each."""
+    with workplace(tmp_path_factory.mktemp("runs"), shared) as config:
+        model = f"model={{path: {shared / 'models/stories260K'}}}"
+        yield train(config, model, "train.steps=2", "checkpoint.every=1", "evals.0.every=9").folder
+
+
+@pytest.fixture(scope="module")
+def new_run(tmp_path_factory, shared):
+    """The same from scratch."""
+    with workplace(tmp_path_factory.mktemp("runs"), shared) as config:
+        yield train(config, "train.steps=2", "evals.0.every=9").folder
+
+
+def fails(capsys, *arguments: object) -> str:
+    assert main([*map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["run", "new_run"])
+def test_the_newest_checkpoint_is_what_the_run_exported(which, request, tmp_path, capsys):
+    folder = request.getfixturevalue(which)
+    assert main(["to-hf", str(folder), str(tmp_path / "out")]) == 0
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    exported = {path.name: path for path in (folder / "export" / "hf").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == exported.keys()
+    for name, path in exported.items():
+        written = tmp_path / "out" / name
+        if name == "config.json":
+            assert json.loads(written.read_text()) == json.loads(path.read_text())
+        elif name == "model.safetensors":
+            ours, theirs = load_file(written), load_file(path)
+            assert ours.keys() == theirs.keys()
+            assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+        else:
+            assert written.read_bytes() == path.read_bytes(), name
+
+
+def test_an_earlier_checkpoint_in_another_dtype(run, tmp_path):
+    first = run / "checkpoints" / "1"
+    assert main(["to-hf", str(first), str(tmp_path / "first")]) == 0
+    assert main(["to-hf", str(first), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    whole, half = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("first", "half"))
+    assert half.dtype == torch.bfloat16
+    last = AutoModelForCausalLM.from_pretrained(run / "export" / "hf")
+    for ours, rounded, later in zip(whole.parameters(), half.parameters(), last.parameters(), strict=True):
+        assert torch.equal(ours.to(torch.bfloat16), rounded)
+        assert not torch.equal(ours, later)
+    assert AutoTokenizer.from_pretrained(tmp_path / "half")("Once")["input_ids"]
+
+
+def test_a_hugging_face_folder_is_written_in_another_dtype(shared, tmp_path):
+    source = shared / "models" / "stories260K"
+    assert main(["to-hf", str(source), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    model, original = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "half", source))
+    assert model.dtype == torch.bfloat16
+    for ours, theirs in zip(model.parameters(), original.parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(torch.bfloat16))
+
+
+def test_inspect_names_every_parameter(run, capsys):
+    assert main(["inspect", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "llama: 260,032 parameters" in said
+    assert "layers/attn/q/kernel" in said
+    assert "5 × 64 × 64" in said
+    assert "float32" in said
+
+
+def test_what_cannot_be_converted(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "there is no such folder" in fails(capsys, "to-hf", tmp_path / "nothing", out)
+    assert "checkpoints/7" in fails(capsys, "to-hf", run / "checkpoints" / "7", out)
+    out.mkdir()
+    (out / "thesis.tex").write_text("")
+    assert "holds 'thesis.tex'" in fails(capsys, "to-hf", run, out)
+    assert list(out.iterdir()) == [out / "thesis.tex"]
+
+
+def test_the_source_is_never_overwritten(shared, tmp_path, capsys):
+    source: Path = shared / "models" / "stories260K"
+    before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
+    assert "the checkpoint that this model came from" in fails(capsys, "to-hf", source, source)
+    assert {path.name: path.stat().st_mtime_ns for path in source.iterdir()} == before
