@@ -19,8 +19,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import jax
-import pytest
+from jaxllm.core.process import without_idle_cuda
+
+without_idle_cuda()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 SHARED = Path(os.environ.get("JAXLLM_SHARED", Path(__file__).parents[2] / "shared"))
 REQUIRE_SHARED = os.environ.get("JAXLLM_REQUIRE_SHARED") == "1"

@@ -28,7 +28,7 @@ def test_recipe_builds_abstractly_and_shards(recipe: Path, shared: Path) -> None
     layout = Layout.of(config.mesh)
     micro_batches, micro_batch = config.train.accumulation(layout)
     if isinstance(config.model, NewModel):
-        family_config = config.model.family_config(32000)
+        family_config = config.model.family_config(lambda: 32000)
         lm = LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout))
     else:
         lm = read_model(shared / "models" / "stories3M", layout)

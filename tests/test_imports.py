@@ -39,6 +39,7 @@ SEE_EVERYTHING = [
     "train/folder",
     "train/inputs",
     "train/memory",
+    "train/program",
     "train/resume",
     "convert",
     "plan",

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from jaxllm.core.process import without_torch
+from jaxllm.core.process import without_idle_cuda, without_torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 SOURCES = (
@@ -93,4 +93,5 @@ def _inspect(src: str) -> None:
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"  # a host's memory holds what one GPU does not
     without_torch()
+    without_idle_cuda()
     sys.exit(main(sys.argv[1:]))

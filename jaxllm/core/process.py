@@ -1,7 +1,17 @@
 """What a command says of its process before it imports anything large."""
 
+import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from types import ModuleType
 from typing import Any, cast
+
+# Of a GPU's memory, what a training run takes for itself: a context, its libraries and NCCL live in the rest. JAX's
+# own default leaves a quarter to other programs.
+GPU_MEMORY_SHARE = 0.92
 
 
 def without_torch() -> None:
@@ -11,3 +21,42 @@ def without_torch() -> None:
     start, a second runtime on the GPU, and an error where torch is damaged.
     """
     cast(dict[str, Any], sys.modules)["torch"] = None  # Python's own mark of a module that is not there
+
+
+def without_idle_cuda() -> None:
+    """Hides JAX's CUDA plugin where it is there to compile with alone: `jaxllm[plan]` on a machine without a GPU.
+
+    JAX would load half a gigabyte at each start, and say with a traceback that it finds no driver.
+    """
+    if not installed("jax-cuda12-plugin") or installed("nvidia-cuda-runtime-cu12"):
+        return
+    try:
+        ctypes.CDLL("libcuda.so.1")  # a machine with a CUDA of its own
+    except OSError:
+        plugin = ModuleType("jax_plugins.xla_cuda12")
+        plugin.__dict__["initialize"] = lambda: None
+        cast(dict[str, Any], sys.modules).update({plugin.__name__: plugin, "jax_cuda12_plugin": None})
+
+
+def installed(package: str) -> bool:
+    """Whether a package of that name is installed; it is not imported."""
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Drops what is written to the standard error meanwhile, by libraries that know no other way to say it too."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core.cache import keep_programs
-from jaxllm.core.process import without_torch
+from jaxllm.core.process import without_idle_cuda, without_torch
 
 if TYPE_CHECKING:
     from jaxllm.generate.defaults import Defaults
@@ -158,5 +158,6 @@ def _defaults(folder: Path) -> Defaults:
 
 if __name__ == "__main__":
     without_torch()
+    without_idle_cuda()
     keep_programs()
     sys.exit(main(sys.argv[1:]))

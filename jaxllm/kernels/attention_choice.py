@@ -1,6 +1,6 @@
 """Which form of attention a run computes with: one that works here, and that was seen not to leak."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -41,13 +41,15 @@ class AttentionNeeds:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The form chosen, and why the faster ones were not: `{reason: forms}`."""
+    """The form chosen, and why the faster ones were not: `{reason: forms}`. tested: whether it was run on a test."""
 
     form: AttentionForm
     others: Mapping[str, list[str]]
+    tested: bool = True
 
     def __str__(self) -> str:
-        return f"{self.form}, tested for leaks between documents" + (f"; {_said(self.others)}" if self.others else "")
+        tested = ", tested for leaks between documents" if self.tested else ""
+        return f"{self.form}{tested}" + (f"; {_said(self.others)}" if self.others else "")
 
 
 def _said(refused: Mapping[str, list[str]]) -> str:
@@ -59,13 +61,43 @@ def choose_attention(asked: AskedAttention, needs: AttentionNeeds) -> AttentionC
 
     Raises UserError with the reason if there is none.
     """
+    forms = BY_SPEED if asked == "auto" else (asked,)
+    form, refused = _first(forms, lambda form: obstacle(form, needs) or fault(partial(causal_attention, form), needs))
+    if form is None:
+        raise _none(asked, refused)
+    return AttentionChoice(form, refused)
+
+
+def plan_attention(asked: AskedAttention, needs: AttentionNeeds) -> AttentionChoice:
+    """The form to compile with for devices that are not here, so that nothing is run on them.
+
+    cuDNN's form cannot be compiled without the card: where it is asked for, the next takes its place.
+    Raises UserError where `choose_attention` would for the kind of device.
+    """
+    forms = BY_SPEED if asked in ("auto", "cudnn") else (asked,)
+    wrong = {form: obstacle(form, needs) for form in forms}
+    no_card = "is what a run would try first, and cannot be compiled without the card"
+    form, refused = _first(forms, lambda form: wrong[form] or (no_card if form == "cudnn" else None))
+    if form is None or (asked == "cudnn" and wrong[asked]):
+        raise _none(asked, refused)
+    return AttentionChoice(form, refused, tested=False)
+
+
+def _first(
+    forms: Sequence[AttentionForm], reason_against: Callable[[AttentionForm], str | None]
+) -> tuple[AttentionForm | None, dict[str, list[str]]]:
+    """The first form that nothing speaks against, and those before it by the reason."""
     refused: dict[str, list[str]] = {}
-    for form in BY_SPEED if asked == "auto" else (asked,):
-        reason = obstacle(form, needs) or fault(partial(causal_attention, form), needs)
+    for form in forms:
+        reason = reason_against(form)
         if reason is None:
-            return AttentionChoice(form, refused)
+            return form, refused
         refused.setdefault(reason, []).append(form)
-    raise UserError(
+    return None, refused
+
+
+def _none(asked: AskedAttention, refused: Mapping[str, list[str]]) -> UserError:
+    return UserError(
         f"train.attention: {asked} cannot be used here. {_said(refused)}. "
         + ("Please report this" if asked == "auto" else "Set it to auto, which takes the fastest form that can")
     )

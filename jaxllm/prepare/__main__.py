@@ -4,7 +4,7 @@ import os
 import sys
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.process import without_torch
+from jaxllm.core.process import without_idle_cuda, without_torch
 
 USAGE = """usage: python -m jaxllm.prepare CONFIG.yaml [section.key=value ...]
 
@@ -44,4 +44,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     without_torch()
+    without_idle_cuda()
     sys.exit(main(sys.argv[1:]))

@@ -5,7 +5,7 @@ import sys
 
 from jaxllm.core.cache import keep_programs
 from jaxllm.core.errors import UserError
-from jaxllm.core.process import without_torch
+from jaxllm.core.process import GPU_MEMORY_SHARE, without_idle_cuda, without_torch
 
 USAGE = """usage: python -m jaxllm.train CONFIG.yaml [section.key=value ...]
 
@@ -40,9 +40,9 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # JAX leaves a quarter of a GPU to other programs by default; a training run has it for itself.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     without_torch()
+    without_idle_cuda()
     keep_programs()
     sys.exit(main(sys.argv[1:]))

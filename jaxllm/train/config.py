@@ -1,8 +1,8 @@
 """The root of a run's config: it composes the sections that live beside the code they configure."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-import jax
 import optax
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
 
@@ -43,11 +43,11 @@ class NewModel(Section):
     tokenizer: str
     """a tokenizer folder, as written by transformers, or a name of the Hub"""
 
-    def family_config(self, vocab_size: int) -> FamilyConfig:
-        """The family's own config, with `vocab_size` where the run's config does not set one."""
+    def family_config(self, vocab_size: Callable[[], int]) -> FamilyConfig:
+        """The family's own config, with what `vocab_size` gives where the run's config does not set one."""
         fields = self.model_dump(exclude={"tokenizer"})
         if fields["vocab_size"] is None:
-            fields["vocab_size"] = vocab_size
+            fields["vocab_size"] = vocab_size()
         return FAMILIES[fields["type"]].config(**fields)
 
 
@@ -150,9 +150,9 @@ class TrainConfig(Section):
         left = self.epochs * rows - (epoch * rows + position)
         return step + -(-left // self.batch_size)
 
-    def computes_in(self) -> str:
-        """The compute dtype on this machine."""
-        return self.compute_dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+    def computes_in(self, layout: Layout) -> str:
+        """The compute dtype on the devices of `layout`."""
+        return self.compute_dtype or ("bfloat16" if layout.platform == "gpu" else "float32")
 
     def scales_loss(self) -> bool:
         """Whether gradients are of a dtype that cannot hold small ones."""

@@ -9,17 +9,19 @@ import jax
 AUTOTUNED = "autotune"
 
 
-def deterministic_options(output_dir: Path, platform: str) -> dict[str, Any]:
+def deterministic_options(output_dir: Path | None, platform: str) -> dict[str, Any]:
     """XLA's options for a program that gives the same bits each time; none on a platform that always does.
 
     On a GPU, operations that add in whatever order their threads finish are left out, and what the autotuner finds
-    is kept in `output_dir`. Only the first process writes there.
+    is kept in `output_dir`, if one is given. Only the first process writes there.
     """
     if platform != "gpu":
         return {}
+    options = {"xla_gpu_exclude_nondeterministic_ops": True}
+    if output_dir is None:
+        return options
     mode = "UPDATE" if jax.process_index() == 0 else "READ"
-    return {
-        "xla_gpu_exclude_nondeterministic_ops": True,
+    return options | {
         "xla_gpu_per_fusion_autotune_cache_dir": str(output_dir.absolute() / AUTOTUNED),
         "xla_gpu_experimental_autotune_cache_mode": f"AUTOTUNE_CACHE_MODE_{mode}",
     }

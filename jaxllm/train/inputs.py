@@ -40,12 +40,11 @@ Say = Callable[[str, object], None]
 
 def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
     """The model of the config, new or from a folder, beside its tokenizer."""
-    chosen, dtypes = config.model, (config.train.param_dtype, config.train.computes_in())
+    chosen = config.model
     if isinstance(chosen, NewModel):
-        family_config, tokenizer_folder = _model_config(config)
-        lm = LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout), *dtypes)
-        return OpenModel(lm, tokenizer_folder, lambda: lm.init(jax.random.key(config.seed)))
-    model = open_model(chosen.path, layout, *dtypes)
+        lm = model_without_weights(config, layout)
+        return OpenModel(lm, _tokenizer_folder(config), lambda: lm.init(jax.random.key(config.seed)))
+    model = open_model(chosen.path, layout, config.train.param_dtype, config.train.computes_in(layout))
     if chosen.tokenizer is None:
         return model
     return OpenModel(model.lm, hub.model_folder(chosen.tokenizer, "tokenizer"), model.load)
@@ -53,21 +52,31 @@ def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerFast:
     """The tokenizer of the config's model, which needs no weights and no devices for it."""
-    family_config, folder = _model_config(config)
-    return fitting_tokenizer(folder, family_config.vocab_size)
+    return fitting_tokenizer(_tokenizer_folder(config), _model_config(config).vocab_size)
 
 
-def _model_config(config: Config) -> tuple[FamilyConfig, Path]:
-    """The config of the model, and the folder of its tokenizer."""
+def model_without_weights(config: Config, layout: Layout) -> LM:
+    """The model of the config as its config.json or its section describes it; no weights need be there."""
+    family_config = _model_config(config)
+    dtypes = (config.train.param_dtype, config.train.computes_in(layout))
+    return LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout), *dtypes)
+
+
+def _model_config(config: Config) -> FamilyConfig:
+    """The config of the model. That of a new one needs its tokenizer where it does not say how large it is."""
     chosen = config.model
-    if isinstance(chosen, NewModel):
-        folder = hub.model_folder(chosen.tokenizer, "tokenizer")
-        return chosen.family_config(1 + max(load_tokenizer(folder).get_vocab().values())), folder
-    folder = model_folder(chosen.path, "config")
-    _, family_config = parse_config(read_config(folder), folder / "config.json")
+    if not isinstance(chosen, NewModel):
+        folder = model_folder(chosen.path, "config")
+        return parse_config(read_config(folder), folder / "config.json")[1]
+    return chosen.family_config(lambda: 1 + max(load_tokenizer(_tokenizer_folder(config)).get_vocab().values()))
+
+
+def _tokenizer_folder(config: Config) -> Path:
+    chosen = config.model
     if chosen.tokenizer is not None:
-        return family_config, hub.model_folder(chosen.tokenizer, "tokenizer")
-    return family_config, model_folder(chosen.path, "tokenizer")
+        return hub.model_folder(chosen.tokenizer, "tokenizer")
+    assert not isinstance(chosen, NewModel)  # its section has a tokenizer
+    return model_folder(chosen.path, "tokenizer")
 
 
 class Rows(NamedTuple):

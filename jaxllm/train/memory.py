@@ -32,18 +32,21 @@ def out_of_memory(compiled: CompiledStep, config: Config, micro_batch_size: int,
         f"out of memory: a training step needs {compiled.peak_bytes / GIB:.2f} GiB on each device "
         f"({compiled.argument_bytes / GIB:.2f} parameters, optimizer state and batch, "
         f"{compiled.temp_bytes / GIB:.2f} activations and gradients), and {limit / GIB:.2f} GiB are there. "
-        "What would help most: " + "; ".join(_remedies(compiled, config, micro_batch_size)[:3])
+        f"What would help most: {remedies(compiled, config, micro_batch_size)}"
     )
 
 
-def _remedies(compiled: CompiledStep, config: Config, micro_batch_size: int) -> list[str]:
+def remedies(compiled: CompiledStep, config: Config, micro_batch_size: int) -> str:
+    """The settings that would lower the peak most, three at the most. micro_batch_size: of a device."""
     train = config.train
     activations, state = [], []
-    if train.remat != "full":
+    if train.remat != "full" and train.update == "ordinary":
         activations.append("train.remat: full")
     if micro_batch_size > 1:
         activations.append(f"train.micro_batch_size: {micro_batch_size // 2} (now {micro_batch_size})")
     activations.append(f"data.seq_len: {config.data.seq_len // 2} (now {config.data.seq_len})")
+    if train.update == "ordinary" and train.compute_dtype != "float16":
+        activations.append("train.update: fused (the gradient of one layer at a time)")
     state.append("more devices on mesh.fsdp or mesh.tensor, which divide parameters and optimizer state")
     if config.optim.type == "adamw":
         state.append("optim.type: lion (half of AdamW's state) or adalomo (almost none)")
@@ -51,4 +54,4 @@ def _remedies(compiled: CompiledStep, config: Config, micro_batch_size: int) -> 
         state.append("train.param_dtype: bfloat16")
     larger_first = compiled.temp_bytes > compiled.argument_bytes
     first, second = (activations, state) if larger_first else (state, activations)
-    return [*first[:2], *second[:2], *first[2:], *second[2:]]
+    return "; ".join([*first[:2], *second[:2], *first[2:], *second[2:]][:3])

@@ -6,7 +6,6 @@ import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ from jaxllm.hf import save as export
 from jaxllm.hf.export import check_replaceable
 from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.models.stack import check_offload
-from jaxllm.optim.build import build
 from jaxllm.train.config import Config
 from jaxllm.train.determinism import describe_options, deterministic_options
 from jaxllm.train.folder import EXPORT, METRICS, prepare
@@ -39,9 +37,8 @@ from jaxllm.train.lock import owned
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
 from jaxllm.train.metrics import flops_per_token, peak_flops
+from jaxllm.train.program import Program
 from jaxllm.train.resume import Facts, find_resume
-from jaxllm.train.state import abstract_state, new_state
-from jaxllm.train.step import batch_shapes, compile_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -97,18 +94,13 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     lm = replace(lm, attention=attention.form)
     say("attention", attention)
 
-    tx, schedule = build(config.optim, steps, lm.padded)
+    program = Program.of(config, lm, steps)
     say("rate", config.optim.schedule.describe(config.optim.learning_rate, steps))
-    everything = jax.tree.map(lambda _: True, lm.abstract())
-    scale_loss = config.train.scales_loss()
-    state_shapes = abstract_state(lm.abstract(), everything, tx, lm.layout, scale_loss=scale_loss)
-    step = config.train.step(lm, tx, schedule)
-    batches = [batch_shapes((micro_batches, micro_batch, width), lm.layout) for width in plan.widths]
-    options = deterministic_options(folder, jax.default_backend()) if config.train.deterministic else None
+    options = deterministic_options(folder, layout.platform) if config.train.deterministic else None
     if options is not None:
         say("same bits", describe_options(options))
     with console.status("compiling the training step"), programs_read() as read:
-        compiled = compile_steps(step, state_shapes, batches, lm.layout, options)
+        compiled = program.compile(plan.widths, options)
     limit = device_bytes(lm.layout.mesh.local_devices[0])
     per_device = micro_batch // lm.layout.size("batch")
     check_fits(compiled, config, per_device, limit)
@@ -119,13 +111,10 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     with ExitStack() as open_things:
         open_things.enter_context(_clear_errors(folder, lambda: out_of_memory(compiled, config, per_device, limit)))
         if resume:
-            state, facts = resume.restore(state_shapes), resume.facts
+            state, facts = resume.restore(program.state), resume.facts
             say("resuming", f"from {resume}, {steps - facts.step} of {steps} steps to go")
         else:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes)
-            first = partial(new_state, trainable=everything, tx=tx, scale_loss=scale_loss)
-            new = jax.jit(first, out_shardings=shardings, donate_argnums=0)
-            state = new(model.load())
+            state = program.start(model.load())
             facts = Facts(step=0, steps=steps, epoch=0, position=0, tokens=0, data=store.folder.name)
         goes_on = resume is not None and resume.run.resolve() == folder.resolve()
         prepare(config, lm, model.folder, special_ids, keep_model=goes_on)

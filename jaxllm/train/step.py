@@ -130,13 +130,19 @@ def step_metrics(
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A compiled step, what compiling took in seconds, and the most bytes a device holds while it runs."""
+    """A compiled step, what compiling took in seconds, and the bytes that a device holds for it.
+
+    argument_bytes: state and batch. temp_bytes: what lives within the step. peak_bytes: the most at a time.
+    in_place_bytes: of the state, what the new one is written over. host_bytes: temporaries in the host's memory.
+    """
 
     run: Step
     compile_s: float
     argument_bytes: int
     temp_bytes: int
     peak_bytes: int
+    in_place_bytes: int
+    host_bytes: int
 
 
 def batch_shapes(shape: tuple[int, int, int], layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
@@ -174,6 +180,8 @@ def compile_step(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         peak,
+        memory.alias_size_in_bytes,
+        memory.host_temp_size_in_bytes,
     )
 
 

@@ -28,7 +28,8 @@ def compiled(state_gib: float, activations_gib: float) -> CompiledStep:
     def nothing(*_: Any) -> Any: ...
 
     state, activations = int(state_gib * GIB), int(activations_gib * GIB)
-    return CompiledStep(nothing, 1.0, argument_bytes=state, temp_bytes=activations, peak_bytes=state + activations)
+    sizes = dict(argument_bytes=state, temp_bytes=activations, peak_bytes=state + activations)
+    return CompiledStep(nothing, 1.0, **sizes, in_place_bytes=state, host_bytes=0)
 
 
 def message(step: CompiledStep, limit_gib: float, micro_batch: int = 8, **train: Any) -> str:

@@ -1,0 +1,91 @@
+"""The memory that a run would take, from its compiled step: nothing is loaded, run or written."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from jaxllm.core.errors import UserError
+from jaxllm.core.mesh import Layout
+from jaxllm.kernels.attention_choice import AttentionChoice, plan_attention
+from jaxllm.models.stack import check_offload
+from jaxllm.plan.targets import Target, compile_only_devices
+from jaxllm.train.config import Config
+from jaxllm.train.determinism import deterministic_options
+from jaxllm.train.inputs import model_without_weights
+from jaxllm.train.program import Program
+from jaxllm.train.step import CompiledStep
+
+# Memory does not depend on how long a run is; one of epochs alone is taken to be so long, since only data can tell.
+ASSUMED_STEPS = 10**6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled training step. parts: bytes on each device by what they hold, which add up to the peak."""
+
+    program: Program
+    attention: AttentionChoice
+    compiled: CompiledStep
+    parts: Mapping[str, int]
+
+
+def devices_for(config: Config, target: Target | None, count: int | None) -> Sequence[Any]:
+    """Devices to compile for: `target`s, or simulated CPU devices where it is None.
+
+    count: how many; by default as many as the mesh of `config` names. Raises UserError if there are not so many.
+    """
+    count = count or math.prod(size for size in config.mesh.sizes.values() if size != -1)
+    if target is not None:
+        return compile_only_devices(target, count)
+    with suppress(RuntimeError):  # they are there already, and stay as many
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(f"--devices {count}: this process has {len(devices)} simulated CPU devices")
+    return devices[:count]
+
+
+def plan(config: Config, devices: Sequence[Any]) -> Plan:
+    """Compiles the training step of `config` for `devices`, which need not be there.
+
+    Raises UserError for what a run would refuse too: a mesh that does not fit the devices, a batch that does not
+    divide, a model without a shape.
+    """
+    layout = Layout.of(config.mesh, devices)
+    config.train.accumulation(layout)
+    if layout.platform == "cpu":
+        check_offload(config.train.remat, devices[0])
+    lm = model_without_weights(config, layout)
+    attention = plan_attention(
+        config.train.attention, lm.attention_needs(config.data.packing in ("best_fit", "concat"))
+    )
+    program = Program.of(config, replace(lm, attention=attention.form), _steps(config))
+    options = deterministic_options(None, layout.platform) if config.train.deterministic else None
+    compiled = program.compile([config.data.seq_len], options)
+    return Plan(program, attention, compiled, _parts(program, compiled))
+
+
+def _steps(config: Config) -> int:
+    return config.train.steps or config.optim.schedule.steps or ASSUMED_STEPS
+
+
+def _parts(program: Program, compiled: CompiledStep) -> dict[str, int]:
+    state = program.state
+    parameters, moments = bytes_on_a_device((state.params, state.frozen)), bytes_on_a_device(state.opt_state)
+    return {
+        "parameters": parameters,
+        "optimizer state": moments,
+        "batch and counters": compiled.argument_bytes - parameters - moments,
+        "activations, gradients and other temporaries": compiled.temp_bytes,
+        "results that are not written in place": compiled.peak_bytes - compiled.argument_bytes - compiled.temp_bytes,
+    }
+
+
+def bytes_on_a_device(arrays: Any) -> int:
+    """The bytes that each device holds of a tree of abstract arrays with shardings."""
+    leaves = jax.tree.leaves(arrays)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -1,0 +1,72 @@
+"""What `jaxllm.plan` prints."""
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from jaxllm.core.process import GPU_MEMORY_SHARE
+from jaxllm.plan.plan import Plan
+from jaxllm.plan.targets import Target
+from jaxllm.train.config import Config
+from jaxllm.train.inputs import saying
+from jaxllm.train.memory import GIB, remedies
+
+
+def report_devices(console: Console, target: Target, missing: Sequence[str]) -> None:
+    """Says what is compiled for, before it takes its time. missing: the wheels that a GPU would need."""
+    say = saying(console)
+    if missing:
+        say("note", f"planned for simulated CPU devices, not for {target.name}: {', '.join(missing)} not installed")
+        say("", "pip install 'jaxllm[plan]' brings CUDA's compiler, which needs no GPU")
+    else:
+        say("card", f"{target.name}, {_gib(target.memory_bytes)}, by its description; none is used here")
+
+
+def report(console: Console, planned: Plan, target: Target, config: Config) -> None:
+    """What was compiled, what each device holds of it, and whether that fits `target`."""
+    say, lm, train = saying(console), planned.program.lm, config.train
+    micro_batches, rows = train.accumulation(lm.layout)
+    say("devices", lm.layout)
+    dtypes = f"in {train.param_dtype}, computing in {lm.compute_dtype}"
+    say("model", f"{lm.config.type} with {lm.parameter_count():,} parameters {dtypes}")
+    cut = f"{micro_batches} × {rows} sequences of {config.data.seq_len} tokens"
+    say("step", f"{config.optim.type}, {train.update} update, {cut} over all devices")
+    say("attention", planned.attention)
+    say("compiled", f"the training step in {planned.compiled.compile_s:.1f} s; nothing was run")
+    console.print(_table(planned))
+    say("in place", f"{_gib(planned.compiled.in_place_bytes)} of the state are written over by the new state")
+    if planned.compiled.host_bytes:
+        say("host", f"{_gib(planned.compiled.host_bytes)} of the host's memory for each device")
+    fits, why = verdict(planned, target)
+    say("fits", f"{fits}: {why}")
+    if fits == "no":
+        say("", f"what would help most: {remedies(planned.compiled, config, rows // lm.layout.size('batch'))}")
+
+
+def _table(planned: Plan) -> Table:
+    peak = planned.compiled.peak_bytes
+    table = Table(box=SIMPLE_HEAD, show_footer=True)
+    table.add_column("on each device", "peak")
+    table.add_column("GiB", f"{peak / GIB:.3f}", justify="right")
+    table.add_column("share", justify="right")
+    for name, held in planned.parts.items():
+        table.add_row(name, f"{held / GIB:.3f}", f"{held / peak:.1%}")
+    return table
+
+
+def verdict(planned: Plan, target: Target) -> tuple[str, str]:
+    """Whether the plan fits `target` ("yes", "no" or "unknown"), and why."""
+    limit = target.memory_bytes * GPU_MEMORY_SHARE
+    there = f"the {_gib(limit)} that a run takes of one {target.name} ({GPU_MEMORY_SHARE:.0%} of it)"
+    stays, peak = planned.compiled.argument_bytes, planned.compiled.peak_bytes
+    if planned.program.lm.layout.platform == "gpu":
+        return ("yes" if peak <= limit else "no"), f"{_gib(peak)} of {there}"
+    if stays > limit:
+        return "no", f"between steps alone {_gib(stays)} stay, more than {there}"
+    return "unknown", f"{_gib(stays)} of {there} stay between steps; the rest depends on CUDA's compiler"
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"

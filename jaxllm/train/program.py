@@ -1,0 +1,56 @@
+"""The program of a run: what each step computes and what it carries, known before any data or weight is read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+from jaxllm.core.tree import Params
+from jaxllm.models.base import LM
+from jaxllm.optim.build import build
+from jaxllm.train.config import Config
+from jaxllm.train.state import TrainState, abstract_state, new_state
+from jaxllm.train.step import CompiledStep, batch_shapes, compile_steps
+
+
+@dataclass(frozen=True)
+class Program:
+    """The training step of `config` for `lm`, and the shapes, dtypes and shardings of the state that it carries.
+
+    It holds no arrays, and its devices need not be there.
+    """
+
+    config: Config
+    lm: LM
+    tx: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+    trainable: Any
+    state: TrainState
+
+    @staticmethod
+    def of(config: Config, lm: LM, steps: int) -> "Program":
+        """The program of a run of `steps` steps. Raises UserError for a schedule that does not fit them."""
+        tx, schedule = build(config.optim, steps, lm.padded)
+        params = lm.abstract()
+        everything = jax.tree.map(lambda _: True, params)
+        state = abstract_state(params, everything, tx, lm.layout, scale_loss=config.train.scales_loss())
+        return Program(config, lm, tx, schedule, everything, state)
+
+    def batch(self, width: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of a batch whose rows have `width` places, abstractly."""
+        return batch_shapes((*self.config.train.accumulation(self.lm.layout), width), self.lm.layout)
+
+    def compile(self, widths: Sequence[int], options: Mapping[str, Any] | None = None) -> CompiledStep:
+        """The compiled step for rows of any of `widths`. options: the compiler's."""
+        step = self.config.train.step(self.lm, self.tx, self.schedule)
+        return compile_steps(step, self.state, [self.batch(width) for width in widths], self.lm.layout, options)
+
+    def start(self, params: Params) -> TrainState:
+        """The state before the first step. The buffers of `params` are reused."""
+        scale_loss = self.config.train.scales_loss()
+        first = partial(new_state, trainable=self.trainable, tx=self.tx, scale_loss=scale_loss)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return jax.jit(first, out_shardings=shardings, donate_argnums=0)(params)
