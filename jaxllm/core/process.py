@@ -24,18 +24,17 @@ def without_torch() -> None:
 
 
 def without_idle_cuda() -> None:
-    """Hides JAX's CUDA plugin where it is there to compile with alone: `jaxllm[plan]` on a machine without a GPU.
+    """Hides CUDA's plugin from JAX where CUDA's driver is not: there it is to compile with, for `jaxllm.plan`.
 
     JAX would load half a gigabyte at each start, and say with a traceback that it finds no driver.
     """
-    if not installed("jax-cuda12-plugin") or installed("nvidia-cuda-runtime-cu12"):
-        return
     try:
-        ctypes.CDLL("libcuda.so.1")  # a machine with a CUDA of its own
+        ctypes.CDLL("libcuda.so.1")
     except OSError:
-        plugin = ModuleType("jax_plugins.xla_cuda12")
-        plugin.__dict__["initialize"] = lambda: None
-        cast(dict[str, Any], sys.modules).update({plugin.__name__: plugin, "jax_cuda12_plugin": None})
+        for version in ("cuda12", "cuda13"):
+            plugin = ModuleType(f"jax_plugins.xla_{version}")
+            plugin.__dict__["initialize"] = lambda: None
+            cast(dict[str, Any], sys.modules).update({plugin.__name__: plugin, f"jax_{version}_plugin": None})
 
 
 def installed(package: str) -> bool:

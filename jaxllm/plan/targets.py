@@ -9,8 +9,11 @@ from jaxllm.core.process import installed
 
 GIB, KIB, MIB = 2**30, 2**10, 2**20
 
-# What compiling for a GPU takes beside jax: the extra [plan].
-WHEELS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
+# What compiling for a GPU takes beside jax: the extra [plan], or what [cuda13] brings.
+WHEELS = (
+    ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
+    ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"),
+)
 # The CUDA and cuDNN that a program is compiled against.
 CUDA, CUDNN = "12.9.0", (9, 10, 0)
 # GPUs of a machine.
@@ -96,8 +99,9 @@ def target_named(name: str) -> Target:
 
 
 def missing_wheels() -> list[str]:
-    """Those of WHEELS that are not installed."""
-    return [wheel for wheel in WHEELS if not installed(wheel)]
+    """What of the extra [plan] is not installed; nothing where another of WHEELS is there."""
+    missing = [[wheel for wheel in wheels if not installed(wheel)] for wheels in WHEELS]
+    return min(missing, key=bool)
 
 
 def compile_only_devices(target: Target, count: int) -> Sequence[Any]:

@@ -11,6 +11,8 @@ from jaxllm.core.cache import cache_root, keep_programs
 PROGRAM = """
 import sys
 from jaxllm.core.cache import keep_programs, programs_read
+from jaxllm.core.process import without_idle_cuda
+without_idle_cuda()
 keep_programs()
 import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,5 +1,6 @@
 """`python -m jaxllm.plan`: it says of a run what the run says of itself, before anything is there but its config."""
 
+import json
 import os
 import subprocess
 import sys
@@ -181,3 +182,24 @@ def test_a_fused_update_saves_the_gradients_of_the_layers(tmp_path):
     vocabulary = 2 * LLAMA_1B["vocab_size"] * LLAMA_1B["hidden_size"]
     layers = fused.parts["parameters"] - 2 * vocabulary  # in bfloat16, as their gradients
     assert 0.95 * layers <= ordinary.temp - fused.temp <= 1.15 * layers
+
+
+@pytest.mark.full
+@needs_wheels
+def test_bytes_per_parameter(tmp_path):
+    """Of a 7B model: 4 of weights, 8 of moments and 4 of gradients in mixed precision, 2, 8 and 2 in bfloat16."""
+    script = Path(__file__).parents[2] / "scripts" / "bench" / "optimizer_memory.py"
+    results = tmp_path / "results.json"
+    command = [sys.executable, script, "adamw", "lomo", "adalomo", "--results", results]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(results.read_text())
+    peaks = {(row["optimizer"], row["form"]): row["peak"] for row in report["bytes_per_parameter"]}
+    assert peaks["adamw", "float32"] == pytest.approx(16, abs=0.1)
+    assert peaks["adamw", "bfloat16"] == pytest.approx(12, abs=0.1)
+    assert peaks["adamw", "bfloat16, fused"] < 10.2  # without the gradients of all layers but one
+    assert 2 <= peaks["lomo", "bfloat16, fused"] <= 2.1
+    assert 2 <= peaks["adalomo", "bfloat16, fused"] <= 2.1
+    assert "| lomo | bfloat16, fused | 2.00 | 0.00 |" in done.stdout
+    assert {"jax", "jaxlib"} <= report["packages"].keys()
+    assert report["commit"]
