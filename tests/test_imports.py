@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "train/state": ["models", "optim", "peft", "kernels"],
     "callbacks": ["train/state", "checkpoint", "evaluate"],
 }
-OPTIM_FILES = ["__init__", "build", "wrappers"]
+OPTIM_FILES = ["__init__", "build", "config", "schedule_config", "wrapped", "wrappers"]
 # These may import everything, and only they may import one another.
 SEE_EVERYTHING = [
     "__init__",

@@ -21,7 +21,8 @@ from jaxllm.models import FAMILIES
 from jaxllm.models.base import LM, FamilyConfig
 from jaxllm.models.stack import RematConfig, scan
 from jaxllm.nn.loss import Objective
-from jaxllm.optim.build import OPTIMIZERS, OptimizerConfig
+from jaxllm.optim.build import OPTIMIZERS
+from jaxllm.optim.config import OptimizerConfig
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.metrics import MetricsConfig
 from jaxllm.train.step import Step, make_step

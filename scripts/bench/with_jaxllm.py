@@ -12,7 +12,8 @@ from job import Engine, Job, serve
 import jaxllm
 from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.models.stack import scan
-from jaxllm.optim.build import AdamW, Constant, build
+from jaxllm.optim.build import AdamW, build
+from jaxllm.optim.schedule_config import Constant
 from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.state import abstract_state, new_state
 from jaxllm.train.step import BATCH_AXES, batch_shapes, compile_step, make_step

@@ -18,7 +18,9 @@ from jaxllm.models.base import FamilyConfig
 from jaxllm.models.layout import fit_layout
 from jaxllm.models.stack import Stack, scan
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
-from jaxllm.optim.build import AdamW, Cosine, OptimizerConfig, build
+from jaxllm.optim.build import AdamW, build
+from jaxllm.optim.config import OptimizerConfig
+from jaxllm.optim.schedule_config import Cosine
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.state import TrainState, abstract_state, new_state
 from jaxllm.train.step import BATCH_AXES, CompiledStep, batch_shapes, compile_step, make_step

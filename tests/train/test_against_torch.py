@@ -15,7 +15,8 @@ from transformers import LlamaForCausalLM
 
 from jaxllm.hf import save_hf
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
-from jaxllm.optim.build import Linear, build
+from jaxllm.optim.build import build
+from jaxllm.optim.schedule_config import Linear
 
 STEPS, WARMUP, FINAL = 10, 3, 0.1
 CONFIG = llama(num_key_value_heads=2, attention_bias=True)

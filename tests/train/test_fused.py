@@ -16,7 +16,9 @@ from jaxllm.core.mesh import Layout
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.stack import scan
 from jaxllm.nn.loss import Objective
-from jaxllm.optim.build import OPTIMIZERS, Constant, OptimizerConfig, build
+from jaxllm.optim.build import OPTIMIZERS, build
+from jaxllm.optim.config import OptimizerConfig
+from jaxllm.optim.schedule_config import Constant
 from jaxllm.train.config import Config
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.state import abstract_state

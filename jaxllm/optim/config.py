@@ -1,0 +1,36 @@
+"""What the `optim:` section of every optimizer has."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
+
+import optax
+from pydantic import Field
+
+from jaxllm.core.config import ByType, Section
+from jaxllm.optim.schedule_config import SCHEDULES, Cosine, NotNegative, ScheduleConfig
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+DecayMask = Callable[[optax.Params], Any]
+
+
+class OptimizerConfig(Section):
+    """What every optimizer's section has."""
+
+    type: Any
+    """The name of the optimizer, as each section narrows it."""
+    learning_rate: Positive
+    """The peak learning rate."""
+    schedule: Annotated[ScheduleConfig, ByType(SCHEDULES)] = Cosine(type="cosine")
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay, multiplied by the learning rate."""
+    no_decay: tuple[str, ...] = ("*/bias", "*norm*/scale")
+    """Patterns of the parameters without weight decay; one that matches nothing is no error."""
+
+    has_statistics: ClassVar[bool] = False
+    """Whether an entry's update depends on others of its tensor, which must then be one layer's matrix or vector."""
+
+    @abstractmethod
+    def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
+        """The optimizer at the given schedule. `mask` gives True for each parameter that decays."""

@@ -1,0 +1,151 @@
+"""The sections of optax's optimizers: the trajectories of PyTorch's, of transformers' and of the papers' equations."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_build import PARAMS
+
+from jaxllm.optim.build import OPTIMIZERS, build
+from jaxllm.optim.schedule_config import Constant
+
+torch = pytest.importorskip("torch")
+
+STEPS = 20
+RATE, DECAY = 1e-2, 0.1
+
+
+def section(name: str, **settings: Any) -> Any:
+    constant = Constant(type="constant", warmup=0)
+    settings = {"learning_rate": RATE, "weight_decay": DECAY, "schedule": constant, "no_decay": (), **settings}
+    return OPTIMIZERS[name](type=name, **settings)
+
+
+def start_and_gradients() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    params = {"matrix": rng.normal(size=(6, 4)), "vector": rng.normal(size=5)}
+    return params, {name: rng.normal(size=(STEPS, *p.shape)) for name, p in params.items()}
+
+
+def ours(config: Any) -> dict[str, np.ndarray]:
+    """In float64."""
+    with jax.enable_x64(True):
+        params, grads = jax.tree.map(jnp.asarray, start_and_gradients())
+        tx, _ = build(config, STEPS)
+
+        def step(carry, grads):
+            params, state = carry
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        moved = jax.jit(lambda params, grads: jax.lax.scan(step, (params, tx.init(params)), grads)[0][0])(params, grads)
+        return jax.tree.map(np.asarray, moved)
+
+
+def by_torch(make: Any, **settings: Any) -> dict[str, np.ndarray]:
+    params, grads = start_and_gradients()
+    leaves = {name: torch.nn.Parameter(torch.from_numpy(p.copy())) for name, p in params.items()}
+    optimizer = make(leaves.values(), lr=RATE, **settings)
+    for step in range(STEPS):
+        for name, leaf in leaves.items():
+            leaf.grad = torch.from_numpy(grads[name][step])
+        if settings.get("weight_decay") is None:  # PyTorch has this optimizer without decoupled decay
+            with torch.no_grad():
+                for leaf in leaves.values():
+                    leaf.mul_(1 - RATE * DECAY)
+        optimizer.step()
+    return {name: leaf.detach().numpy() for name, leaf in leaves.items()}
+
+
+# PyTorch adds Adagrad's eps to the root, optax below it: with 1e-20 neither is seen.
+BY_TORCH = {
+    "sgd": ({}, "SGD", {}),
+    "sgd with momentum": (dict(momentum=0.9), "SGD", dict(momentum=0.9)),
+    "sgd with nesterov": (dict(momentum=0.9, nesterov=True), "SGD", dict(momentum=0.9, nesterov=True)),
+    "rmsprop": ({}, "RMSprop", dict(alpha=0.9)),
+    "adagrad": (dict(eps=1e-20), "Adagrad", dict(eps=1e-20, initial_accumulator_value=0.1)),
+    "radam": (dict(b2=0.9), "RAdam", dict(betas=(0.9, 0.9), weight_decay=DECAY, decoupled_weight_decay=True)),
+}
+
+
+@pytest.mark.parametrize("case", BY_TORCH)
+def test_equals_pytorch(case: str) -> None:
+    settings, name, theirs = BY_TORCH[case]
+    config = section(case.split()[0], **settings)
+    assert_close(ours(config), by_torch(getattr(torch.optim, name), **theirs))
+
+
+def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], rtol: float = 1e-10) -> None:
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=rtol, atol=rtol, err_msg=name)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_adafactor_equals_that_of_transformers(scaled: bool) -> None:
+    optimization = pytest.importorskip("transformers.optimization")
+    settings = dict(relative_step=False, warmup_init=False, scale_parameter=scaled)
+    theirs = by_torch(optimization.Adafactor, weight_decay=0.0, **settings)
+    config = section("adafactor", weight_decay=0.0, min_dim_size_to_factor=1, multiply_by_parameter_scale=scaled)
+    # optax computes the decay of the moment in float32.
+    assert_close(ours(config), theirs, rtol=1e-5)
+
+
+def by_equation(direction: Any) -> dict[str, np.ndarray]:
+    params, grads = start_and_gradients()
+    for name in params:
+        state: dict[str, Any] = dict.fromkeys(("m", "slow", "v"), 0.0)
+        for t in range(1, STEPS + 1):
+            params[name] = params[name] - RATE * (direction(grads[name][t - 1], state, t) + DECAY * params[name])
+    return params
+
+
+def test_nadamw_is_its_equation() -> None:
+    def direction(g, state, t):
+        state["m"] = 0.9 * state["m"] + 0.1 * g
+        state["v"] = 0.999 * state["v"] + 0.001 * g**2
+        ahead = 0.9 * state["m"] / (1 - 0.9 ** (t + 1)) + 0.1 * g / (1 - 0.9**t)
+        return ahead / (np.sqrt(state["v"] / (1 - 0.999**t)) + 1e-8)
+
+    assert_close(ours(section("nadamw")), by_equation(direction))
+
+
+def test_ademamix_is_its_equation() -> None:
+    def direction(g, state, t):
+        state["m"] = 0.9 * state["m"] + 0.1 * g
+        state["slow"] = 0.99 * state["slow"] + 0.01 * g
+        state["v"] = 0.999 * state["v"] + 0.001 * g**2
+        root = np.sqrt(state["v"] / (1 - 0.999**t)) + 1e-8
+        return (state["m"] / (1 - 0.9**t) + 5 * state["slow"]) / root
+
+    assert_close(ours(section("ademamix", b3=0.99)), by_equation(direction))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS[name].has_statistics])
+def test_a_layer_of_a_stack_is_updated_as_if_alone(name: str) -> None:
+    settings = dict(min_dim_size_to_factor=1) if name == "adafactor" else {}
+    tx, _ = build(section(name, **settings), STEPS)
+    layers = PARAMS["layers"]
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    # The layers' gradients and parameters differ in size, so that a mean over several would show.
+    sizes = 10.0 ** jnp.arange(3)
+
+    def normal(p: jax.Array) -> jax.Array:
+        return jax.random.normal(next(keys), p.shape) * sizes.reshape(-1, *[1] * (p.ndim - 1))
+
+    params, grads = jax.tree.map(normal, layers), jax.tree.map(normal, layers)
+
+    @jax.jit
+    def two_updates(params, grads):
+        params, grads = {"layers": params}, {"layers": grads}
+        _, state = tx.update(grads, tx.init(params), params)
+        return tx.update(grads, state, params)[0]["layers"]
+
+    stacked = two_updates(params, grads)
+    for i in range(3):
+        alone = two_updates(*jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], (params, grads)))
+        jax.tree.map(
+            lambda one, all, i=i: np.testing.assert_allclose(one[0], all[i], rtol=1e-5, atol=1e-8), alone, stacked
+        )
