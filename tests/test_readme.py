@@ -93,7 +93,7 @@ def test_recipes_run(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert next(line for line in prepared.splitlines() if line.startswith("data")) in pretrained
     template = tmp_path / "configs" / "chat.jinja"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs" / "chat" / "export" / "hf")
-    assert tokenizer.chat_template == template.read_text().rstrip("\n")
+    assert tokenizer.chat_template == template.read_text()
     for export in ("runs/alpaca/export/hf", "runs/chat/export/hf", "runs/pretrain/export/hf", "exported"):
         LlamaForCausalLM.from_pretrained(tmp_path / export)
 
