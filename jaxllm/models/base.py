@@ -22,6 +22,7 @@ from jaxllm.models.rules import Rule
 from jaxllm.models.stack import Stack, scan
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition, Context
+from jaxllm.nn.dropout import Dropout
 from jaxllm.nn.embed import Embed
 from jaxllm.nn.linear import Head, project
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective, loss_chunks, token_losses
@@ -104,6 +105,7 @@ class LM:
     param_dtype: the dtype of the parameters, or one for each path.
     compute_dtype: the dtype of activations and matrix products.
     attention: the form of attention outside decoding. "cudnn" is for batches with one document a row.
+    dropout: the share that is dropped of the embedding and of each sublayer's output, in batches with `dropout_keys`.
     source: where a converted model came from, for the way back (`jaxllm.hf`); None for a new one.
     """
 
@@ -113,6 +115,7 @@ class LM:
     param_dtype: DTypeLike | Mapping[str, DTypeLike] = jnp.float32
     compute_dtype: DTypeLike = jnp.float32
     attention: AttentionForm = "xla"
+    dropout: float = 0.0
     source: Any = None
 
     # Parameters
@@ -213,17 +216,19 @@ class LM:
         return Context(self.layout, tables, segments, self.attention, cache)
 
     def batch_context(self, batch: Mapping[str, jax.Array]) -> Context:
-        """The context of a batch to train on, with `positions` and `segments`."""
+        """The context of a batch to train on: `positions`, `segments`, and `dropout_keys` where there is dropout."""
         ctx = self.context(batch["positions"], batch["segments"])
+        if (keys := batch.get("dropout_keys")) is not None:
+            ctx = replace(ctx, dropout=Dropout(self.dropout, keys))
         if self.attention == "cudnn":  # behind the one document of a row there is padding alone, hidden by the order
             return replace(ctx, segments=None)
         return ctx
 
-    def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+    def embed(self, params: Params, tokens: jax.Array, ctx: Context) -> jax.Array:
         """`[B, T]` int32 → `[B, T, D]` in the compute dtype."""
         c = self.config
         module = Embed(self.vocab_padded, c.hidden_size, self.compute_dtype, c.initializer_range)
-        return _apply(module, params["embed"], tokens, self.layout)
+        return ctx.drop(_apply(module, params["embed"], tokens, self.layout))
 
     def block(
         self, layer: Params, x: jax.Array, ctx: Context, cache: LayerCache | None = None
@@ -253,8 +258,12 @@ class LM:
     ) -> tuple[jax.Array, LayerCache | None]:
         """What the head reads, `[B, T, D]`: the embedding walked through every block by `stack` (default: scan)."""
         walk = stack or scan()
-        x = self.embed(params, tokens)
-        return walk(lambda layer, x, cache: self.block(layer, x, ctx, cache), params["layers"], x, cache)
+        x = self.embed(params, tokens, ctx)
+
+        def block(layer: tuple[Params, jax.Array], x: jax.Array, cache: LayerCache | None):
+            return self.block(layer[0], x, ctx.of_layer(layer[1]), cache)
+
+        return walk(block, (params["layers"], jnp.arange(self.config.num_hidden_layers)), x, cache)
 
     def logits(
         self,
@@ -292,7 +301,8 @@ class LM:
     ) -> Losses:
         """The losses of a batch's trained targets, summed: scalars in at least float32.
 
-        batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each.
+        batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each; also
+        `dropout_keys`, `[B]` random keys, where something is dropped.
         """
         x, _ = self.hidden(params, batch["tokens"], self.batch_context(batch), stack)
         return self.head_losses(params, x, batch, objective)

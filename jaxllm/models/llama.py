@@ -82,9 +82,9 @@ class LlamaBlock(nn.Module):
         )
         mlp = GatedMLP(c.intermediate_size, c.hidden_act, c.mlp_bias, c.initializer_range, self.dtype, name="mlp")
         y, cache = attention(RMSNorm(c.rms_norm_eps, name="attn_norm")(x), ctx, cache)
-        x = ctx.layout.constrain(x + y, "batch", "act_length", "act_embed")
+        x = ctx.layout.constrain(x + ctx.drop(y, 0), "batch", "act_length", "act_embed")
         y = mlp(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x), ctx)
-        return ctx.layout.constrain(x + y, "batch", "act_length", "act_embed"), cache
+        return ctx.layout.constrain(x + ctx.drop(y, 1), "batch", "act_length", "act_embed"), cache
 
 
 def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:

@@ -8,7 +8,6 @@ from pydantic import Discriminator, Tag, model_validator
 
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
-from jaxllm.core.tree import Params
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.named import TensorName
 
@@ -65,14 +64,14 @@ def check_offload(remat: Remat, device: Any) -> None:
         )
 
 
-Block = Callable[[Params, jax.Array, LayerCache | None], tuple[jax.Array, LayerCache | None]]
+Block = Callable[[Any, jax.Array, LayerCache | None], tuple[jax.Array, LayerCache | None]]
 
 
 class Stack(Protocol):
-    """A forward walk: applies `block` with each layer's slice of `stacked`, first to last."""
+    """A forward walk: applies `block` with each layer's slice of `stacked`, a tree of `[L, …]`, first to last."""
 
     def __call__(
-        self, block: Block, stacked: Params, x: jax.Array, cache: LayerCache | None = None
+        self, block: Block, stacked: Any, x: jax.Array, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]: ...
 
 
@@ -94,11 +93,11 @@ def scan(remat: Remat = "none", unroll: int | Literal["all"] = 1) -> Stack:
     """
 
     def walk(
-        block: Block, stacked: Params, x: jax.Array, cache: LayerCache | None = None
+        block: Block, stacked: Any, x: jax.Array, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         step = _rematerialised(block, remat)
 
-        def body(x: jax.Array, layer: tuple[Params, LayerCache | None]):
+        def body(x: jax.Array, layer: tuple[Any, LayerCache | None]):
             return step(layer[0], x, layer[1])
 
         return jax.lax.scan(body, x, (stacked, cache), unroll=True if unroll == "all" else unroll)
@@ -110,7 +109,7 @@ def loop(remat: Remat = "none") -> Stack:
     """The blocks written out one after the other: the plain meaning of a stack, for tests and for debugging."""
 
     def walk(
-        block: Block, stacked: Params, x: jax.Array, cache: LayerCache | None = None
+        block: Block, stacked: Any, x: jax.Array, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         step = _rematerialised(block, remat)
         caches = []

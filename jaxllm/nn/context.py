@@ -1,11 +1,12 @@
 """What every block of a model sees besides its parameters and its input."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
 from jaxllm.core.mesh import Layout
 from jaxllm.kernels.attention import AttentionForm
+from jaxllm.nn.dropout import Dropout
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Context:
         A token attends to earlier tokens of its own segment.
     attention: how attention is computed; with a cache it is always the plain form.
     cache: where a decoding pass stands in the key-value cache; None outside decoding.
+    dropout: of the embedding and of what each sublayer adds to the residual stream; None = nothing is dropped.
     """
 
     layout: Layout
@@ -25,6 +27,15 @@ class Context:
     segments: jax.Array | None = None
     attention: AttentionForm = "xla"
     cache: "CachePosition | None" = None
+    dropout: Dropout | None = None
+
+    def of_layer(self, index: jax.Array) -> "Context":
+        """The context of one layer, whose dropout is its own. index: scalar int32."""
+        return self if self.dropout is None else replace(self, dropout=self.dropout.at(1 + index))
+
+    def drop(self, x: jax.Array, place: int = 0) -> jax.Array:
+        """`x` after dropout. place: which of the layer's outputs it is."""
+        return x if self.dropout is None else self.dropout.at(place)(x)
 
 
 @dataclass(frozen=True)

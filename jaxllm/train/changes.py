@@ -41,6 +41,8 @@ RULES = {
     "train.max_bad_steps": Rule.SAID,
     "train.label_smoothing": Rule.NEW_FOLDER,
     "train.z_loss": Rule.NEW_FOLDER,
+    "train.dropout": Rule.NEW_FOLDER,
+    "train.stochastic_rounding": Rule.NEW_FOLDER,
     "train.unroll": Rule.SAID,
     "train.attention": Rule.SAID,
     "train.deterministic": Rule.SAID,

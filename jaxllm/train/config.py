@@ -98,6 +98,8 @@ class TrainConfig(Section):
     z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """weight of the squared logarithm of the softmax's denominator in what is minimised, such as 1e-4; train/loss is
     the cross entropy without it"""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """share that is dropped of the embedding and of what attention and feed-forward layers add, in training"""
     param_dtype: DTypeName = "float32"
     """what parameters are stored in"""
     compute_dtype: DTypeName | None = None
@@ -107,6 +109,8 @@ class TrainConfig(Section):
     """how attention is computed: xla (plain JAX, holds all scores), cudnn (NVIDIA's kernel, for one document a row),
     flash (a GPU kernel that keeps packed documents apart), or auto, the fastest that works here. It is tested for
     leaks between documents before the run starts"""
+    stochastic_rounding: bool = False
+    """bfloat16 parameters are rounded up or down at random after an update, so that small ones count on average"""
     max_grad_norm: PositiveFloat | None = 1.0
     """gradients are scaled down to this global norm; null: never"""
     max_grad_value: PositiveFloat | None = None
@@ -159,16 +163,21 @@ class TrainConfig(Section):
         """Whether gradients are of a dtype that cannot hold small ones."""
         return self.compute_dtype == "float16"
 
-    def step(self, lm: LM, tx: optax.GradientTransformationExtraArgs, schedule: optax.Schedule) -> Step:
-        """The training step."""
-        objective = Objective(self.label_smoothing, self.z_loss)
-        clips = {"max_grad_norm": self.max_grad_norm, "max_grad_value": self.max_grad_value}
+    def step(self, lm: LM, tx: optax.GradientTransformationExtraArgs, schedule: optax.Schedule, seed: int) -> Step:
+        """The training step. seed: of what it draws."""
+        options = {
+            "objective": Objective(self.label_smoothing, self.z_loss),
+            "max_grad_norm": self.max_grad_norm,
+            "max_grad_value": self.max_grad_value,
+            "stochastic_rounding": self.stochastic_rounding,
+            "seed": seed,
+        }
         if self.update == "fused":
-            return make_fused_step(lm, tx, schedule, objective=objective, **clips)
+            return make_fused_step(lm, tx, schedule, **options)
         unroll = self.unroll
         if unroll == "auto":
             unroll = "all" if lm.layout.platform == "cpu" else 1
-        return make_step(lm, tx, schedule, stack=scan(self.remat, unroll), objective=objective, **clips)
+        return make_step(lm, tx, schedule, stack=scan(self.remat, unroll), **options)
 
 
 class EvalConfig(RecordsConfig):
@@ -233,6 +242,11 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
             "train.update is fused, whose first updates are made before all gradients are known to be finite, and "
             "train.compute_dtype is float16",
             "set compute_dtype to bfloat16, or update to ordinary",
+        ),
+        (
+            train.stochastic_rounding and train.param_dtype != "bfloat16",
+            f"train.stochastic_rounding rounds bfloat16 parameters, and train.param_dtype is {train.param_dtype}",
+            "set param_dtype to bfloat16, or remove stochastic_rounding",
         ),
         (
             train.update == "fused" and (train.remat != "none" or train.unroll != "auto"),

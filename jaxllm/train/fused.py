@@ -20,8 +20,9 @@ from jaxllm.models.base import LM
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.train.metrics import squares
+from jaxllm.train.rounding import apply_updates
 from jaxllm.train.state import TrainState
-from jaxllm.train.step import Batch, Metrics, Step, step_metrics
+from jaxllm.train.step import ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
 from jaxllm.train.sweep import layer_inputs, layer_sweep, squares_sweep, sum_micro
 
 Leaves = dict[str, Any]
@@ -38,6 +39,8 @@ def make_fused_step(
     objective: Objective = CROSS_ENTROPY,
     max_grad_norm: float | None = None,
     max_grad_value: float | None = None,
+    seed: int = 0,
+    stochastic_rounding: bool = False,
 ) -> Step:
     """A step with the arguments, results and metrics of `make_step`, whose updates happen layer by layer.
 
@@ -55,7 +58,10 @@ def make_fused_step(
         slots, common = update.split(state.params, state.opt_state)
         layers, rest = _layers_and_rest(tree.flatten(state.params))
         frozen_layers, frozen_rest = _layers_and_rest(tree.flatten(state.frozen))
-        model = _Model(lm, update.nested, {**frozen_rest, **rest}, rest.keys(), dict(batch), objective)
+        frozen_layers[_INDEX] = jnp.arange(lm.config.num_hidden_layers)
+        drawn = with_dropout(lm, batch, seed, state.step)
+        model = _Model(lm, update.nested, {**frozen_rest, **rest}, rest.keys(), dict(drawn), objective)
+        rounding = step_key(seed, state.step, ROUNDING) if stochastic_rounding else None
 
         inputs, output = layer_inputs(model.block, {**frozen_layers, **layers}, model.embed(), model.batch)
         walk = (model.block, layers, frozen_layers, inputs)
@@ -72,7 +78,10 @@ def make_fused_step(
             coefficient, good = clip_coefficient(norm, max_grad_norm), good & jnp.isfinite(norm)
 
         def visit(
-            params: Mapping[str, Any], grads: Mapping[str, Any], slots: Mapping[str, Any]
+            params: Mapping[str, Any],
+            grads: Mapping[str, Any],
+            slots: Mapping[str, Any],
+            layers: jax.Array | None = None,
         ) -> tuple[Leaves, Leaves]:
             fine = good & jnp.isfinite(sum(squares(grads).values()))
             grads = jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), dict(grads))
@@ -80,7 +89,7 @@ def make_fused_step(
                 grads = optax.tree.clip(grads, -max_grad_value, max_grad_value)
             if coefficient is not None:
                 grads = optax.tree.scale(coefficient, grads)
-            new = update(params, grads, slots, common)[:2]
+            new = update(params, grads, slots, common, rounding, layers)[:2]
             return jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, (dict(params), dict(slots)))
 
         def visit_rest(grads: Leaves) -> tuple[Leaves, Leaves]:
@@ -133,14 +142,15 @@ class _Model:
     objective: Objective
 
     def block(self, layer: Mapping[str, jax.Array], x: jax.Array, micro: Batch) -> jax.Array:
-        return self.lm.block(self.nested(layer)["layers"], x, self.lm.batch_context(micro))[0]
+        ctx = self.lm.batch_context(micro).of_layer(layer[_INDEX])
+        return self.lm.block(self.nested(layer)["layers"], x, ctx)[0]
 
     def embed(self) -> jax.Array:
         """What the first layer is given, `[M, B, T, D]`."""
         return sum_micro(lambda micro: ((), self._embed({}, micro)), self.batch)[1]
 
     def _embed(self, leaves: Leaves, micro: Batch) -> jax.Array:
-        return self.lm.embed(self.nested({**self.rest, **leaves}), micro["tokens"])
+        return self.lm.embed(self.nested({**self.rest, **leaves}), micro["tokens"], self.lm.batch_context(micro))
 
     def head(self, output: jax.Array) -> tuple[tuple[Losses, Leaves], jax.Array]:
         """The mean losses, the gradients of all that the head reads, and that of the last layer's output."""
@@ -203,12 +213,18 @@ class LeafUpdate:
         return jax.tree.map(lambda owner: next(left[owner]), self._owners(params))
 
     def __call__(
-        self, params: Mapping[str, Any], grads: Mapping[str, Any], slots: Mapping[str, Any], common: list[Any]
+        self,
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        slots: Mapping[str, Any],
+        common: list[Any],
+        rounding: jax.Array | None = None,
+        layers: jax.Array | None = None,
     ) -> tuple[Leaves, Leaves, list[Any]]:
-        """The updated leaves, and what the state is after the update."""
+        """The updated leaves, and what the state is after the update. rounding, layers: of `apply_updates`."""
         nested = self.nested(params)
         updates, opt_state = self._tx.update(self.nested(grads), self.join(nested, slots, common), nested)
-        return tree.flatten(optax.apply_updates(nested, updates)), *self.split(nested, opt_state)
+        return tree.flatten(apply_updates(nested, updates, rounding, layers)), *self.split(nested, opt_state)
 
     def _owners(self, params: Params) -> Any:
         """A tree like the state for `params`: at each leaf the path of the parameter that it belongs to."""
@@ -219,3 +235,4 @@ class LeafUpdate:
 
 
 _COMMON = ""
+_INDEX = "index"

@@ -1,7 +1,7 @@
 """The program of a run: what each step computes and what it carries, known before any data or weight is read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ class Program:
     @staticmethod
     def of(config: Config, lm: LM, steps: int) -> "Program":
         """The program of a run of `steps` steps. Raises UserError for a schedule that does not fit them."""
+        lm = replace(lm, dropout=config.train.dropout)
         tx, schedule = build(config.optim, steps, lm.padded)
         params = lm.abstract()
         everything = jax.tree.map(lambda _: True, params)
@@ -45,7 +46,7 @@ class Program:
 
     def compile(self, widths: Sequence[int], options: Mapping[str, Any] | None = None) -> CompiledStep:
         """The compiled step for rows of any of `widths`. options: the compiler's."""
-        step = self.config.train.step(self.lm, self.tx, self.schedule)
+        step = self.config.train.step(self.lm, self.tx, self.schedule, self.config.seed)
         return compile_steps(step, self.state, [self.batch(width) for width in widths], self.lm.layout, options)
 
     def start(self, params: Params) -> TrainState:

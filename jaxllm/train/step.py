@@ -18,6 +18,7 @@ from jaxllm.models.stack import Stack
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.train.metrics import norms, squares
+from jaxllm.train.rounding import apply_updates
 from jaxllm.train.state import SMALLEST_LOSS_SCALE, TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -26,6 +27,9 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 # The dimensions of every array of a batch: micro-batches, sequences, tokens.
 BATCH_AXES = ("micro", "batch", "act_length")
+
+# What a step draws random numbers for.
+DROPOUT, ROUNDING = range(2)
 
 
 def make_step(
@@ -37,6 +41,8 @@ def make_step(
     objective: Objective = CROSS_ENTROPY,
     max_grad_norm: float | None = None,
     max_grad_value: float | None = None,
+    seed: int = 0,
+    stochastic_rounding: bool = False,
 ) -> Step:
     """A step over batches of arrays `[micro-batches, sequences, T]`.
 
@@ -45,6 +51,9 @@ def make_step(
     gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters. With
     `max_grad_value`, its entries are clamped to ±max_grad_value before that (the norm is of the unclamped ones).
     A loss or gradient that is not finite leaves parameters, optimizer state and the schedule's step as they are.
+
+    seed: of what is drawn, anew for each step: what `lm.dropout` drops, a mask for each sequence, and how bfloat16
+    parameters are rounded where `stochastic_rounding`.
 
     Where the state has a loss scale, the objective is multiplied by it before it is differentiated, and the float32
     gradient divided by it after. A gradient that is not finite then counts as an overflow of float16, and lowers the
@@ -79,7 +88,7 @@ def make_step(
         return jax.lax.scan(add, zeros, dict(batch))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        losses, grads = gradient(state, batch)
+        losses, grads = gradient(state, with_dropout(lm, batch, seed, state.step))
         loss_scale = state.loss_scale
         if loss_scale is not None:
             grads = optax.tree.scale(1 / loss_scale.scale, grads)
@@ -97,12 +106,25 @@ def make_step(
         if max_grad_norm is not None:
             grads = optax.tree.scale(clip_coefficient(norm, max_grad_norm), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        rounding = step_key(seed, state.step, ROUNDING) if stochastic_rounding else None
+        params = apply_updates(state.params, updates, rounding)
         new, old = (params, opt_state), (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
         return TrainState(state.step + good, params, state.frozen, opt_state, loss_scale), metrics
 
     return step
+
+
+def step_key(seed: int, step: jax.Array, purpose: int) -> jax.Array:
+    """The key of what a step draws for a purpose."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+def with_dropout(lm: LM, batch: Batch, seed: int, step: jax.Array) -> Batch:
+    """`batch` with a key for each sequence, if the model drops anything."""
+    if not lm.dropout:
+        return batch
+    return {**batch, "dropout_keys": jax.random.split(step_key(seed, step, DROPOUT), batch["tokens"].shape[:2])}
 
 
 def step_metrics(

@@ -23,9 +23,9 @@ Leaves = Mapping[str, jax.Array]
 Block = Callable[[Leaves, jax.Array, Any], jax.Array]
 """`(layer, x, micro) -> x`: one layer on one micro-batch, whose own data (positions, segments, …) is `micro`."""
 
-Visit = Callable[[Leaves, Leaves, Mapping[str, Any]], tuple[Leaves, Mapping[str, Any]]]
-"""`(parameters, gradients, state) -> (parameters, state)` of one layer, each array with a leading axis of 1. It must
-treat leaves separately: it may be called with some of them alone."""
+Visit = Callable[[Leaves, Leaves, Mapping[str, Any], jax.Array], tuple[Leaves, Mapping[str, Any]]]
+"""`(parameters, gradients, state, index) -> (parameters, state)` of one layer, each array with a leading axis of 1;
+index `[1]` int32 says which it is. It must treat leaves separately: it may be called with some of them alone."""
 
 _barrier = jax.lax.optimization_barrier
 
@@ -82,7 +82,8 @@ def layer_sweep(
             g = {name: grads[name][None] for name in names}
             g, dx = _barrier((g, dx)) if chained else (g, dx)
             rows = _row({name: (trainable[name], state[name]) for name in names}, i)
-            new, new_state = visit({name: rows[name][0] for name in names}, g, {name: rows[name][1] for name in names})
+            params, slots = ({name: row[half] for name, row in rows.items()} for half in (0, 1))
+            new, new_state = visit(params, g, slots, i[None])
             new, new_state, dx = _barrier((new, new_state, dx))
             trainable = {**trainable, **_put({name: trainable[name] for name in names}, new, i)}
             state = {**state, **_put({name: state[name] for name in names}, new_state, i)}

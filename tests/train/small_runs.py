@@ -100,6 +100,9 @@ def program(
     dtype: str = "float32",
     compute_dtype: str | None = None,
     objective: Objective = CROSS_ENTROPY,
+    dropout: float = 0.0,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
     shape: tuple[int, int] = (ROWS, LENGTH),
 ) -> Program:
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
@@ -108,7 +111,7 @@ def program(
     parameters, and of the computation where no other is given; float16 scales the loss. shape: sequences in a whole
     batch, and tokens in each.
     """
-    lm = replace(small_lm(config, dtype=dtype), compute_dtype=jnp.dtype(compute_dtype or dtype))
+    lm = replace(small_lm(config, dtype=dtype), compute_dtype=jnp.dtype(compute_dtype or dtype), dropout=dropout)
     scale_loss = compute_dtype == "float16"
     layout = fit_layout(config, layout or Layout.single())
     moved, params = on_layout(lm, layout, draw_params(lm))
@@ -117,6 +120,7 @@ def program(
     chosen = tree.match(params, "*", exclude=frozen)
     abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss)
     options = dict(objective=objective, max_grad_norm=max_grad_norm, max_grad_value=max_grad_value)
+    options |= dict(stochastic_rounding=stochastic_rounding, seed=seed)
     make = make_fused_step if fused else partial(make_step, stack=stack or scan())
     step = make(moved, tx, schedule, **options)
     rows, length = shape

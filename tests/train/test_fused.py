@@ -69,6 +69,7 @@ PAIRS = [
     ("adan", BIASED, dict(fsdp=4), 1, NO_CLIP),
     ("adalomo", TIED, dict(fsdp=2, tensor=2), 4, NO_CLIP),
     ("lion", {}, {}, 4, dict(max_grad_norm=None, max_grad_value=1e-2)),
+    ("lomo", TIED, dict(fsdp=2, tensor=2), 4, dict(dropout=0.2)),
 ]
 
 
@@ -149,15 +150,19 @@ def test_all_optimizers_are_in_the_table():
 
 
 @cache
-def bfloat16_programs() -> list[Any]:
+def bfloat16_programs(stochastic_rounding: bool = False) -> list[Any]:
     options = dict(optimizer=optimizer("adamw"), dtype="bfloat16", micro_batches=2)
-    return [program(llama(), fused=fused, **options) for fused in (False, True)]
+    return [
+        program(llama(), fused=fused, stochastic_rounding=stochastic_rounding, **options) for fused in (False, True)
+    ]
 
 
-def test_bfloat16_parameters_keep_float32_state():
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+def test_bfloat16_parameters_keep_float32_state(stochastic_rounding):
     """A step from the same parameters moves each to the same bfloat16 number, or to a neighbour."""
     ordinary, fused = (
-        made.compiled.run(made.start(), made.place(ragged_batch(0), 2))[0] for made in bfloat16_programs()
+        made.compiled.run(made.start(), made.place(ragged_batch(0), 2))[0]
+        for made in bfloat16_programs(stochastic_rounding)
     )
     ours, theirs = tree.flatten(fused.params), tree.flatten(ordinary.params)
     for path, leaf in ours.items():

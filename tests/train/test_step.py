@@ -209,6 +209,7 @@ class OneLine(NamedTuple):
     """Stands for a model whose summed cross entropy is `loss(params, batch)`."""
 
     loss: Callable[[Any, Any], jax.Array]
+    dropout: float = 0.0
 
     def losses(self, params: Any, batch: Any, stack: Any, objective: Objective) -> Losses:
         assert objective == CROSS_ENTROPY
