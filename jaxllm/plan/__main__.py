@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         target = target_named(options.gpu)
         if options.devices is not None and options.devices < 1:
             raise UserError(f"--devices must be at least 1, got {options.devices}")
-        with quiet_libraries():  # they say that no GPU is there
+        with quiet_libraries():  # which say that no GPU is here
             from rich.console import Console
 
             from jaxllm.core.config import load
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
             devices = devices_for(config, None if missing else target, options.devices)
         console = Console()
         report_devices(console, target, missing)
-        with console.status("compiling the training step"):
+        with console.status("compiling the training step"), quiet_libraries():
             planned = plan(config, devices)
         report(console, planned, target, config)
         return 0
