@@ -173,6 +173,19 @@ def test_8b_in_the_memory_of_its_weights(tmp_path):
 
 @pytest.mark.full
 @needs_wheels
+def test_sharded_over_8_one_layer_is_whole_at_a_time(tmp_path):
+    """Llama 3 8B with a row of 2048 on each of 8 H100s: beside its eighth of the weights, a card has room for the
+    inputs of the 32 layers, and for three whole layers."""
+    config = config_of(tmp_path, LLAMA_8B | HEADS["8B"], max_grad_norm=None, batch_size=8)
+    (sharded,) = gpu_plans(config, ["mesh.fsdp=8"])
+    width, depth = LLAMA_8B["hidden_size"], LLAMA_8B["num_hidden_layers"]
+    vocabulary = 2 * LLAMA_8B["vocab_size"] * width
+    layers = 8 * sharded.parts["parameters"] - 2 * vocabulary
+    assert sharded.temp <= depth * 2048 * width * 2 + 3 * layers / depth
+
+
+@pytest.mark.full
+@needs_wheels
 def test_a_fused_update_saves_the_gradients_of_the_layers(tmp_path):
     """AdamW of a 1B model; the embedding's and the head's gradients are whole in both."""
     config = config_of(tmp_path, LLAMA_1B | HEADS["1B"])
