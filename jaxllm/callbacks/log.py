@@ -24,7 +24,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.train.state import Event
 
 # What a step tells under some settings only.
-SOMETIMES = ("objective", "z_loss", "loss_scale", "overflow")
+SOMETIMES = ("objective", "z_loss", "loss_scale", "overflow", "sophia_win_rate")
 # Of the records of a bad step, how many are named.
 RECORDS_NAMED = 50
 # What a step tells of each group of parameters.

@@ -48,6 +48,7 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "gradient_clipping": ("train.max_grad_norm",),
     "greater_is_better": ("checkpoint.best_mode",),
     "group_by_length": ("data.packing",),
+    "hess_interval": ("optim.hessian_every",),
     "interleave_probs": ("data.sources.0.weight",),
     "label_smoothing_factor": ("train.label_smoothing",),
     "length_grouped_sampling": ("data.packing",),

@@ -302,7 +302,8 @@ class LM:
         """The losses of a batch's trained targets, summed: scalars in at least float32.
 
         batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each; also
-        `dropout_keys`, `[B]` random keys, where something is dropped.
+        `dropout_keys`, `[B]` random keys, where something is dropped. Keys as `targets` draw them from the model (see
+        `token_losses`).
         """
         x, _ = self.hidden(params, batch["tokens"], self.batch_context(batch), stack)
         return self.head_losses(params, x, batch, objective)

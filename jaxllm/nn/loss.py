@@ -65,8 +65,10 @@ def token_losses(
     """The losses of `[B, T]` tokens, summed over those that are trained.
 
     x: `[B, T, D]`, the input of `logits`, which gives `[b, t, V]`, of which the first `vocab_size` are tokens and the
-    others −inf. targets: `[B, T]` int32. mask: `[B, T]`, 1 where the target is trained. `chunks` divides T: one
-    chunk's logits exist at a time; where there are several, they are computed again in the backward pass.
+    others −inf. targets: `[B, T]` int32; or keys, by each of which its token's target is drawn from the softmax of the
+    logits: the draw depends on neither chunks nor layout. mask: `[B, T]`, 1 where the target is trained. `chunks`
+    divides T: one chunk's logits exist at a time; where there are several, they are computed again in the backward
+    pass.
     """
 
     def chunk_sums(x: jax.Array, targets: jax.Array, mask: jax.Array) -> Losses:
@@ -75,6 +77,8 @@ def token_losses(
         z = layout.constrain(logits(x), "act_vocab_batch", None, "act_vocab")
         mask = mask.astype(z.dtype)
         vocabulary = jnp.arange(z.shape[-1])
+        if jnp.issubdtype(targets.dtype, jax.dtypes.prng_key):
+            targets = _drawn(targets, jax.lax.stop_gradient(z), layout)
         # A comparison keeps the vocabulary split; an index would gather it.
         target_logit = jnp.sum(jnp.where(targets[..., None] == vocabulary, z, 0), axis=-1)
         log_z = jax.nn.logsumexp(z, axis=-1)
@@ -98,3 +102,13 @@ def token_losses(
     recomputed = jax.checkpoint(chunk_sums)
     parts = jax.lax.map(lambda chunk: recomputed(*chunk), (split(x), split(targets), split(mask)))
     return jax.tree.map(jnp.sum, parts)
+
+
+def _drawn(keys: jax.Array, z: jax.Array, layout: Layout) -> jax.Array:
+    """A token drawn from the softmax of each row of logits: the largest after Gumbel noise is added.
+
+    (Maddison et al., "A* Sampling", arXiv 1411.0030, section 2.)
+    """
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, z.shape[-1:], z.dtype)))(keys)
+    noise = layout.constrain(noise, "act_vocab_batch", None, "act_vocab")
+    return jnp.argmax(z + noise, axis=-1)

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import optax
+from pydantic import PositiveInt
 
 from jaxllm import optim
 from jaxllm.core import tree
 from jaxllm.core.registry import Registry
 from jaxllm.optim import wrapped
 from jaxllm.optim.config import Decay, DecayMask, OptimizerConfig, Positive
+from jaxllm.optim.schedule_config import NotNegative
 from jaxllm.optim.wrappers import per_layer, without_padding
 
 
@@ -66,12 +68,30 @@ class AdaLomo(OptimizerConfig):
         return optim.adalomo(rate, self.decay_rate, self.eps, self.clip_threshold, self.weight_decay, mask=mask)
 
 
+class SophiaG(OptimizerConfig):
+    type: Literal["sophia_g"]
+    needs_whole_model: ClassVar[str] = "takes a second gradient of the whole model"
+    weight_decay: NotNegative = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
+    b1: Decay = 0.965
+    b2: Decay = 0.99
+    rho: Positive = 0.04
+    """Larger scales more entries and clips fewer: raise it while train/sophia_win_rate is below 0.1, lower it above
+    0.5."""
+    hessian_every: PositiveInt = 10
+    """Updates between estimates of the curvature, each of which costs a second gradient."""
+
+    def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
+        return optim.sophia_g(rate, self.b1, self.b2, self.rho, self.weight_decay, mask=mask)
+
+
 OPTIMIZERS = Registry[type[OptimizerConfig]]("optimizer")
 OPTIMIZERS.add("adamw", AdamW)
 OPTIMIZERS.add("lion", Lion)
 OPTIMIZERS.add("adan", Adan)
 OPTIMIZERS.add("lomo", Lomo)
 OPTIMIZERS.add("adalomo", AdaLomo)
+OPTIMIZERS.add("sophia_g", SophiaG)
 OPTIMIZERS.add("sgd", wrapped.Sgd)
 OPTIMIZERS.add("nadamw", wrapped.NAdamW)
 OPTIMIZERS.add("radam", wrapped.RAdam)

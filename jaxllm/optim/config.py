@@ -30,6 +30,8 @@ class OptimizerConfig(Section):
 
     has_statistics: ClassVar[bool] = False
     """Whether an entry's update depends on others of its tensor, which must then be one layer's matrix or vector."""
+    needs_whole_model: ClassVar[str] = ""
+    """Why the layers cannot be updated one by one; empty where they can."""
 
     @abstractmethod
     def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:

@@ -49,16 +49,22 @@ def scale_by_sophia_g(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def win_rate(opt_state: optax.OptState, rho: float, batch_tokens: int) -> jax.Array:
+def win_rate(opt_state: optax.OptState, rho: float, batch_tokens: int, padding: int = 0) -> jax.Array:
     """The share of entries that the Hessian scales: |m| < rho·batch_tokens·h; the others were clipped to ±1.
 
     Its authors keep it between 0.1 and 0.5; raise `rho` when it is lower. `opt_state` is a state of
     `sophia_g`, alone or inside a chain. After a step with `hessian_grads` it tells of the moved Hessian.
+    padding: how many entries are always zero and do not count.
     """
     m = jax.tree.leaves(optax.tree.get(opt_state, "m"))
     h = jax.tree.leaves(optax.tree.get(opt_state, "h"))
-    wins = [jnp.sum(jnp.abs(m) < rho * batch_tokens * h) for m, h in zip(m, h, strict=True)]
-    return jnp.asarray(sum(wins) / sum(x.size for x in m), jnp.float32)
+
+    def wins(m: jax.Array, h: jax.Array) -> jax.Array:
+        # Row by row: a float32 that counts one by one stops at 2²⁴.
+        of_rows = jnp.sum(jnp.abs(m) < rho * batch_tokens * h, axis=-1, dtype=jnp.int32)
+        return jnp.sum(of_rows.astype(jnp.float32))
+
+    return sum(map(wins, m, h), jnp.zeros((), jnp.float32)) / (sum(leaf.size for leaf in m) - padding)
 
 
 def sophia_g(

@@ -21,8 +21,9 @@ from jaxllm.models import FAMILIES
 from jaxllm.models.base import LM, FamilyConfig
 from jaxllm.models.stack import RematConfig, scan
 from jaxllm.nn.loss import Objective
-from jaxllm.optim.build import OPTIMIZERS
+from jaxllm.optim.build import OPTIMIZERS, SophiaG
 from jaxllm.optim.config import OptimizerConfig
+from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.metrics import MetricsConfig
 from jaxllm.train.step import Step, make_step
@@ -163,7 +164,14 @@ class TrainConfig(Section):
         """Whether gradients are of a dtype that cannot hold small ones."""
         return self.compute_dtype == "float16"
 
-    def step(self, lm: LM, tx: optax.GradientTransformationExtraArgs, schedule: optax.Schedule, seed: int) -> Step:
+    def step(
+        self,
+        lm: LM,
+        tx: optax.GradientTransformationExtraArgs,
+        schedule: optax.Schedule,
+        seed: int,
+        curvature: Curvature | None = None,
+    ) -> Step:
         """The training step. seed: of what it draws."""
         options = {
             "objective": Objective(self.label_smoothing, self.z_loss),
@@ -177,7 +185,7 @@ class TrainConfig(Section):
         unroll = self.unroll
         if unroll == "auto":
             unroll = "all" if lm.layout.platform == "cpu" else 1
-        return make_step(lm, tx, schedule, stack=scan(self.remat, unroll), **options)
+        return make_step(lm, tx, schedule, stack=scan(self.remat, unroll), curvature=curvature, **options)
 
 
 class EvalConfig(RecordsConfig):
@@ -213,6 +221,11 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     callbacks: list[Annotated[CallbackConfig, ByType(CALLBACKS)]] = Field(default_factory=lambda: [TensorBoardConfig()])
     """what else sees the run; [] for nothing"""
+
+    def curvature(self) -> Curvature | None:
+        """What the optimizer is told of the curvature."""
+        sophia = self.optim
+        return Curvature(sophia.hessian_every, sophia.rho) if isinstance(sophia, SophiaG) else None
 
     @model_validator(mode="after")
     def _compatible(self) -> "Config":
@@ -252,6 +265,12 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
             train.update == "fused" and (train.remat != "none" or train.unroll != "auto"),
             "train.update is fused, which computes each layer again in its own way, and train.remat or unroll is set",
             "remove them, or set update to ordinary",
+        ),
+        (
+            train.update == "fused" and bool(config.optim.needs_whole_model),
+            f"train.update is fused, which updates one layer at a time, and optim.type {config.optim.type} "
+            f"{config.optim.needs_whole_model}",
+            "set update to ordinary, or choose another optimizer, such as adamw",
         ),
         (
             config.mesh.pipeline != 1,

@@ -46,7 +46,7 @@ class Program:
 
     def compile(self, widths: Sequence[int], options: Mapping[str, Any] | None = None) -> CompiledStep:
         """The compiled step for rows of any of `widths`. options: the compiler's."""
-        step = self.config.train.step(self.lm, self.tx, self.schedule, self.config.seed)
+        step = self.config.train.step(self.lm, self.tx, self.schedule, self.config.seed, self.config.curvature())
         return compile_steps(step, self.state, [self.batch(width) for width in widths], self.lm.layout, options)
 
     def start(self, params: Params) -> TrainState:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxllm.models.base import LM
 from jaxllm.models.stack import Stack
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
+from jaxllm.train.curvature import Curvature, with_drawn_targets
 from jaxllm.train.metrics import norms, squares
 from jaxllm.train.rounding import apply_updates
 from jaxllm.train.state import SMALLEST_LOSS_SCALE, TrainState
@@ -29,7 +31,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 BATCH_AXES = ("micro", "batch", "act_length")
 
 # What a step draws random numbers for.
-DROPOUT, ROUNDING = range(2)
+DROPOUT, ROUNDING, TARGETS = range(3)
 
 
 def make_step(
@@ -43,6 +45,7 @@ def make_step(
     max_grad_value: float | None = None,
     seed: int = 0,
     stochastic_rounding: bool = False,
+    curvature: Curvature | None = None,
 ) -> Step:
     """A step over batches of arrays `[micro-batches, sequences, T]`.
 
@@ -59,13 +62,18 @@ def make_step(
     gradient divided by it after. A gradient that is not finite then counts as an overflow of float16, and lowers the
     scale; it counts as bad only where the loss is not finite either or the scale is the smallest already.
 
+    With `curvature`, `tx` (then `optim.sophia_g`) is given √N·ĝ as `hessian_grads` in the updates in which that is due:
+    ĝ is the gradient at the same parameters, of the same N trained tokens with drawn targets, clipped by itself as the
+    gradient is. One that is not finite makes the step bad.
+
     Metrics: `loss` (the mean cross entropy, whatever is minimised), `grad_norm` (before clipping), `learning_rate`,
     `trained_tokens`, `bad` (1 for a step that was not applied); `grad_norm/<group>` and `param_norm/<group>` (before
     the update) of the trainable half, see `metrics.norms`; `objective` where it is not the loss, `z_loss` where it is
-    a part of it; `loss_scale` (the one used) and `overflow` (1 for such a step) where there is one.
+    a part of it; `loss_scale` (the one used) and `overflow` (1 for such a step) where there is one; `sophia_win_rate`
+    with `curvature`: the share of entries that were not clipped.
     """
 
-    def gradient(state: TrainState, batch: Batch) -> tuple[Losses, Params]:
+    def gradient(state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
         trained = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
         factor = 1 if state.loss_scale is None else state.loss_scale.scale
 
@@ -87,29 +95,61 @@ def make_step(
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_micro, first))
         return jax.lax.scan(add, zeros, dict(batch))[0]
 
+    def unscaled_gradient(state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
+        losses, grads = gradient(state, batch, objective)
+        if state.loss_scale is not None:
+            grads = optax.tree.scale(1 / state.loss_scale.scale, grads)
+        return losses, grads
+
+    def clipped(grads: Params, norm: jax.Array) -> Params:
+        if max_grad_value is not None:
+            grads = optax.tree.clip(grads, -max_grad_value, max_grad_value)
+        if max_grad_norm is not None:
+            grads = optax.tree.scale(clip_coefficient(norm, max_grad_norm), grads)
+        return grads
+
+    def curvature_gradient(state: TrainState, batch: Batch) -> tuple[Params, jax.Array]:
+        """√N·ĝ, and whether it is finite."""
+        batch = with_drawn_targets(batch, step_key(seed, state.step, TARGETS))
+        _, grads = unscaled_gradient(state, batch, CROSS_ENTROPY)
+        norm = jnp.sqrt(sum(squares(grads).values()))
+        root = jnp.sqrt(jnp.sum(batch["loss_mask"])).astype(norm.dtype)
+        return optax.tree.scale(root, clipped(grads, norm)), jnp.isfinite(norm)
+
+    def updates_of(
+        state: TrainState, batch: Batch, grads: Params
+    ) -> tuple[optax.Updates, optax.OptState, jax.Array | bool]:
+        """The updates, the state of the optimizer after them, and whether what they are made of is finite."""
+        updates, after = tx.update(grads, state.opt_state, state.params)
+        if curvature is None:
+            return updates, after, True
+        due = curvature.is_due(state.step)
+        drawn = partial(curvature_gradient, state, batch)
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(drawn)[0])
+        hessian_grads, finite = jax.lax.cond(due, drawn, lambda: (nothing, jnp.array(True)))
+        _, moved = tx.update(grads, state.opt_state, state.params, hessian_grads=hessian_grads)
+        return updates, jax.tree.map(lambda moved, kept: jnp.where(due, moved, kept), moved, after), finite
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        losses, grads = gradient(state, with_dropout(lm, batch, seed, state.step))
+        batch = with_dropout(lm, batch, seed, state.step)
+        losses, grads = unscaled_gradient(state, batch, objective)
         loss_scale = state.loss_scale
-        if loss_scale is not None:
-            grads = optax.tree.scale(1 / loss_scale.scale, grads)
         metrics = step_metrics(losses, squares(grads), squares(state.params), batch, schedule(state.step), objective)
         norm = metrics["grad_norm"]
-        good = jnp.isfinite(losses.objective) & jnp.isfinite(norm)
+        updates, opt_state, finite = updates_of(state, batch, clipped(grads, norm))
+        good = jnp.isfinite(losses.objective) & jnp.isfinite(norm) & finite
         overflow = jnp.zeros((), bool)
         if loss_scale is not None:
             overflow = jnp.isfinite(losses.objective) & ~good & (loss_scale.scale > SMALLEST_LOSS_SCALE)
             metrics |= {"loss_scale": loss_scale.scale, "overflow": overflow.astype(jnp.int32)}
             loss_scale = loss_scale.after(good, overflow)
         metrics["bad"] = (~good & ~overflow).astype(jnp.int32)
-        if max_grad_value is not None:
-            grads = optax.tree.clip(grads, -max_grad_value, max_grad_value)
-        if max_grad_norm is not None:
-            grads = optax.tree.scale(clip_coefficient(norm, max_grad_norm), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
         rounding = step_key(seed, state.step, ROUNDING) if stochastic_rounding else None
         params = apply_updates(state.params, updates, rounding)
         new, old = (params, opt_state), (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+        if curvature is not None:
+            metrics["sophia_win_rate"] = curvature.win_rate(opt_state, params, lm.padded)
         return TrainState(state.step + good, params, state.frozen, opt_state, loss_scale), metrics
 
     return step

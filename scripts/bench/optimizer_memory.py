@@ -71,7 +71,10 @@ def measure(folder: Path, optimizers: Sequence[str], gpu: str, layers: int) -> I
     target = None if missing_wheels() else target_named(gpu)
     for optimizer in optimizers:
         config = write_config(folder, optimizer, layers)
+        whole = OPTIMIZERS[optimizer].needs_whole_model
         for form, changes in FORMS.items():
+            if whole and "fused" in form:
+                continue
             try:
                 chosen = load(config, changes, Config)
                 with quiet_libraries():

@@ -202,3 +202,26 @@ def test_no_device_ever_holds_the_whole_vocabulary(sizes):
     matrices = {dims for dims in shapes if len(dims) > 1 and any(dim % 13 == 0 for dim in dims)}
     assert {dim for dims in matrices for dim in dims if dim % 13 == 0} == {vocab // shares}
     assert re.search("all-(gather|reduce)", text)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_targets_are_drawn_from_the_softmax(chunks):
+    """Of 16,384 draws each token has its share, to within 5 standard deviations, and the padding has none."""
+    rows, length, vocabulary = 16, 1024, 5
+    z = np.array([0.0, 1.0, 2.0, -1.0, -np.inf, -np.inf, -np.inf, -np.inf], np.float32)
+    keys = jax.random.split(jax.random.key(0), (rows, length))
+
+    def loss(x, keys):
+        mask = jnp.ones((rows, length))
+        options = dict(vocab_size=vocabulary, chunks=chunks)
+        return token_losses(lambda x: x, x, keys, mask, Layout.single(), **options).objective
+
+    gradient = jax.jit(jax.grad(loss))(jnp.broadcast_to(jnp.asarray(z), (rows, length, len(z))), keys)
+    share = np.exp(z) / np.exp(z).sum()
+    drawn = np.asarray(share - gradient).round(3)  # the gradient is the softmax less the drawn token
+    assert set(np.unique(drawn)) == {0.0, 1.0}
+    count = rows * length
+    deviation = np.sqrt(share * (1 - share) / count)
+    assert (np.abs(drawn.mean((0, 1)) - share) <= 5 * deviation).all()
+    # Each token has its own draw.
+    assert (drawn[0] != drawn[1]).any()

@@ -147,7 +147,7 @@ def test_state_can_be_mapped_with_the_parameters(name: str) -> None:
     assert all({*of_state} <= {*of_param, 1} for of_state, of_param in pairs)
 
 
-@pytest.mark.parametrize("name", [*REGISTERED, "sophia_g"])
+@pytest.mark.parametrize("name", REGISTERED)
 def test_masked_leaves_are_untouched_and_have_no_state(name: str) -> None:
     params = model()
     grads = jax.tree.map(lambda g: g[0], gradients_like(params, 1))
@@ -168,7 +168,7 @@ def test_masked_leaves_are_untouched_and_have_no_state(name: str) -> None:
     assert not [path for path in paths if "embed" in path or "norm" in path]
 
 
-@pytest.mark.parametrize("name", [*REGISTERED, "sophia_g"])
+@pytest.mark.parametrize("name", REGISTERED)
 def test_holes_are_skipped(name: str) -> None:
     """The trainable half of a model has None where a frozen leaf was: same result as a tree without it."""
     params = {"layers": model()["layers"]}

@@ -21,6 +21,7 @@ from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import AdamW, build
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.schedule_config import Cosine
+from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.state import TrainState, abstract_state, new_state
 from jaxllm.train.step import BATCH_AXES, CompiledStep, batch_shapes, compile_step, make_step
@@ -92,6 +93,7 @@ def program(
     schedule: optax.Schedule = lambda step: 1.0,
     optimizer: OptimizerConfig = OPTIMIZER,
     fused: bool = False,
+    curvature: Curvature | None = None,
     frozen: Sequence[str] = (),
     micro_batches: int = 1,
     stack: Stack | None = None,
@@ -121,7 +123,7 @@ def program(
     abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss)
     options = dict(objective=objective, max_grad_norm=max_grad_norm, max_grad_value=max_grad_value)
     options |= dict(stochastic_rounding=stochastic_rounding, seed=seed)
-    make = make_fused_step if fused else partial(make_step, stack=stack or scan())
+    make = make_fused_step if fused else partial(make_step, stack=stack or scan(), curvature=curvature)
     step = make(moved, tx, schedule, **options)
     rows, length = shape
     batch = batch_shapes((micro_batches, rows // micro_batches, length), layout)

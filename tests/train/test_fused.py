@@ -88,7 +88,8 @@ def test_every_way_to_clip_on_a_mixed_mesh(name, how):
     check(name, TIED if name in ("lomo", "adan") else {}, MIXED, 4, **how)
 
 
-WRAPPED = [name for name in OPTIMIZERS if name not in {name for name, *_ in PAIRS}]
+FUSED = [name for name in OPTIMIZERS if not OPTIMIZERS[name].needs_whole_model]
+WRAPPED = [name for name in FUSED if name not in {name for name, *_ in PAIRS}]
 
 
 @pytest.mark.full
@@ -146,7 +147,7 @@ def test_only_the_layers_train():
 
 
 def test_all_optimizers_are_in_the_table():
-    assert {name for name, *_ in PAIRS} == {name for name in optim.__all__ if name in OPTIMIZERS}
+    assert {name for name, *_ in PAIRS} == {name for name in optim.__all__ if name in FUSED}
 
 
 @cache
@@ -275,3 +276,11 @@ def test_what_cannot_go_together_is_refused(changes, message):
     assert config().train.update == "fused"
     with pytest.raises((ValueError, UserError), match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS[name].needs_whole_model])
+def test_an_optimizer_that_needs_the_whole_model_is_refused_by_name(name):
+    values = config().model_dump()
+    values["optim"] = {"type": name, "learning_rate": 1e-3}
+    with pytest.raises((ValueError, UserError), match=f"optim.type {name} .*; set update to ordinary"):
+        Config.model_validate(values)
