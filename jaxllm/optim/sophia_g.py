@@ -64,7 +64,7 @@ def win_rate(opt_state: optax.OptState, rho: float, batch_tokens: int, padding: 
         of_rows = jnp.sum(jnp.abs(m) < rho * batch_tokens * h, axis=-1, dtype=jnp.int32)
         return jnp.sum(of_rows.astype(jnp.float32))
 
-    return sum(map(wins, m, h), jnp.zeros((), jnp.float32)) / (sum(leaf.size for leaf in m) - padding)
+    return sum(map(wins, m, h), jnp.zeros((), jnp.float32)) / float(sum(leaf.size for leaf in m) - padding)
 
 
 def sophia_g(

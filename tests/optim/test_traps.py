@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxllm import optim
+from jaxllm.optim.sophia_g import win_rate
 from jaxllm.optim.wrappers import per_layer
 
 
@@ -193,3 +194,10 @@ def test_weight_decay_follows_the_mask() -> None:
     for name, after in runs(params, grads).items():
         np.testing.assert_array_equal(after["bias"], params["bias"], err_msg=name)
         np.testing.assert_allclose(after["kernel"], shrinks[name] * params["kernel"], rtol=1e-6, err_msg=name)
+
+
+def test_sophias_win_rate_of_more_entries_than_an_int32_counts() -> None:
+    params = {"kernel": jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.float32)}
+    state = jax.eval_shape(optim.sophia_g(1e-3).init, params)
+    rate = jax.eval_shape(lambda state: win_rate(state, 0.04, 1), state)
+    assert (rate.shape, rate.dtype) == ((), jnp.float32)
