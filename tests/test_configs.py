@@ -12,11 +12,9 @@ from jaxllm.core.mesh import Layout
 from jaxllm.hf import read_model
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.layout import fit_layout
-from jaxllm.optim.build import build
 from jaxllm.train.changes import rule_of
 from jaxllm.train.config import Config, NewModel
-from jaxllm.train.state import abstract_state
-from jaxllm.train.step import batch_shapes
+from jaxllm.train.program import Program
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -32,13 +30,12 @@ def test_recipe_builds_abstractly_and_shards(recipe: Path, shared: Path) -> None
         lm = LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout))
     else:
         lm = read_model(shared / "models" / "stories3M", layout)
-    tx, schedule = build(config.optim, config.train.steps or 1000)
-    state = abstract_state(lm.abstract(), jax.tree.map(lambda _: True, lm.abstract()), tx, lm.layout)
-    batch = batch_shapes((micro_batches, micro_batch, config.data.seq_len), lm.layout)
+    program = Program.of(config, lm, config.train.steps or 1000)
+    state, batch = program.state, program.batch(config.data.seq_len)
     assert micro_batches * micro_batch == config.train.batch_size
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves((state, batch)))
-    assert 0 < float(schedule(0)) <= config.optim.learning_rate
-    largest = max(jax.tree.leaves(state.params), key=lambda leaf: leaf.size)
+    assert 0 < float(program.schedule(0)) <= config.optim.learning_rate
+    largest = max(jax.tree.leaves((state.params, state.frozen)), key=lambda leaf: leaf.size)
     assert largest.sharding.shard_shape(largest.shape) != largest.shape, "nothing is sharded over 8 devices"
 
 

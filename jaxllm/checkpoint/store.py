@@ -64,6 +64,10 @@ class Checkpoint:
         """What the run said beside the state."""
         return self._facts()["run"]
 
+    def leaves(self) -> list[str]:
+        """The paths of the arrays of the state."""
+        return self._facts()["leaves"]
+
     def restore(self, abstract: Any, *, partial: bool = False) -> Any:
         """The state with the shapes, dtypes and shardings of `abstract`, whatever mesh wrote it.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from jax.typing import DTypeLike
 
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
-from jaxllm.core import hub
+from jaxllm.core import hub, tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
@@ -119,6 +119,17 @@ def _from_checkpoint(
         if chosen is None:
             raise UserError(f"{run}: the run has no complete checkpoint yet")
         chosen.verify()
-        return chosen.restore({"params": lm.abstract()}, partial=True)["params"]
+        return _parameters(chosen, lm)
 
     return OpenModel(lm, run / RUN_MODEL, load)
+
+
+def _parameters(checkpoint: Checkpoint, lm: LM) -> Params:
+    """The parameters of a checkpoint, from the half that trained and the one that did not."""
+    shapes, halves = tree.flatten(lm.abstract()), ("params", "frozen")
+    names = {path.partition("/")[::2] for path in checkpoint.leaves()}
+    wanted = {f"{half}/{path}": shapes[path] for half in halves for path in shapes if (half, path) in names}
+    lacking = {f"params/{path}": shapes[path] for path in shapes if names.isdisjoint((half, path) for half in halves)}
+    state = checkpoint.restore(tree.insert({}, {**wanted, **lacking}), partial=True)
+    leaves = {path: leaf for half in halves for path, leaf in tree.flatten(state.get(half, {})).items()}
+    return tree.insert({}, leaves)

@@ -3,7 +3,7 @@
 Sharding, weight decay, freezing, adapters and conversion all choose leaves by path, with the functions here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -60,6 +60,15 @@ def first_match(tree: Tree, rules: Sequence[tuple[str, V]]) -> Tree:
         raise UserError(f"no rule covers the parameter {path!r}; add one, or a last rule '*'")
 
     return jax.tree.map(value, paths(tree))
+
+
+def insert(tree: Params, leaves: Mapping[str, Any]) -> Params:
+    """`tree` with `leaves`, by their paths, in place of those that it has there or beside them."""
+    changed = dict(tree)
+    for path, leaf in leaves.items():
+        name, _, rest = path.partition("/")
+        changed[name] = insert(changed.get(name, {}), {rest: leaf}) if rest else leaf
+    return changed
 
 
 def partition(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:

@@ -26,6 +26,7 @@ RULES = {
     "data": Rule.REFUSED,
     "data.sources.*.path": Rule.SAID,  # what the files hold is compared
     "mesh": Rule.SAID,
+    "peft": Rule.REFUSED,
     "optim": Rule.NEW_FOLDER,
     "optim.type": Rule.REFUSED,
     "train.steps": Rule.SAID,

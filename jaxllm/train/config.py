@@ -23,6 +23,7 @@ from jaxllm.models.stack import RematConfig, scan
 from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import OPTIMIZERS, SophiaG
 from jaxllm.optim.config import OptimizerConfig
+from jaxllm.peft import METHODS, Full, PeftConfig
 from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.metrics import MetricsConfig
@@ -215,6 +216,7 @@ class Config(Section):
     data: DataConfig
     mesh: MeshConfig = MeshConfig()
     optim: Annotated[OptimizerConfig, ByType(OPTIMIZERS)]
+    peft: Annotated[PeftConfig, ByType(METHODS)] = Full(type="full")
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evals: list[EvalConfig] = Field(default_factory=list)

@@ -21,7 +21,6 @@ from jaxllm.train.lock import LOCK
 
 RESOLVED = "config.resolved.yaml"
 METRICS = "metrics.jsonl"
-EXPORT = "export/hf"
 
 
 def first_of(folder: Path) -> str | None:

@@ -33,12 +33,11 @@ class Program:
     @staticmethod
     def of(config: Config, lm: LM, steps: int) -> "Program":
         """The program of a run of `steps` steps. Raises UserError for a schedule that does not fit them."""
-        lm = replace(lm, dropout=config.train.dropout)
+        lm = config.peft.add(replace(lm, dropout=config.train.dropout))
         tx, schedule = build(config.optim, steps, lm.padded)
-        params = lm.abstract()
-        everything = jax.tree.map(lambda _: True, params)
-        state = abstract_state(params, everything, tx, lm.layout, scale_loss=config.train.scales_loss())
-        return Program(config, lm, tx, schedule, everything, state)
+        params, trainable = lm.abstract(), config.peft.mask(lm)
+        state = abstract_state(params, trainable, tx, lm.layout, scale_loss=config.train.scales_loss())
+        return Program(config, lm, tx, schedule, trainable, state)
 
     def batch(self, width: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of a batch whose rows have `width` places, abstractly."""

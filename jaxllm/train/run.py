@@ -24,13 +24,13 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.data.loader import State
 from jaxllm.evaluate.perplexity import Perplexity
-from jaxllm.hf import save as export
 from jaxllm.hf.export import check_replaceable
 from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.models.stack import check_offload
-from jaxllm.train.config import Config
+from jaxllm.peft.base import describe
+from jaxllm.train.config import Config, PretrainedModel
 from jaxllm.train.determinism import describe_options, deterministic_options
-from jaxllm.train.folder import EXPORT, METRICS, prepare
+from jaxllm.train.folder import METRICS, prepare
 from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, saying, training_loader
 from jaxllm.train.interrupt import Interrupt
 from jaxllm.train.lock import owned
@@ -70,6 +70,8 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     say("model", f"{lm.config.type} with {lm.parameter_count():,} parameters, computing in {lm.compute_dtype}")
     if (name := hub.shown(model.folder)) != str(model.folder):
         say("", f"from {name}")
+    if config.peft.type != "full":
+        say("peft", describe(config.peft, lm))
     if lm.layout.rules != layout.rules:
         say("", f"the {lm.config.num_key_value_heads} key-value heads are held by every device of the tensor axis")
     if config.data.seq_len > (most := lm.config.longest):
@@ -77,7 +79,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     own_tokenizer = lm.source is not None and model.folder == lm.source.folder
     special_ids = None if own_tokenizer else _special_ids(tokenizer)
     folder = Path(config.output_dir)
-    check_replaceable(folder / EXPORT, lm.source)
+    check_replaceable(folder / config.peft.exported_to, lm.source)
 
     inputs = read_inputs(config, tokenizer, say)
     store, plan = inputs.train
@@ -149,7 +151,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
             start=start,
             norms_every=config.metrics.norms_every,
             tokens_through=tokens_through,
-            flops=flops_per_token(lm, config.data.seq_len),
+            flops=flops_per_token(program.lm, config.data.seq_len, program.trainable),
             peak=peak_flops(lm.layout),
             first={"perf/compile_s": compiled.compile_s, "mem/planned_gib": compiled.peak_bytes / 2**30},
             records=lambda done: records_of(loader, done - start - 1),
@@ -180,11 +182,13 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         say("", "the same command goes on from there")
         return 128 + interrupt.signal
     params = tree.combine(state.params, state.frozen)
-    export(lm, params, folder / EXPORT, model_folder=folder / RUN_MODEL)
+    base = config.model.path if isinstance(config.model, PretrainedModel) else None
+    exported = folder / config.peft.exported_to
+    config.peft.export(program.lm, params, exported, model_folder=folder / RUN_MODEL, base=base)
     for name, results in evaluate.history.items():
         said = ", ".join(f"{result.loss:.4f} at step {at}" for at, result in (results[0], results[-1]))
         say("held out", f"{name}: loss {said}")
-    say("exported", f"{folder / EXPORT}, a folder for transformers")
+    say("exported", f"{exported}, a folder for {config.peft.exported_for}")
     return 0
 
 

@@ -1,0 +1,6 @@
+"""The methods of parameter-efficient fine-tuning; importing this registers them."""
+
+from jaxllm.peft import freeze as freeze
+from jaxllm.peft.base import METHODS as METHODS
+from jaxllm.peft.base import Full as Full
+from jaxllm.peft.base import PeftConfig as PeftConfig

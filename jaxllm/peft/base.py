@@ -1,0 +1,71 @@
+"""What a method of parameter-efficient fine-tuning is: extra leaves, a mask over the parameters, and nothing else.
+
+The leaves that a method adds are found by the layer that they stand beside (`nn/linear.py`), so a model with an adapter
+is the same model with more leaves. What trains gets gradients and optimizer state; what does not has neither.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+
+from jaxllm.core import tree
+from jaxllm.core.config import Section
+from jaxllm.core.registry import Registry
+from jaxllm.core.tree import Params
+from jaxllm.hf.export import save
+from jaxllm.models.base import LM
+
+
+class PeftConfig(Section):
+    """What every method has. By default it adds nothing and trains everything."""
+
+    type: Any
+    """The name of the method, as each section narrows it."""
+
+    exported_to: ClassVar[str] = "export/hf"
+    """Where a run's result is in its folder."""
+    exported_for: ClassVar[str] = "transformers"
+    """What loads it."""
+
+    def add(self, lm: LM) -> LM:
+        """`lm` with the leaves that the method adds. Raises UserError where it does not fit the model."""
+        return lm
+
+    def mask(self, lm: LM) -> Any:
+        """For each leaf of `lm`, a result of `add`, whether it trains. Raises UserError if none does."""
+        return tree.match(lm.abstract(), "*")
+
+    def rates(self) -> Mapping[str, float]:
+        """By a pattern of paths, what the updates of these leaves are multiplied by."""
+        return {}
+
+    def export(self, lm: LM, params: Params, folder: Path, *, model_folder: Path, base: str | None) -> None:
+        """Writes the result of a run into `folder`, for the library that `exported_for` names.
+
+        lm: a result of `add`. model_folder: with its config.json and tokenizer. base: the model that the run started
+        from; None for a new one.
+        """
+        save(lm, params, folder, model_folder=model_folder)
+
+
+def describe(method: PeftConfig, lm: LM) -> str:
+    """How much of `lm` trains. Raises UserError where the method does not fit it."""
+    adapted = method.add(lm)
+    leaves = adapted.abstract()
+    trainable, frozen = tree.partition(leaves, method.mask(adapted))
+    count, other = (sum(leaf.size for leaf in jax.tree.leaves(half)) for half in (trainable, frozen))
+    return f"{method.type}: {count:,} of {count + other:,} parameters train ({count / (count + other):.3%})"
+
+
+METHODS = Registry[type[PeftConfig]]("PEFT method")
+
+
+class Full(PeftConfig):
+    """Every parameter trains."""
+
+    type: Literal["full"]
+
+
+METHODS.add("full", Full)
