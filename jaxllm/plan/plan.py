@@ -11,6 +11,7 @@ import jax
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.kernels.attention_choice import AttentionChoice, plan_attention
+from jaxllm.models import LM
 from jaxllm.models.stack import check_offload
 from jaxllm.plan.targets import Target, compile_only_devices
 from jaxllm.train.config import Config
@@ -25,8 +26,13 @@ ASSUMED_STEPS = 10**6
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled training step. parts: bytes on each device by what they hold, which add up to the peak."""
+    """A compiled training step.
 
+    lm: the model, without what a PEFT method adds. parts: bytes on each device by what they hold, which add up to the
+    peak.
+    """
+
+    lm: LM
     program: Program
     attention: AttentionChoice
     compiled: CompiledStep
@@ -63,10 +69,11 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
     attention = plan_attention(
         config.train.attention, lm.attention_needs(config.data.packing in ("best_fit", "concat"))
     )
-    program = Program.of(config, replace(lm, attention=attention.form), _steps(config))
+    lm = replace(lm, attention=attention.form)
+    program = Program.of(config, lm, _steps(config))
     options = deterministic_options(None, layout.platform) if config.train.deterministic else None
     compiled = program.compile([config.data.seq_len], options)
-    return Plan(program, attention, compiled, _parts(program, compiled))
+    return Plan(lm, program, attention, compiled, _parts(program, compiled))
 
 
 def _steps(config: Config) -> int:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxllm.core.process import GPU_MEMORY_SHARE
+from jaxllm.peft.base import describe
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.targets import Target
 from jaxllm.train.config import Config
@@ -26,11 +27,13 @@ def report_devices(console: Console, target: Target, missing: Sequence[str]) -> 
 
 def report(console: Console, planned: Plan, target: Target, config: Config) -> None:
     """What was compiled, what each device holds of it, and whether that fits `target`."""
-    say, lm, train = saying(console), planned.program.lm, config.train
+    say, lm, train = saying(console), planned.lm, config.train
     micro_batches, rows = train.accumulation(lm.layout)
     say("devices", lm.layout)
     dtypes = f"in {train.param_dtype}, computing in {lm.compute_dtype}"
     say("model", f"{lm.config.type} with {lm.parameter_count():,} parameters {dtypes}")
+    if config.peft.type != "full":
+        say("peft", describe(config.peft, lm))
     cut = f"{micro_batches} × {rows} sequences of {config.data.seq_len} tokens"
     say("step", f"{config.optim.type}, {train.update} update, {cut} over all devices")
     say("attention", planned.attention)
@@ -61,7 +64,7 @@ def verdict(planned: Plan, target: Target) -> tuple[str, str]:
     limit = target.memory_bytes * GPU_MEMORY_SHARE
     there = f"the {_gib(limit)} that a run takes of one {target.name} ({GPU_MEMORY_SHARE:.0%} of it)"
     stays, peak = planned.compiled.argument_bytes, planned.compiled.peak_bytes
-    if planned.program.lm.layout.platform == "gpu":
+    if planned.lm.layout.platform == "gpu":
         return ("yes" if peak <= limit else "no"), f"{_gib(peak)} of {there}"
     if stays > limit:
         return "no", f"between steps alone {_gib(stays)} stay, more than {there}"

@@ -88,7 +88,7 @@ def measure(folder: Path, optimizers: Sequence[str], gpu: str, layers: int) -> I
 
 def per_parameter(planned: Plan) -> dict[str, float]:
     """The parts of a plan, and what the compiled step took in seconds."""
-    count, step = planned.program.lm.parameter_count(), planned.compiled
+    count, step = planned.lm.parameter_count(), planned.compiled
     parts = {"parameters": planned.parts["parameters"], "state": planned.parts["optimizer state"]}
     sizes = {**parts, "rest": step.peak_bytes - sum(parts.values()), "peak": step.peak_bytes}
     return {**{name: size / count for name, size in sizes.items()}, "compile_s": step.compile_s}

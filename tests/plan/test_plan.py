@@ -66,6 +66,13 @@ def test_the_parts_are_what_they_are_called(tiny):
     assert four.parts["parameters"] == (4 * count - norms) / 4 + norms
 
 
+def test_what_is_frozen_has_no_optimizer_state(tiny):
+    changes = ["optim.type=adamw", "peft={type: freeze, train: ['layers/attn/q/*']}"]
+    planned = plan(load(tiny, changes, Config), jax.devices()[:1])
+    assert planned.parts["parameters"] == 4 * planned.lm.parameter_count()
+    assert 0 <= planned.parts["optimizer state"] - 8 * 2 * 32 * 32 <= 16
+
+
 def test_what_it_prints_without_the_compiler_of_cuda(tiny, on_cpu, capsys):
     assert main([str(tiny), "--gpu", "h200", "optim.type=adalomo", "--devices", "2", "train.batch_size=2"]) == 0
     said = capsys.readouterr().out
@@ -125,7 +132,7 @@ def test_whether_it_fits(tiny):
             layout = type("Layout", (), {"platform": platform})
 
         compiled = replace(planned.compiled, argument_bytes=int(argument), peak_bytes=int(peak))
-        return verdict(replace(planned, compiled=compiled, program=replace(planned.program, lm=Lm)), h100)[0]
+        return verdict(replace(planned, compiled=compiled, lm=Lm), h100)[0]
 
     assert fits(10 * GIB, limit - MIB, "gpu") == "yes"
     assert fits(10 * GIB, limit + MIB, "gpu") == "no"
