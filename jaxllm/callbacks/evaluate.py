@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jaxllm.callbacks.base import Callback
 from jaxllm.callbacks.log import MetricsFile
-from jaxllm.core import tree
+from jaxllm.core.tree import Params
 from jaxllm.evaluate.perplexity import HeldOut, Perplexity
 from jaxllm.train.state import Event, TrainState
 
@@ -29,7 +29,7 @@ class _Stopped(Exception):
 
 
 class Evaluate(Callback):
-    """Evaluates each set every so many steps and at the step `last`.
+    """Evaluates `weights` of the state on each set every so many steps and at the step `last`.
 
     When `stop` says that the run ends before, no evaluation begins, and the one at hand is broken off with the run's
     last step; both are made up for when the run goes on.
@@ -40,6 +40,7 @@ class Evaluate(Callback):
     def __init__(
         self,
         perplexity: Perplexity,
+        weights: Callable[[TrainState], Params],
         sets: Iterable[EvaluationSet],
         metrics: MetricsFile,
         console: Console,
@@ -47,6 +48,7 @@ class Evaluate(Callback):
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._perplexity = perplexity
+        self._weights = weights
         self._sets = list(sets)
         self._metrics = metrics
         self._console = console
@@ -73,7 +75,7 @@ class Evaluate(Callback):
         """Returns whether it came to an end."""
         try:
             batches = self._until_stopped(held_out.batches())
-            result = self._perplexity(tree.combine(state.params, state.frozen), batches)
+            result = self._perplexity(self._weights(state), batches)
         except _Stopped:
             return False
         self.history.setdefault(held_out.name, []).append((step, result))

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import jax
+import yaml
 from jax.typing import DTypeLike
 
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
 from jaxllm.core import hub, tree
+from jaxllm.core.config import ByType, Section
+from jaxllm.core.config import load as load_config
+from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
@@ -19,6 +24,8 @@ from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
 from jaxllm.models.layout import fit_layout
+from jaxllm.optim.build import OPTIMIZERS
+from jaxllm.optim.config import OptimizerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
 # Beside the checkpoints of a run: config.json and the tokenizer, an HF folder without weights.
 RUN_MODEL = "model"
 RUN_CHECKPOINTS = "checkpoints"
+RESOLVED = "config.resolved.yaml"  # the whole config of a run
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,8 @@ def _from_checkpoint(
         if chosen is None:
             raise UserError(f"{run}: the run has no complete checkpoint yet")
         chosen.verify()
-        return _parameters(chosen, lm)
+        params, optimizer = _parameters(chosen, lm), _averaging_optimizer(run)
+        return params if optimizer is None else _averaged(chosen, lm, params, optimizer)
 
     return OpenModel(lm, run / RUN_MODEL, load)
 
@@ -133,3 +142,26 @@ def _parameters(checkpoint: Checkpoint, lm: LM) -> Params:
     state = checkpoint.restore(tree.insert({}, {**wanted, **lacking}), partial=True)
     leaves = {path: leaf for half in halves for path, leaf in tree.flatten(state.get(half, {})).items()}
     return tree.insert({}, leaves)
+
+
+class _OfRun(Section, extra="ignore"):
+    optim: Annotated[OptimizerConfig, ByType(OPTIMIZERS)]
+
+
+def _averaging_optimizer(run: Path) -> OptimizerConfig | None:
+    """The optimizer of a run, if it evaluates other parameters than it trains."""
+    kind = yaml.safe_load((run / RESOLVED).read_text(encoding="utf-8"))["optim"]["type"]
+    if kind not in OPTIMIZERS or not OPTIMIZERS[kind].averages:
+        return None
+    return load_config(run / RESOLVED, [], _OfRun).optim
+
+
+def _averaged(checkpoint: Checkpoint, lm: LM, params: Params, optimizer: OptimizerConfig) -> Params:
+    """What is evaluated of the parameters of a checkpoint."""
+    prefix, shapes = f"opt_state/{optimizer.averages}/", tree.flatten(lm.abstract())
+    paths = [path.removeprefix(prefix) for path in checkpoint.leaves() if path.startswith(prefix)]
+    wanted = {prefix + p: shapes[p].update(dtype=at_least_float32(shapes[p].dtype)) for p in paths if p in shapes}
+    state = checkpoint.restore(tree.insert({}, wanted), partial=True)
+    kept, leaves = tree.flatten(state["opt_state"][optimizer.averages]), tree.flatten(params)
+    evaluated = jax.jit(optimizer.evaluation_params)({path: leaves[path] for path in kept}, kept)
+    return tree.insert({}, {**leaves, **evaluated})

@@ -99,6 +99,9 @@ OPTIMIZERS.add("ademamix", wrapped.AdEMAMix)
 OPTIMIZERS.add("adagrad", wrapped.Adagrad)
 OPTIMIZERS.add("rmsprop", wrapped.RmsProp)
 OPTIMIZERS.add("adafactor", wrapped.Adafactor)
+OPTIMIZERS.add("schedule_free_sgd", wrapped.ScheduleFreeSgd)
+OPTIMIZERS.add("schedule_free_adamw", wrapped.ScheduleFreeAdamW)
+OPTIMIZERS.add("prodigy", wrapped.Prodigy)
 
 
 def build(

@@ -33,6 +33,14 @@ class OptimizerConfig(Section):
     needs_whole_model: ClassVar[str] = ""
     """Why the layers cannot be updated one by one; empty where they can."""
 
+    averages: ClassVar[str] = ""
+    """The tree of the state that `evaluation_params` needs; empty where the trained parameters are evaluated."""
+
+    def evaluation_params(self, params: Any, averaged: Any) -> Any:
+        """What is evaluated and exported, of trained parameters and the tree `averages` of the optimizer's state."""
+        del averaged
+        return params
+
     @abstractmethod
     def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
         """The optimizer at the given schedule. `mask` gives True for each parameter that decays."""

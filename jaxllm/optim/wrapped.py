@@ -4,14 +4,17 @@ Each is built of optax's transforms with the conventions of all others here: sta
 decay multiplied by the rate and masked, statistics of one layer's matrix. Beta and eps have optax's defaults.
 """
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import optax
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
+from jaxllm.core.config import ByType
+from jaxllm.optim import averaged
 from jaxllm.optim.config import Decay, DecayMask, OptimizerConfig, Positive
 from jaxllm.optim.precision import in_float32
-from jaxllm.optim.schedule_config import NotNegative
+from jaxllm.optim.prodigy import prodigy
+from jaxllm.optim.schedule_config import SCHEDULES, Constant, NotNegative, ScheduleConfig
 
 
 class _Scaled(OptimizerConfig):
@@ -153,3 +156,83 @@ class Adafactor(_Scaled):
         )
         clip = optax.clip_by_block_rms(self.clipping_threshold)
         return [factored, clip, *([optax.scale_by_param_block_rms()] if self.multiply_by_parameter_scale else [])]
+
+
+class _ScheduleFree(OptimizerConfig):
+    """See `averaged.schedule_free`: the rate stays at its peak, and an average of the parameters is evaluated."""
+
+    averages: ClassVar[str] = "z"
+    schedule: Annotated[ScheduleConfig, ByType(SCHEDULES)] = Constant(type="constant")
+    b1: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """How much of the average is in the parameters at which gradients are taken."""
+
+    def scaled(self) -> list[optax.GradientTransformation]:
+        """The transforms, without momentum, that make the direction of the gradient."""
+        raise NotImplementedError
+
+    def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
+        decay = optax.add_decayed_weights(self.weight_decay, mask)
+        base = optax.chain(*self.scaled(), decay, optax.scale_by_learning_rate(rate))
+        return averaged.schedule_free(base, rate, self.b1)
+
+    def evaluation_params(self, params: Any, averaged_with: Any) -> Any:
+        return averaged.evaluation_params(params, averaged_with, self.b1)
+
+
+class ScheduleFreeSgd(_ScheduleFree):
+    """Stochastic gradient descent without a schedule (Defazio et al., arXiv 2405.15682).
+
+    State: 4 bytes per parameter.
+    """
+
+    type: Literal["schedule_free_sgd"]
+
+    def scaled(self) -> list[optax.GradientTransformation]:
+        return []
+
+
+class ScheduleFreeAdamW(_ScheduleFree):
+    """AdamW without a schedule (Defazio et al., arXiv 2405.15682), whose average is in place of the first moment.
+
+    State: 8 bytes per parameter.
+    """
+
+    type: Literal["schedule_free_adamw"]
+    b2: Decay = 0.999
+    eps: Positive = 1e-8
+
+    def scaled(self) -> list[optax.GradientTransformation]:
+        return [optax.scale_by_rms(self.b2, self.eps, eps_in_sqrt=False, bias_correction=True)]
+
+
+class Prodigy(OptimizerConfig):
+    """AdamW that finds its own learning rate (Mishchenko and Defazio, "Prodigy", arXiv 2306.06101).
+
+    learning_rate multiplies the one that it finds: leave it at 1. State: 16 bytes per parameter.
+    """
+
+    type: Literal["prodigy"]
+    needs_whole_model: ClassVar[str] = "estimates one learning rate from the gradients of all layers"
+    learning_rate: Positive = 1.0
+    """What the estimated rate is multiplied by, at the schedule's peak."""
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Positive = 1e-8
+    estim_lr0: Positive = 1e-6
+    """The first estimate, which only grows."""
+    estim_lr_coef: Positive = 1.0
+    """What the estimates are multiplied by."""
+    safeguard_warmup: bool = False
+    """Whether the schedule's rate is left out of the estimate's weights, for a long warm-up."""
+
+    def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
+        return prodigy(
+            rate,
+            (self.b1, self.b2),
+            self.eps,
+            self.estim_lr0,
+            self.estim_lr_coef,
+            self.weight_decay,
+            self.safeguard_warmup,
+            mask,
+        )

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxllm.convert.load import RUN_MODEL
+from jaxllm.convert.load import RESOLVED, RUN_MODEL
 from jaxllm.core.config import dump
 from jaxllm.core.errors import UserError
 from jaxllm.core.hub import pinned
@@ -19,7 +19,6 @@ from jaxllm.train.config import Config
 from jaxllm.train.determinism import AUTOTUNED
 from jaxllm.train.lock import LOCK
 
-RESOLVED = "config.resolved.yaml"
 METRICS = "metrics.jsonl"
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import optax
 
+from jaxllm.core import tree
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
 from jaxllm.optim.build import build
@@ -47,6 +48,16 @@ class Program:
         """The compiled step for rows of any of `widths`. options: the compiler's."""
         step = self.config.train.step(self.lm, self.tx, self.schedule, self.config.seed, self.config.curvature())
         return compile_steps(step, self.state, [self.batch(width) for width in widths], self.lm.layout, options)
+
+    def weights(self, state: TrainState) -> Params:
+        """The parameters to evaluate and export: those that train, or what the optimizer makes of them."""
+        if averages := self.config.optim.averages:
+            return tree.combine(self._evaluated(state.params, getattr(state.opt_state, averages)), state.frozen)
+        return tree.combine(state.params, state.frozen)
+
+    @cached_property
+    def _evaluated(self) -> Any:
+        return jax.jit(self.config.optim.evaluation_params)
 
     def start(self, params: Params) -> TrainState:
         """The state before the first step. The buffers of `params` are reused."""

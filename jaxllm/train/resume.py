@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from jaxllm.checkpoint.integrity import find_damage
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
-from jaxllm.convert.load import RUN_CHECKPOINTS, RUN_MODEL
+from jaxllm.convert.load import RESOLVED, RUN_CHECKPOINTS, RUN_MODEL
 from jaxllm.core.config import Section, load
 from jaxllm.core.errors import UserError
 from jaxllm.hf.config import parse_config, read_config
@@ -21,7 +21,7 @@ from jaxllm.models.base import LM
 from jaxllm.optim.build import build
 from jaxllm.train.changes import Change, Rule, changes, harmless
 from jaxllm.train.config import Config
-from jaxllm.train.folder import RESOLVED, first_of
+from jaxllm.train.folder import first_of
 
 
 class Facts(Section):

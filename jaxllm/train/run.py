@@ -18,7 +18,7 @@ from jaxllm.callbacks.log import Log, MetricsFile
 from jaxllm.callbacks.save import Save
 from jaxllm.checkpoint.writer import CheckpointWriter
 from jaxllm.convert.load import RUN_CHECKPOINTS, RUN_MODEL
-from jaxllm.core import hub, tree
+from jaxllm.core import hub
 from jaxllm.core.cache import programs_read
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
@@ -142,7 +142,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         metrics = open_things.enter_context(closing(MetricsFile(folder / METRICS, resumed_at, chosen)))
         checkpoints = CheckpointWriter(folder / RUN_CHECKPOINTS, config.checkpoint)
         save = open_things.enter_context(closing(Save(checkpoints, config.checkpoint, facts_at, metrics)))
-        evaluate = Evaluate(Perplexity(lm), sets, metrics, console, last=steps, stop=interrupt.stopped)
+        evaluate = Evaluate(Perplexity(lm), program.weights, sets, metrics, console, last=steps, stop=interrupt.stopped)
         evaluate.before(state, start)
         log = Log(
             metrics,
@@ -181,10 +181,9 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         say("stopped", f"by {interrupt.signal.name} after step {done}{where}")
         say("", "the same command goes on from there")
         return 128 + interrupt.signal
-    params = tree.combine(state.params, state.frozen)
     base = config.model.path if isinstance(config.model, PretrainedModel) else None
     exported = folder / config.peft.exported_to
-    config.peft.export(program.lm, params, exported, model_folder=folder / RUN_MODEL, base=base)
+    config.peft.export(program.lm, program.weights(state), exported, model_folder=folder / RUN_MODEL, base=base)
     for name, results in evaluate.history.items():
         said = ", ".join(f"{result.loss:.4f} at step {at}" for at, result in (results[0], results[-1]))
         say("held out", f"{name}: loss {said}")

@@ -33,10 +33,13 @@ def read(tmp_path: Path, text: str) -> OptimizerConfig:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_defaults_are_those_of_the_transform(name: str) -> None:
     config = OPTIMIZERS[name](type=name, learning_rate=1e-3)
-    makers = {"adafactor": optax.adafactor, "sgd": optax.sgd, "nadamw": optax.adamw, "ademamix": optax.contrib.ademamix}
-    make = getattr(optim, name, None) or makers.get(name) or getattr(optax, name)
+    contrib = ("ademamix", "prodigy", "schedule_free_sgd", "schedule_free_adamw")
+    makers = {name: getattr(optax.contrib, name) for name in contrib}
+    makers |= {"adafactor": optax.adafactor, "sgd": optax.sgd, "nadamw": optax.adamw}
+    own_transform = name in optim.__all__
+    make = getattr(optim, name) if own_transform else makers.get(name) or getattr(optax, name)
     defaults = {p.name: p.default for p in inspect.signature(make).parameters.values()}
-    own = {"learning_rate", "schedule", "type"} | ({"weight_decay"} if not hasattr(optim, name) else set())
+    own = {"learning_rate", "schedule", "type"} | (set() if own_transform else {"weight_decay"})
     for field, value in config:
         if field in defaults and field not in own:
             assert value == (defaults[field] or 0), field
@@ -84,7 +87,8 @@ PARAMS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_biases_and_norms_do_not_decay(name: str) -> None:
-    config = OPTIMIZERS[name](type=name, learning_rate=0.1, weight_decay=0.5)
+    estimate = {"estim_lr0": 0.1} if name == "prodigy" else {}
+    config = OPTIMIZERS[name](type=name, learning_rate=0.1, weight_decay=0.5, **estimate)
     tx, _ = build(config, total_steps=1)
 
     @jax.jit

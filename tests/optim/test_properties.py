@@ -12,6 +12,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optimizers import section
 
 import jaxllm.optim
 from jaxllm import optim
@@ -28,18 +29,9 @@ def transform(name: str, rate: optax.ScalarOrSchedule = 1e-2) -> optax.GradientT
     if not name.startswith("config:"):
         tx = getattr(optim, name)(rate, weight_decay=0.01)
         return per_layer(tx) if name == "adalomo" else tx
-    name = name.removeprefix("config:")
-    settings = {"type": name, "learning_rate": 1e-2, "weight_decay": 0.01, **SETTINGS.get(name, {})}
-    config = OPTIMIZERS[name].model_validate(settings)
-    return build(config, total_steps=20)[0]
+    return build(section(name.removeprefix("config:")), total_steps=20)[0]
 
 
-# With all parts of an optimizer that may be left out, and for matrices of any size.
-SETTINGS = {
-    "adafactor": {"min_dim_size_to_factor": 1},
-    "rmsprop": {"momentum": 0.9},
-    "sgd": {"momentum": 0.9, "nesterov": True},
-}
 REGISTERED = [f"config:{name}" for name in OPTIMIZERS]
 # Those of the exported transforms are built of these.
 OWN_SECTIONS = [name for name in REGISTERED if name.removeprefix("config:") not in EXPORTED]
@@ -111,9 +103,10 @@ def test_bfloat16_parameters_have_float32_state_and_updates(name: str) -> None:
 
 PARAMETER_TREES = {"adamw": 2, "lion": 1, "adan": 4, "sophia_g": 2, "lomo": 0, "adalomo": 2, "sgd": 1, "nadamw": 2}
 PARAMETER_TREES |= {"radam": 2, "ademamix": 3, "adagrad": 1, "rmsprop": 2, "adafactor": 3}
+PARAMETER_TREES |= {"schedule_free_sgd": 1, "schedule_free_adamw": 2, "prodigy": 4}
 BYTES = {"adamw": 8, "lion": 4, "adan": 16, "sophia_g": 8, "lomo": 0}
 BYTES |= {"config:sgd": 4, "config:nadamw": 8, "config:radam": 8, "config:ademamix": 12, "config:adagrad": 4}
-BYTES |= {"config:rmsprop": 8}
+BYTES |= {"config:rmsprop": 8, "config:schedule_free_sgd": 4, "config:schedule_free_adamw": 8, "config:prodigy": 16}
 
 
 @pytest.mark.parametrize("name", BYTES)

@@ -30,10 +30,11 @@ def start_and_gradients() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
     return params, {name: rng.normal(size=(STEPS, *p.shape)) for name, p in params.items()}
 
 
-def ours(config: Any) -> dict[str, np.ndarray]:
-    """In float64."""
+def ours(config: Any, gradients: Any = lambda g: g, state: str = "") -> Any:
+    """The parameters, and a tree of the state if one is named, in float64."""
     with jax.enable_x64(True):
         params, grads = jax.tree.map(jnp.asarray, start_and_gradients())
+        grads = jax.tree.map(gradients, grads)
         tx, _ = build(config, STEPS)
 
         def step(carry, grads):
@@ -41,8 +42,11 @@ def ours(config: Any) -> dict[str, np.ndarray]:
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        moved = jax.jit(lambda params, grads: jax.lax.scan(step, (params, tx.init(params)), grads)[0][0])(params, grads)
-        return jax.tree.map(np.asarray, moved)
+        moved, after = jax.jit(lambda params, grads: jax.lax.scan(step, (params, tx.init(params)), grads)[0])(
+            params, grads
+        )
+        found = (moved, optax.tree.get(after, state)) if state else moved
+        return jax.tree.map(np.asarray, found)
 
 
 def by_torch(make: Any, **settings: Any) -> dict[str, np.ndarray]:
@@ -121,6 +125,76 @@ def test_ademamix_is_its_equation() -> None:
         return (state["m"] / (1 - 0.9**t) + 5 * state["slow"]) / root
 
     assert_close(ours(section("ademamix", b3=0.99)), by_equation(direction))
+
+
+WARM = Constant(type="constant", warmup=5)
+RATES = RATE * np.minimum(1, np.arange(1, STEPS + 1) / 5)
+
+
+@pytest.mark.parametrize("name", ["schedule_free_sgd", "schedule_free_adamw"])
+def test_schedule_free_is_its_equations(name: str) -> None:
+    """x, y and z of the paper's section 2, with the weights of its authors' code: the square of the largest rate."""
+    b1, b2 = 0.8, 0.99
+    settings = dict(b2=b2) if name.endswith("adamw") else {}
+    config = section(name, b1=b1, schedule=WARM, **settings)
+    params, grads = start_and_gradients()
+    trained = ours(config, state="z")
+    for key, x in params.items():
+        z, v, weights = x, 0.0, 0.0
+        y = x
+        for t in range(1, STEPS + 1):
+            g, rate = grads[key][t - 1], RATES[t - 1]
+            if settings:
+                v = b2 * v + (1 - b2) * g**2
+                g = g / (np.sqrt(v / (1 - b2**t)) + 1e-8)
+            z = z - rate * (g + DECAY * y)
+            weights += rate**2
+            x = x + rate**2 / weights * (z - x)
+            y = b1 * x + (1 - b1) * z
+        assert_close({key: trained[0][key]}, {key: y})
+        assert_close({key: config.evaluation_params(*trained)[key]}, {key: x})
+
+
+def test_prodigy_is_its_algorithm() -> None:
+    """Algorithm 4 of the paper with the bias correction of its authors' code, where the rate's estimate has grown."""
+    params, grads = start_and_gradients()
+    b1, b2, d = 0.9, 0.999, 1e-3
+    b3 = np.sqrt(b2)
+    start = {key: p.copy() for key, p in params.items()}
+    m, v, s = ({key: np.zeros_like(p) for key, p in params.items()} for _ in range(3))
+    # A gradient that points one way, so that the distance to the start grows.
+    grads = {key: np.abs(g) for key, g in grads.items()}
+    r = 0.0
+    for t in range(1, STEPS + 1):
+        rate = d * min(1, t / 5) * np.sqrt(1 - b2**t) / (1 - b1**t)
+        r = b3 * r + d * rate / 1e-3**2 * sum(np.vdot(grads[k][t - 1], start[k] - params[k]) for k in params) * 1e-3
+        for k in params:
+            g = grads[k][t - 1]
+            m[k] = b1 * m[k] + (1 - b1) * d * g
+            v[k] = b2 * v[k] + (1 - b2) * (d * g) ** 2
+            s[k] = b3 * s[k] + rate * d * g / 1e-3
+        estimate = max(d, r / sum(np.abs(x).sum() for x in s.values()))
+        for k in params:
+            params[k] = params[k] - rate * (m[k] / (np.sqrt(v[k]) + estimate * 1e-8) + DECAY * params[k])
+        d = estimate
+    assert d > 2e-3
+    config = section("prodigy", learning_rate=1.0, estim_lr0=1e-3, schedule=WARM)
+    assert_close(ours(config, gradients=np.abs), params, rtol=1e-8)
+
+
+def test_prodigy_waits_for_a_gradient() -> None:
+    """A first batch without trained tokens leaves an estimate; optax's becomes NaN."""
+    zeros, ones = (jax.tree.map(fill, PARAMS) for fill in (jnp.zeros_like, jnp.ones_like))
+
+    def estimates(tx: optax.GradientTransformation) -> list[float]:
+        state, found = tx.init(PARAMS), []
+        for grads in (zeros, ones):
+            _, state = tx.update(grads, state, PARAMS)
+            found.append(float(optax.tree.get(state, "estim_lr")))
+        return found
+
+    assert np.isnan(estimates(optax.contrib.prodigy())).all()
+    assert estimates(build(section("prodigy"), STEPS)[0]) == [pytest.approx(1e-6)] * 2
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS[name].has_statistics])

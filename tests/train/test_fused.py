@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from families import draw_params, mesh_layout, small_lm
+from optimizers import section
 from small_runs import MAX_GRAD_NORM, STEPS, Trained, assert_trained_alike, llama, program, ragged_batch, train
 
 from jaxllm import optim
@@ -20,7 +21,6 @@ from jaxllm.models import FAMILIES, LM
 from jaxllm.models.stack import scan
 from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import OPTIMIZERS, build
-from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.train.config import Config
 from jaxllm.train.fused import LeafUpdate, make_fused_step
@@ -29,32 +29,18 @@ from jaxllm.train.step import CompiledStep, batch_shapes, compile_step, make_ste
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10
-RATES = {"lomo": 0.05}
-
-
-# With all parts of an optimizer that may be left out, and for matrices of any size.
-SETTINGS = {
-    "adafactor": {"min_dim_size_to_factor": 1},
-    "rmsprop": {"momentum": 0.9},
-    "sgd": {"momentum": 0.9, "nesterov": True},
-}
-
-
-def optimizer(name: str) -> OptimizerConfig:
-    settings = {"type": name, "learning_rate": RATES.get(name, 1e-2), "weight_decay": 0.1, **SETTINGS.get(name, {})}
-    return OPTIMIZERS[name].model_validate(settings)
 
 
 @cache
 def ordinary(name: str, model: tuple[tuple[str, Any], ...], how: tuple[tuple[str, Any], ...]) -> Trained:
     """On one device, the whole batch at once."""
-    return train(llama(**dict(model)), optimizer=optimizer(name), dtype="float64", **dict(how))
+    return train(llama(**dict(model)), optimizer=section(name), dtype="float64", **dict(how))
 
 
 def check(name: str, model: dict[str, Any], sizes: dict[str, int], micro_batches: int, **how: Any) -> None:
     with jax.enable_x64(True):
         layout = mesh_layout(**sizes) if sizes else Layout.single()
-        options = dict(optimizer=optimizer(name), micro_batches=micro_batches, dtype="float64", fused=True)
+        options = dict(optimizer=section(name), micro_batches=micro_batches, dtype="float64", fused=True)
         ours = train(llama(**model), layout, **options, **how)
         theirs = ordinary(name, tuple(model.items()), tuple(how.items()))
         assert_trained_alike(ours, theirs, TOLERANCE)
@@ -103,7 +89,7 @@ def test_every_other_optimizer_leaf_by_leaf(name):
     """Two updates of each layer's leaves in turn are those of the whole model, the state's included."""
     lm = small_lm(llama(**TIED), dtype="float64")
     with jax.enable_x64(True):
-        tx, _ = build(optimizer(name), STEPS)
+        tx, _ = build(section(name), STEPS)
         update, params = LeafUpdate(lm, tx), draw_params(lm)
         grads = jax.tree.map(jnp.cos, params)
 
@@ -152,7 +138,7 @@ def test_all_optimizers_are_in_the_table():
 
 @cache
 def bfloat16_programs(stochastic_rounding: bool = False) -> list[Any]:
-    options = dict(optimizer=optimizer("adamw"), dtype="bfloat16", micro_batches=2)
+    options = dict(optimizer=section("adamw"), dtype="bfloat16", micro_batches=2)
     return [
         program(llama(), fused=fused, stochastic_rounding=stochastic_rounding, **options) for fused in (False, True)
     ]
