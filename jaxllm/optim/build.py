@@ -102,6 +102,7 @@ OPTIMIZERS.add("adafactor", wrapped.Adafactor)
 OPTIMIZERS.add("schedule_free_sgd", wrapped.ScheduleFreeSgd)
 OPTIMIZERS.add("schedule_free_adamw", wrapped.ScheduleFreeAdamW)
 OPTIMIZERS.add("prodigy", wrapped.Prodigy)
+OPTIMIZERS.add("muon", wrapped.Muon)
 
 
 def build(

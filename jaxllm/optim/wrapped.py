@@ -9,9 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import optax
 from pydantic import Field, PositiveInt
 
+from jaxllm.core import tree
 from jaxllm.core.config import ByType
 from jaxllm.optim import averaged
 from jaxllm.optim.config import Decay, DecayMask, OptimizerConfig, Positive
+from jaxllm.optim.muon import muon
 from jaxllm.optim.precision import in_float32
 from jaxllm.optim.prodigy import prodigy
 from jaxllm.optim.schedule_config import SCHEDULES, Constant, NotNegative, ScheduleConfig
@@ -236,3 +238,33 @@ class Prodigy(OptimizerConfig):
             self.safeguard_warmup,
             mask,
         )
+
+
+class Muon(OptimizerConfig):
+    """Muon for the matrices of the layers; AdamW for embedding, head, norms and biases: see `muon.muon`.
+
+    State: 4 bytes per entry of a layer's matrix, 8 of all else.
+    """
+
+    type: Literal["muon"]
+    has_statistics: ClassVar[bool] = True
+    beta: Decay = 0.95
+    """Decay of the matrices' momentum."""
+    ns_steps: PositiveInt = 5
+    """Steps of the Newton-Schulz iteration."""
+    consistent_rms: Positive | None = None
+    """The RMS of a matrix's update before the rate: with 0.2, AdamW's rates can be kept; null: scaled by shape."""
+    adam_learning_rate: Positive | None = None
+    """The peak learning rate of what AdamW updates; default: learning_rate."""
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Positive = 1e-8
+
+    def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
+        def choose(params: Any) -> Any:
+            return tree.map_with_path(lambda path, p: path.startswith("layers/") and p.ndim == 2, params)
+
+        ratio = 1.0 if self.adam_learning_rate is None else self.adam_learning_rate / self.learning_rate
+        adam = (self.b1, self.b2, self.eps)
+        how = (self.beta, self.ns_steps, self.consistent_rms)
+        return muon(rate, choose, *how, ratio, *adam, self.weight_decay, mask=mask)

@@ -33,7 +33,7 @@ def read(tmp_path: Path, text: str) -> OptimizerConfig:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_defaults_are_those_of_the_transform(name: str) -> None:
     config = OPTIMIZERS[name](type=name, learning_rate=1e-3)
-    contrib = ("ademamix", "prodigy", "schedule_free_sgd", "schedule_free_adamw")
+    contrib = ("ademamix", "muon", "prodigy", "schedule_free_sgd", "schedule_free_adamw")
     makers = {name: getattr(optax.contrib, name) for name in contrib}
     makers |= {"adafactor": optax.adafactor, "sgd": optax.sgd, "nadamw": optax.adamw}
     own_transform = name in optim.__all__
@@ -42,7 +42,7 @@ def test_defaults_are_those_of_the_transform(name: str) -> None:
     own = {"learning_rate", "schedule", "type"} | (set() if own_transform else {"weight_decay"})
     for field, value in config:
         if field in defaults and field not in own:
-            assert value == (defaults[field] or 0), field
+            assert value in (defaults[field], defaults[field] or 0), field
 
 
 @pytest.mark.parametrize("registry", [OPTIMIZERS, SCHEDULES])
@@ -197,3 +197,15 @@ def test_sections_are_strict_in_python_too() -> None:
     assert AdamW(type="adamw", learning_rate=1).learning_rate == 1.0
     with pytest.raises(ValidationError):
         AdamW(type="adamw", learning_rate="1e-3")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rates_and_decays_out_of_range_are_refused(tmp_path: Path, name: str) -> None:
+    """A negative or zero rate, negative weight decay, betas below 0 or from 1 on, for every optimizer."""
+    betas = [field for field in OPTIMIZERS[name].model_fields if field in ("b1", "b2", "b3", "beta", "momentum")]
+    cases = [("learning_rate", -1e-3), ("learning_rate", 0), ("learning_rate", ".inf"), ("weight_decay", -0.1)]
+    cases += [(beta, value) for beta in betas for value in (-0.1, 1, 1.5)]
+    for field, value in cases:
+        given = {"type": name, "learning_rate": 1e-3, field: value}
+        with pytest.raises(UserError, match=f"optim.{field}"):
+            read(tmp_path, ", ".join(f"{key}: {value}" for key, value in given.items()))

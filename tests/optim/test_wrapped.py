@@ -197,6 +197,61 @@ def test_prodigy_waits_for_a_gradient() -> None:
     assert estimates(build(section("prodigy"), STEPS)[0]) == [pytest.approx(1e-6)] * 2
 
 
+def whitened(momentum: np.ndarray) -> np.ndarray:
+    """Muon's orthogonal factor of a matrix as Hugging Face stores it, [out, in] (the author's code, in float64)."""
+    wide = momentum.T if momentum.shape[0] > momentum.shape[1] else momentum
+    x = wide / (np.linalg.norm(wide) + 1e-8)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if momentum.shape[0] > momentum.shape[1] else x
+
+
+@pytest.mark.parametrize("consistent_rms", [None, 0.2])
+def test_muon_is_a_loop_over_matrices_and_adamw(consistent_rms: float | None) -> None:
+    """Three layers' matrices each by themselves, transposed; the embedding, a matrix too, by AdamW at its own rate."""
+    rng, beta, adam_rate = np.random.default_rng(0), 0.95, 3e-3
+    params = {
+        "embed": {"table": rng.normal(size=(7, 4))},
+        "layers": {"down": {"kernel": rng.normal(size=(3, 6, 4))}, "up": {"kernel": rng.normal(size=(3, 4, 6))}},
+        "norm": {"scale": rng.normal(size=4)},
+    }
+    # Layers whose gradients differ in size: a norm over several would show.
+    grads = jax.tree.map(lambda p: rng.normal(size=(3, *p.shape)), params)
+    for name in ("down", "up"):
+        grads["layers"][name]["kernel"] *= (10.0 ** np.arange(3))[:, None, None]
+    config = section("muon", consistent_rms=consistent_rms, adam_learning_rate=adam_rate)
+    tx, _ = build(config, STEPS)
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def run(params: Any, grads: Any) -> Any:
+            state = tx.init(params)
+            for t in range(3):
+                updates, state = tx.update(jax.tree.map(lambda g, t=t: g[t], grads), state, params)
+                params = optax.apply_updates(params, updates)
+            return params
+
+        moved = jax.tree.map(np.asarray, run(*jax.tree.map(jnp.asarray, (params, grads))))
+    for name in ("down", "up"):
+        for layer in range(3):
+            w, m = params["layers"][name]["kernel"][layer].T, 0.0
+            for t in range(1, 4):
+                g = grads["layers"][name]["kernel"][t - 1, layer].T
+                m = beta * m + (1 - beta) * g
+                ahead = beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+                factor = max(1, w.shape[0] / w.shape[1]) ** 0.5 if consistent_rms is None else 0.2 * max(w.shape) ** 0.5
+                w = w - RATE * (factor * whitened(ahead) + DECAY * w)
+            assert_close({name: moved["layers"][name]["kernel"][layer]}, {name: w.T}, rtol=1e-9)
+    for part, leaf in (("embed", "table"), ("norm", "scale")):
+        w, m, v = params[part][leaf], 0.0, 0.0
+        for t in range(1, 4):
+            g = grads[part][leaf][t - 1]
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            w = w - adam_rate * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8) + DECAY * w)
+        assert_close({part: moved[part][leaf]}, {part: w}, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS[name].has_statistics])
 def test_a_layer_of_a_stack_is_updated_as_if_alone(name: str) -> None:
     settings = dict(min_dim_size_to_factor=1) if name == "adafactor" else {}
