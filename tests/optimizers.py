@@ -8,6 +8,7 @@ from jaxllm.optim.config import OptimizerConfig
 # With all parts of an optimizer that may be left out, for matrices of any size and runs of few steps.
 SETTINGS: dict[str, dict[str, Any]] = {
     "adafactor": {"min_dim_size_to_factor": 1},
+    "galore": {"rank": 3, "update_proj_gap": 2},
     "lomo": {"learning_rate": 0.05},
     "prodigy": {"learning_rate": 1.0, "estim_lr0": 1e-4},
     "rmsprop": {"momentum": 0.9},

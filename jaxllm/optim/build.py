@@ -103,6 +103,7 @@ OPTIMIZERS.add("schedule_free_sgd", wrapped.ScheduleFreeSgd)
 OPTIMIZERS.add("schedule_free_adamw", wrapped.ScheduleFreeAdamW)
 OPTIMIZERS.add("prodigy", wrapped.Prodigy)
 OPTIMIZERS.add("muon", wrapped.Muon)
+OPTIMIZERS.add("galore", wrapped.GaLore)
 
 
 def build(

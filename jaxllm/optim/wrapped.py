@@ -13,6 +13,7 @@ from jaxllm.core import tree
 from jaxllm.core.config import ByType
 from jaxllm.optim import averaged
 from jaxllm.optim.config import Decay, DecayMask, OptimizerConfig, Positive
+from jaxllm.optim.galore import galore
 from jaxllm.optim.muon import muon
 from jaxllm.optim.precision import in_float32
 from jaxllm.optim.prodigy import prodigy
@@ -261,10 +262,34 @@ class Muon(OptimizerConfig):
     eps: Positive = 1e-8
 
     def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
-        def choose(params: Any) -> Any:
-            return tree.map_with_path(lambda path, p: path.startswith("layers/") and p.ndim == 2, params)
-
         ratio = 1.0 if self.adam_learning_rate is None else self.adam_learning_rate / self.learning_rate
         adam = (self.b1, self.b2, self.eps)
         how = (self.beta, self.ns_steps, self.consistent_rms)
-        return muon(rate, choose, *how, ratio, *adam, self.weight_decay, mask=mask)
+        return muon(rate, _layer_matrices, *how, ratio, *adam, self.weight_decay, mask=mask)
+
+
+class GaLore(OptimizerConfig):
+    """AdamW whose moments of the layers' matrices are of a projection, of low rank; see `galore.galore`.
+
+    State: 4·(2·l + s)·rank bytes for a layer's matrix of the sides s ≤ l, 8 bytes per entry of all else.
+    """
+
+    type: Literal["galore"]
+    has_statistics: ClassVar[bool] = True
+    rank: PositiveInt = 128
+    """Dimensions of the subspace."""
+    update_proj_gap: PositiveInt = 200
+    """Updates between projections: each is a singular value decomposition of every matrix's gradient."""
+    scale: Positive = 0.25
+    """What the update of a matrix is multiplied by, besides the rate."""
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Positive = 1e-8
+
+    def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
+        how, adam = (self.rank, self.update_proj_gap, self.scale), (self.b1, self.b2, self.eps)
+        return galore(rate, _layer_matrices, *how, *adam, self.weight_decay, mask=mask)
+
+
+def _layer_matrices(params: Any) -> Any:
+    return tree.map_with_path(lambda path, p: path.startswith("layers/") and p.ndim == 2, params)

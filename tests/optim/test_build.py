@@ -33,13 +33,14 @@ def read(tmp_path: Path, text: str) -> OptimizerConfig:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_defaults_are_those_of_the_transform(name: str) -> None:
     config = OPTIMIZERS[name](type=name, learning_rate=1e-3)
-    contrib = ("ademamix", "muon", "prodigy", "schedule_free_sgd", "schedule_free_adamw")
+    contrib = ("ademamix", "galore", "muon", "prodigy", "schedule_free_sgd", "schedule_free_adamw")
     makers = {name: getattr(optax.contrib, name) for name in contrib}
     makers |= {"adafactor": optax.adafactor, "sgd": optax.sgd, "nadamw": optax.adamw}
     own_transform = name in optim.__all__
     make = getattr(optim, name) if own_transform else makers.get(name) or getattr(optax, name)
     defaults = {p.name: p.default for p in inspect.signature(make).parameters.values()}
-    own = {"learning_rate", "schedule", "type"} | (set() if own_transform else {"weight_decay"})
+    own = {"scale"} if name == "galore" else set()  # the authors' own
+    own |= {"learning_rate", "schedule", "type"} | (set() if own_transform else {"weight_decay"})
     for field, value in config:
         if field in defaults and field not in own:
             assert value in (defaults[field], defaults[field] or 0), field

@@ -252,6 +252,41 @@ def test_muon_is_a_loop_over_matrices_and_adamw(consistent_rms: float | None) ->
         assert_close({part: moved[part][leaf]}, {part: w}, rtol=1e-9)
 
 
+def test_galore_is_a_loop_over_matrices_and_adamw() -> None:
+    """Each layer's matrix as Hugging Face has it, [out, in], wide and tall, over two projections."""
+    rng = np.random.default_rng(0)
+    shapes = {"down": (3, 6, 4), "up": (3, 4, 6)}
+    params = {"layers": {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()}}
+    grads = jax.tree.map(lambda p: rng.normal(size=(4, *p.shape)) * np.array([1, 10, 100])[:, None, None], params)
+    config = section("galore", rank=2, update_proj_gap=2)
+    tx, _ = build(config, STEPS)
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def run(params: Any, grads: Any) -> Any:
+            state = tx.init(params)
+            for t in range(4):
+                updates, state = tx.update(jax.tree.map(lambda g, t=t: g[t], grads), state, params)
+                params = optax.apply_updates(params, updates)
+            return params
+
+        moved = jax.tree.map(np.asarray, run(*jax.tree.map(jnp.asarray, (params, grads))))
+    for name, layer in ((name, layer) for name in shapes for layer in range(3)):
+        w, m, v, p = params["layers"][name]["kernel"][layer].T, 0.0, 0.0, np.zeros(0)
+        for t in range(1, 5):
+            g = grads["layers"][name]["kernel"][t - 1, layer].T
+            tall = g.shape[0] >= g.shape[1]
+            if t % 2 == 1:
+                u, _, vh = np.linalg.svd(g)
+                p = vh[:2].T if tall else u[:, :2]
+                p = p * np.sign(p[np.abs(p).argmax(0), [0, 1]])
+            r = g @ p if tall else p.T @ g
+            m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r**2
+            n = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            w = w - RATE * (0.25 * (n @ p.T if tall else p @ n) + DECAY * w)
+        assert_close({name: moved["layers"][name]["kernel"][layer]}, {name: w.T}, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if OPTIMIZERS[name].has_statistics])
 def test_a_layer_of_a_stack_is_updated_as_if_alone(name: str) -> None:
     settings = dict(min_dim_size_to_factor=1) if name == "adafactor" else {}

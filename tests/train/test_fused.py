@@ -104,7 +104,8 @@ def test_every_other_optimizer_leaf_by_leaf(name):
                     args = jax.tree.map(row, (leaf, of_leaves[path], slots[path]))
                     parts.append(update(*({path: arg} for arg in args), common)[:2])
                 moved[path], kept[path] = jax.tree.map(
-                    lambda *rows: jnp.concatenate(rows), *[(new[path], slot[path]) for new, slot in parts]
+                    lambda *rows: jnp.concatenate(rows) if rows[1:] else rows[0],
+                    *[(new[path], slot[path]) for new, slot in parts],
                 )
             return update.nested(moved), update.join(params, kept, update({}, {}, {}, common)[2])
 
