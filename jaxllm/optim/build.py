@@ -114,12 +114,19 @@ def build(
     padded: the parameters that are larger in memory than they are (`LM.padded`). The transform does not clip by the
     global norm: the step does, before it. Raises UserError for a warm-up longer than the run.
     """
+    rate = config.schedule.build(config.learning_rate, total_steps)
+    return at_rate(config, rate, padded), rate
+
+
+def at_rate(
+    config: OptimizerConfig, rate: optax.Schedule, padded: Mapping[str, tuple[int, int]] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """The transform of `build` with `rate` for its schedule."""
 
     def decays(params: optax.Params) -> Any:
         return tree.match(params, "*", exclude=config.no_decay, allow_unmatched=True)
 
-    rate = config.schedule.build(config.learning_rate, total_steps)
     tx = config.transform(rate, decays)
     if config.has_statistics:
         tx = without_padding(per_layer(tx), padded or {})
-    return tx, rate
+    return tx

@@ -1,6 +1,7 @@
 """The methods of parameter-efficient fine-tuning; importing this registers them."""
 
 from jaxllm.peft import freeze as freeze
+from jaxllm.peft import lisa as lisa
 from jaxllm.peft.base import METHODS as METHODS
 from jaxllm.peft.base import Full as Full
 from jaxllm.peft.base import PeftConfig as PeftConfig

@@ -37,6 +37,10 @@ class PeftConfig(Section):
         """For each leaf of `lm`, a result of `add`, whether it trains. Raises UserError if none does."""
         return tree.match(lm.abstract(), "*")
 
+    def trained_at_a_time(self, lm: LM) -> int:
+        """How many parameters of `lm`, a result of `add`, train in a step. Raises UserError as `mask` does."""
+        return sum(leaf.size for leaf in jax.tree.leaves(tree.partition(lm.abstract(), self.mask(lm))[0]))
+
     def rates(self) -> Mapping[str, float]:
         """By a pattern of paths, what the updates of these leaves are multiplied by."""
         return {}
@@ -53,10 +57,8 @@ class PeftConfig(Section):
 def describe(method: PeftConfig, lm: LM) -> str:
     """How much of `lm` trains. Raises UserError where the method does not fit it."""
     adapted = method.add(lm)
-    leaves = adapted.abstract()
-    trainable, frozen = tree.partition(leaves, method.mask(adapted))
-    count, other = (sum(leaf.size for leaf in jax.tree.leaves(half)) for half in (trainable, frozen))
-    return f"{method.type}: {count:,} of {count + other:,} parameters train ({count / (count + other):.3%})"
+    count, total = method.trained_at_a_time(adapted), sum(leaf.size for leaf in jax.tree.leaves(adapted.abstract()))
+    return f"{method.type}: {count:,} of {total:,} parameters train at a time ({count / total:.3%})"
 
 
 METHODS = Registry[type[PeftConfig]]("PEFT method")

@@ -24,8 +24,10 @@ from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import OPTIMIZERS, SophiaG
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.peft import METHODS, Full, PeftConfig
+from jaxllm.peft.lisa import Lisa
 from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
+from jaxllm.train.lisa import LisaOptimizer, make_lisa_step
 from jaxllm.train.metrics import MetricsConfig
 from jaxllm.train.step import Step, make_step
 
@@ -168,7 +170,7 @@ class TrainConfig(Section):
     def step(
         self,
         lm: LM,
-        tx: optax.GradientTransformationExtraArgs,
+        tx: optax.GradientTransformationExtraArgs | LisaOptimizer,
         schedule: optax.Schedule,
         seed: int,
         curvature: Curvature | None = None,
@@ -181,6 +183,8 @@ class TrainConfig(Section):
             "stochastic_rounding": self.stochastic_rounding,
             "seed": seed,
         }
+        if isinstance(tx, LisaOptimizer):
+            return make_lisa_step(tx, schedule, **options)
         if self.update == "fused":
             return make_fused_step(lm, tx, schedule, **options)
         unroll = self.unroll
@@ -274,6 +278,7 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
             f"{config.optim.needs_whole_model}",
             "set update to ordinary, or choose another optimizer, such as adamw",
         ),
+        *_lisa_conflicts(config),
         (
             config.mesh.pipeline != 1,
             f"mesh.pipeline is {config.mesh.pipeline}, and the layers are walked by one scan",
@@ -297,6 +302,36 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
         *_best_conflicts(config),
     ]
     return [(problem, remedy) for wrong, problem, remedy in table if wrong]
+
+
+def _lisa_conflicts(config: Config) -> list[tuple[bool, str, str]]:
+    """Of `peft: {type: lisa}`, whose step is one of its own."""
+    if not isinstance(config.peft, Lisa):
+        return []
+    train, optim = config.train, config.optim
+    alone = optim.needs_whole_model or (optim.averages and "evaluates an average of what it trains")
+    return [
+        (
+            train.update == "fused",
+            "peft.type is lisa, which holds the gradients of a few layers alone, and train.update is fused",
+            "set update to ordinary",
+        ),
+        (
+            train.remat != "none" or train.unroll != "auto",
+            "peft.type is lisa, which computes each layer again in its own way, and train.remat or unroll is set",
+            "remove them",
+        ),
+        (
+            train.compute_dtype == "float16",
+            "peft.type is lisa, which does not scale the loss, and train.compute_dtype is float16",
+            "set compute_dtype to bfloat16",
+        ),
+        (
+            bool(alone),
+            f"peft.type is lisa, which gives each layer an optimizer of its own, and optim.type {optim.type} {alone}",
+            "choose another optimizer, such as adamw",
+        ),
+    ]
 
 
 def _best_conflicts(config: Config) -> list[tuple[bool, str, str]]:

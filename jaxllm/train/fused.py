@@ -5,8 +5,7 @@ layers' inputs, and the gradients of one layer, of the embedding and of the head
 does.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,16 +16,14 @@ from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
-from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
+from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.clip import clip_coefficient
+from jaxllm.train.layerwise import INDEX, Layerwise, Leaves, in_embedding, layers_and_rest
 from jaxllm.train.metrics import squares
 from jaxllm.train.rounding import apply_updates
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
-from jaxllm.train.sweep import layer_inputs, layer_sweep, squares_sweep, sum_micro
-
-Leaves = dict[str, Any]
-"""By the path of a parameter: it, its gradient, or a tuple of what the optimizer keeps about it."""
+from jaxllm.train.sweep import layer_inputs, layer_sweep, squares_sweep
 
 _barrier = jax.lax.optimization_barrier
 
@@ -56,11 +53,11 @@ def make_fused_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         slots, common = update.split(state.params, state.opt_state)
-        layers, rest = _layers_and_rest(tree.flatten(state.params))
-        frozen_layers, frozen_rest = _layers_and_rest(tree.flatten(state.frozen))
-        frozen_layers[_INDEX] = jnp.arange(lm.config.num_hidden_layers)
+        layers, rest = layers_and_rest(tree.flatten(state.params))
+        frozen_layers, frozen_rest = layers_and_rest(tree.flatten(state.frozen))
+        frozen_layers[INDEX] = jnp.arange(lm.config.num_hidden_layers)
         drawn = with_dropout(lm, batch, seed, state.step)
-        model = _Model(lm, update.nested, {**frozen_rest, **rest}, rest.keys(), dict(drawn), objective)
+        model = Layerwise(lm, update.nested, {**frozen_rest, **rest}, rest.keys(), dict(drawn), objective)
         rounding = step_key(seed, state.step, ROUNDING) if stochastic_rounding else None
 
         inputs, output = layer_inputs(model.block, {**frozen_layers, **layers}, model.embed(), model.batch)
@@ -70,7 +67,7 @@ def make_fused_step(
         # Every write depends on this, and so comes after the last reading of the old parameters: else XLA copies them.
         good, coefficient = jnp.isfinite(losses.objective) & jnp.isfinite(sum(param_squares.values())), None
         # What is updated before the walk: all but the layers if their gradients are known, else what only the head has.
-        early = {name: g for name, g in of_head.items() if not _in_embedding(name)}
+        early = {name: g for name, g in of_head.items() if not in_embedding(name)}
         if max_grad_norm is not None:
             bottom, of_layers = squares_sweep(*walk, dx, model.batch)
             early = {**early, **model.embed_gradients(bottom, of_head)}
@@ -116,69 +113,6 @@ def make_fused_step(
         }
 
     return step
-
-
-def _in_embedding(name: str) -> bool:
-    return name.startswith("embed/")
-
-
-def _layers_and_rest(leaves: Leaves) -> tuple[Leaves, Leaves]:
-    layers = {name: leaf for name, leaf in leaves.items() if name.startswith("layers/")}
-    return layers, {name: leaf for name, leaf in leaves.items() if name not in layers}
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model around its layers, over all micro-batches of a batch.
-
-    nested: makes a tree of leaves. rest: all parameters but the layers'; trainable: which of them train.
-    """
-
-    lm: LM
-    nested: Any
-    rest: Leaves
-    trainable: Iterable[str]
-    batch: dict[str, jax.Array]
-    objective: Objective
-
-    def block(self, layer: Mapping[str, jax.Array], x: jax.Array, micro: Batch) -> jax.Array:
-        ctx = self.lm.batch_context(micro).of_layer(layer[_INDEX])
-        return self.lm.block(self.nested(layer)["layers"], x, ctx)[0]
-
-    def embed(self) -> jax.Array:
-        """What the first layer is given, `[M, B, T, D]`."""
-        return sum_micro(lambda micro: ((), self._embed({}, micro)), self.batch)[1]
-
-    def _embed(self, leaves: Leaves, micro: Batch) -> jax.Array:
-        return self.lm.embed(self.nested({**self.rest, **leaves}), micro["tokens"], self.lm.batch_context(micro))
-
-    def head(self, output: jax.Array) -> tuple[tuple[Losses, Leaves], jax.Array]:
-        """The mean losses, the gradients of all that the head reads, and that of the last layer's output."""
-        tied = self.lm.config.tie_word_embeddings
-        chosen = {name: self.rest[name] for name in self.trainable if tied or not _in_embedding(name)}
-        trained = jnp.maximum(jnp.sum(self.batch["loss_mask"]), 1)
-
-        def of_micro(x: jax.Array, micro: Batch) -> Any:
-            def loss(leaves: Leaves, x: jax.Array) -> tuple[jax.Array, Losses]:
-                sums = self.lm.head_losses(self.nested({**self.rest, **leaves}), x, micro, self.objective)
-                means = jax.tree.map(lambda total: total / trained, sums)
-                return means.objective, means
-
-            (_, means), (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(chosen, x)
-            return (means, grads), dx
-
-        return sum_micro(of_micro, output, self.batch)
-
-    def embed_gradients(self, dx: jax.Array, of_head: Leaves) -> Leaves:
-        """The gradients of the embedding from that of its output, and from `of_head` where the head is tied to it."""
-        chosen = {name: self.rest[name] for name in self.trainable if _in_embedding(name)}
-
-        def of_micro(dx: jax.Array, micro: Batch) -> Any:
-            _, vjp = jax.vjp(lambda leaves: self._embed(leaves, micro), chosen)
-            return vjp(dx)[0], ()
-
-        grads, _ = sum_micro(of_micro, dx, self.batch) if chosen else ({}, ())
-        return {name: g + of_head.get(name, 0) for name, g in grads.items()}
 
 
 class LeafUpdate:
@@ -235,4 +169,3 @@ class LeafUpdate:
 
 
 _COMMON = ""
-_INDEX = "index"

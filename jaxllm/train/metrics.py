@@ -85,16 +85,15 @@ def group_of(path: str) -> str:
     return parts[1] if parts[0] == "layers" else parts[0]
 
 
-def flops_per_token(lm: LM, seq_len: int, trainable: Any = None) -> tuple[float, float]:
+def flops_per_token(lm: LM, seq_len: int, trained: int | None = None) -> tuple[float, float]:
     """Floating-point operations of training on one token: by the papers' convention, and the useful ones.
 
     The first is 6N + 12·L·H·Q·T (Chowdhery et al., arXiv 2204.02311, appendix B): N all parameters, attention not
-    halved. The second counts causal attention, and no gradients of the weights that do not train by the mask
-    `trainable` (None: all do).
+    halved. The second counts causal attention, and the gradients of the weights that train alone: `trained` parameters
+    (None: all).
     """
     c = lm.config
     attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len
-    weights = 6 * lm.parameter_count()
-    rest = {} if trainable is None else tree.partition(lm.abstract(), trainable)[1]
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(rest))
-    return weights + attention, weights - 2 * frozen + attention / 2
+    parameters = lm.parameter_count()
+    trained = parameters if trained is None else min(trained, parameters)
+    return 6 * parameters + attention, 4 * parameters + 2 * trained + attention / 2

@@ -11,8 +11,10 @@ import optax
 from jaxllm.core import tree
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
-from jaxllm.optim.build import build
+from jaxllm.optim.build import at_rate, build
+from jaxllm.peft.lisa import Lisa
 from jaxllm.train.config import Config
+from jaxllm.train.lisa import Draws, LisaOptimizer
 from jaxllm.train.state import TrainState, abstract_state, new_state
 from jaxllm.train.step import CompiledStep, batch_shapes, compile_steps
 
@@ -26,7 +28,7 @@ class Program:
 
     config: Config
     lm: LM
-    tx: optax.GradientTransformationExtraArgs
+    tx: optax.GradientTransformationExtraArgs | LisaOptimizer
     schedule: optax.Schedule
     trainable: Any
     state: TrainState
@@ -36,6 +38,9 @@ class Program:
         """The program of a run of `steps` steps. Raises UserError for a schedule that does not fit them."""
         lm = config.peft.add(replace(lm, dropout=config.train.dropout))
         tx, schedule = build(config.optim, steps, lm.padded)
+        if isinstance(config.peft, Lisa):
+            draws = Draws(config.peft.active_layers, config.peft.interval, config.seed, config.peft.state)
+            tx = LisaOptimizer(lm, lambda rate: at_rate(config.optim, rate, lm.padded), draws)
         params, trainable = lm.abstract(), config.peft.mask(lm)
         state = abstract_state(params, trainable, tx, lm.layout, scale_loss=config.train.scales_loss())
         return Program(config, lm, tx, schedule, trainable, state)

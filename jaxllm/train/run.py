@@ -151,7 +151,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
             start=start,
             norms_every=config.metrics.norms_every,
             tokens_through=tokens_through,
-            flops=flops_per_token(program.lm, config.data.seq_len, program.trainable),
+            flops=flops_per_token(program.lm, config.data.seq_len, config.peft.trained_at_a_time(program.lm)),
             peak=peak_flops(lm.layout),
             first={"perf/compile_s": compiled.compile_s, "mem/planned_gib": compiled.peak_bytes / 2**30},
             records=lambda done: records_of(loader, done - start - 1),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,21 @@ class LossScale(NamedTuple):
         return LossScale(scale, jnp.where(grown, 0, counted))
 
 
+class StatefulUpdate(Protocol):
+    """What updates parameters and is no transform of optax's (those have `init` alone)."""
+
+    def init(self, params: Params) -> Any:
+        """The state before the first step."""
+        ...
+
+    def shardings(self, params: Params, layout: Layout) -> Any:
+        """Where the state for abstract `params` lies: a tree like it."""
+        ...
+
+
+Optimizer = optax.GradientTransformation | StatefulUpdate
+
+
 class TrainState(NamedTuple):
     """The state of a run between two steps.
 
@@ -65,9 +80,7 @@ class Event:
     finished: Mapping[int, Mapping[str, float]]
 
 
-def new_state(
-    params: Params, trainable: Any, tx: optax.GradientTransformation, *, scale_loss: bool = False
-) -> TrainState:
+def new_state(params: Params, trainable: Any, tx: Optimizer, *, scale_loss: bool = False) -> TrainState:
     """The state before the first step. Frozen leaves get no optimizer state."""
     chosen, frozen = tree.partition(params, trainable)
     loss_scale = None
@@ -77,7 +90,7 @@ def new_state(
 
 
 def abstract_state(
-    params: Params, trainable: Any, tx: optax.GradientTransformation, layout: Layout, *, scale_loss: bool = False
+    params: Params, trainable: Any, tx: Optimizer, layout: Layout, *, scale_loss: bool = False
 ) -> TrainState:
     """Shapes, dtypes and shardings of `new_state`, for abstract `params` that have shardings.
 
@@ -94,12 +107,15 @@ def abstract_state(
         return place(leaf, param.sharding if same else layout.replicated)
 
     chosen, frozen = tree.partition(params, trainable)
-    opt_state = optax.tree.map_params(
-        tx,
-        like_parameter,
-        shapes.opt_state,
-        chosen,
-        transform_non_params=lambda leaf: place(leaf, layout.replicated),
-    )
+    if isinstance(tx, optax.GradientTransformation):
+        opt_state = optax.tree.map_params(
+            tx,
+            like_parameter,
+            shapes.opt_state,
+            chosen,
+            transform_non_params=lambda leaf: place(leaf, layout.replicated),
+        )
+    else:
+        opt_state = jax.tree.map(place, shapes.opt_state, tx.shardings(chosen, layout))
     step, loss_scale = jax.tree.map(lambda leaf: place(leaf, layout.replicated), (shapes.step, shapes.loss_scale))
     return TrainState(step, chosen, frozen, opt_state, loss_scale)

@@ -31,7 +31,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 BATCH_AXES = ("micro", "batch", "act_length")
 
 # What a step draws random numbers for.
-DROPOUT, ROUNDING, TARGETS = range(3)
+DROPOUT, ROUNDING, TARGETS, LAYERS = range(4)
 
 
 def make_step(

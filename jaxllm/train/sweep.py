@@ -109,6 +109,62 @@ def squares_sweep(
     return jax.lax.fori_loop(0, inputs.shape[0], body, (dx, _zero_squares(trainable)))
 
 
+def rows_sweep(
+    block: Block,
+    trainable: Leaves,
+    frozen: Leaves,
+    inputs: jax.Array,
+    dx: jax.Array,
+    micro: Any,
+    rows: jax.Array,
+    *,
+    to_bottom: bool,
+) -> tuple[Leaves, jax.Array]:
+    """The walk down with gradients of some layers alone: `({path: gradients [n, …]}, that of the first layer's input)`.
+
+    rows: `[n]` int32, distinct layers in rising order; they may be traced, so that others need no other program. The
+    layers between them are walked by an inner loop that has no gradient of weights: a `cond` in one loop would skip
+    it too, but hold each branch's operands and results apart.
+    to_bottom: whether the walk goes on below the lowest of them; if not, the second result is of its input.
+    """
+
+    def skip(i: jax.Array, low: jax.Array, dx: jax.Array) -> jax.Array:
+        """Past the layers i, i − 1, …, low + 1."""
+
+        def body(carry: Any) -> Any:
+            i, dx = carry
+            return i - 1, _input_gradient(block, {**take(frozen, i), **take(trainable, i)}, inputs[i], dx, micro)
+
+        return jax.lax.while_loop(lambda carry: carry[0] > low, body, (i, dx))[1]
+
+    def body(k: jax.Array, carry: Any) -> Any:
+        total, i, dx = carry
+        slot = rows.shape[0] - 1 - k
+        row = rows[slot]
+        # The layer is computed again only once its output's gradient is there, or its activations would wait for it.
+        x, dx = _barrier((inputs[row], skip(i, row, dx)))
+        grads, dx = _layer_gradients(block, take(trainable, row), take(frozen, row), x, dx, micro)
+        grads, dx = _barrier((grads, dx))
+        return _put(total, jax.tree.map(lambda g: g[None], grads), slot), row - 1, dx
+
+    of_layer = jax.eval_shape(
+        lambda dx: _layer_gradients(block, take(trainable, rows[0]), take(frozen, rows[0]), inputs[0], dx, micro)[0], dx
+    )
+    zeros = {name: jnp.zeros((rows.shape[0], *g.shape), g.dtype) for name, g in of_layer.items()}
+    top = jnp.asarray(inputs.shape[0] - 1, rows.dtype)
+    total, i, dx = jax.lax.fori_loop(0, rows.shape[0], body, (zeros, top, dx))
+    return total, skip(i, jnp.asarray(-1, rows.dtype), dx) if to_bottom else dx
+
+
+def _input_gradient(block: Block, layer: Leaves, x: jax.Array, dx: jax.Array, micro: Any) -> jax.Array:
+    """The gradient of a layer's input alone, `[M, B, T, D]`."""
+
+    def of_micro(x: jax.Array, dx: jax.Array, micro: Any) -> jax.Array:
+        return jax.vjp(lambda x: block(layer, x, micro), x)[1](dx)[0]
+
+    return _map_micro(of_micro, x, dx, micro)
+
+
 def _layer_gradients(
     block: Block, trainable: Leaves, frozen: Leaves, x: jax.Array, dx: jax.Array, micro: Any
 ) -> tuple[Leaves, jax.Array]:

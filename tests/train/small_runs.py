@@ -18,13 +18,14 @@ from jaxllm.models.base import FamilyConfig
 from jaxllm.models.layout import fit_layout
 from jaxllm.models.stack import Stack, scan
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
-from jaxllm.optim.build import AdamW, build
+from jaxllm.optim.build import AdamW, at_rate, build
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.schedule_config import Cosine
 from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
+from jaxllm.train.lisa import Draws, LisaOptimizer, make_lisa_step
 from jaxllm.train.state import TrainState, abstract_state, new_state
-from jaxllm.train.step import BATCH_AXES, CompiledStep, batch_shapes, compile_step, make_step
+from jaxllm.train.step import BATCH_AXES, CompiledStep, Step, batch_shapes, compile_step, make_step
 
 VOCAB = 101  # no mesh divides it
 ROWS, LENGTH = 32, 12
@@ -76,6 +77,7 @@ class Program(NamedTuple):
 
     lm: LM
     layout: Layout
+    step: Step
     compiled: CompiledStep
     start: Callable[[], TrainState]  # made anew each time: a step gives away the buffers of its argument
 
@@ -94,6 +96,7 @@ def program(
     optimizer: OptimizerConfig = OPTIMIZER,
     fused: bool = False,
     curvature: Curvature | None = None,
+    lisa: Draws | None = None,
     frozen: Sequence[str] = (),
     micro_batches: int = 1,
     stack: Stack | None = None,
@@ -120,11 +123,16 @@ def program(
     if tx is None:
         tx, schedule = build(optimizer, STEPS, moved.padded)
     chosen = tree.match(params, "*", exclude=frozen)
+    if lisa is not None:
+        tx = LisaOptimizer(moved, lambda rate: at_rate(optimizer, rate, moved.padded), lisa)
     abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss)
     options = dict(objective=objective, max_grad_norm=max_grad_norm, max_grad_value=max_grad_value)
     options |= dict(stochastic_rounding=stochastic_rounding, seed=seed)
-    make = make_fused_step if fused else partial(make_step, stack=stack or scan(), curvature=curvature)
-    step = make(moved, tx, schedule, **options)
+    if lisa is not None:
+        step = make_lisa_step(tx, schedule, **options)
+    else:
+        make = make_fused_step if fused else partial(make_step, stack=stack or scan(), curvature=curvature)
+        step = make(moved, tx, schedule, **options)
     rows, length = shape
     batch = batch_shapes((micro_batches, rows // micro_batches, length), layout)
     compiled = compile_step(step, abstract, batch, layout)
@@ -135,7 +143,7 @@ def program(
         state = new_state(jax.tree.map(jnp.array, host), chosen, tx, scale_loss=scale_loss)
         return jax.device_put(state, shardings)
 
-    return Program(moved, layout, compiled, start)
+    return Program(moved, layout, step, compiled, start)
 
 
 class Trained(NamedTuple):

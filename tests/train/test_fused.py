@@ -184,10 +184,17 @@ def test_a_loss_that_is_not_finite_changes_nothing(max_grad_norm):
 DEEP = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=4, vocab_size=512)
 
 
-def compiled(name: str, *, fused: bool, micro_batches: int = 1, max_grad_norm: float | None = None) -> CompiledStep:
+def compiled(
+    name: str,
+    *,
+    fused: bool,
+    micro_batches: int = 1,
+    max_grad_norm: float | None = None,
+    layout: Layout | None = None,
+) -> CompiledStep:
     """The step of 24 layers with few tokens, so that what it holds beside its arguments is weights."""
     config = FAMILIES["llama"].config(**DEEP)
-    lm = LM(FAMILIES["llama"], config, Layout.single())
+    lm = LM(FAMILIES["llama"], config, layout or Layout.single())
     constant = Constant(type="constant", warmup=0)
     tx, schedule = build(OPTIMIZERS[name](type=name, learning_rate=1e-3, schedule=constant), STEPS)
     state = abstract_state(lm.abstract(), jax.tree.map(lambda _: True, lm.abstract()), tx, lm.layout)
@@ -195,7 +202,7 @@ def compiled(name: str, *, fused: bool, micro_batches: int = 1, max_grad_norm: f
         step = make_fused_step(lm, tx, schedule, max_grad_norm=max_grad_norm)
     else:
         step = make_step(lm, tx, schedule, stack=scan("full"), max_grad_norm=max_grad_norm)
-    return compile_step(step, state, batch_shapes((micro_batches, 1, 64), lm.layout), lm.layout)
+    return compile_step(step, state, batch_shapes((micro_batches, lm.layout.size("batch"), 64), lm.layout), lm.layout)
 
 
 def weights(*parts: str) -> float:
@@ -226,6 +233,16 @@ def test_temporary_memory_is_a_few_layers(name):
 def test_two_passes_and_accumulation_hold_no_more():
     assert compiled("lomo", fused=True, max_grad_norm=1.0).temp_bytes <= budget()
     assert compiled("lomo", fused=True, micro_batches=4).temp_bytes <= budget(4)
+
+
+@pytest.mark.full
+@pytest.mark.optimized
+@pytest.mark.parametrize("name", ["lomo", "adalomo"])
+def test_sharded_layers_are_gathered_one_by_one(name):
+    """Of 24 layers in eight shards a device holds a gathered one and its gradient; the budget has room for three."""
+    fused = compiled(name, fused=True, layout=mesh_layout(fsdp=8))
+    assert fused.argument_bytes < 1.1 * weights("layers", "embed", "head") / 8
+    assert fused.temp_bytes <= budget()
 
 
 @pytest.mark.optimized

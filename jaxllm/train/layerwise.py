@@ -1,0 +1,82 @@
+"""A model taken apart at its layers, for walks that see one layer at a time, over all micro-batches of a batch."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.models.base import LM
+from jaxllm.nn.loss import Losses, Objective
+from jaxllm.train.step import Batch
+from jaxllm.train.sweep import sum_micro
+
+Leaves = dict[str, Any]
+"""By the path of a parameter: it, its gradient, or a tuple of what the optimizer keeps about it."""
+
+INDEX = "index"
+"""Beside the parameters of the layers: which of them each is."""
+
+
+def in_embedding(name: str) -> bool:
+    return name.startswith("embed/")
+
+
+def layers_and_rest(leaves: Leaves) -> tuple[Leaves, Leaves]:
+    layers = {name: leaf for name, leaf in leaves.items() if name.startswith("layers/")}
+    return layers, {name: leaf for name, leaf in leaves.items() if name not in layers}
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """A model around its layers, over all micro-batches of a batch.
+
+    nested: makes a tree of leaves. rest: all parameters but the layers'; trainable: which of them train.
+    """
+
+    lm: LM
+    nested: Any
+    rest: Leaves
+    trainable: Iterable[str]
+    batch: dict[str, jax.Array]
+    objective: Objective
+
+    def block(self, layer: Mapping[str, jax.Array], x: jax.Array, micro: Batch) -> jax.Array:
+        ctx = self.lm.batch_context(micro).of_layer(layer[INDEX])
+        return self.lm.block(self.nested(layer)["layers"], x, ctx)[0]
+
+    def embed(self) -> jax.Array:
+        """What the first layer is given, `[M, B, T, D]`."""
+        return sum_micro(lambda micro: ((), self._embed({}, micro)), self.batch)[1]
+
+    def _embed(self, leaves: Leaves, micro: Batch) -> jax.Array:
+        return self.lm.embed(self.nested({**self.rest, **leaves}), micro["tokens"], self.lm.batch_context(micro))
+
+    def head(self, output: jax.Array) -> tuple[tuple[Losses, Leaves], jax.Array]:
+        """The mean losses, the gradients of all that the head reads, and that of the last layer's output."""
+        tied = self.lm.config.tie_word_embeddings
+        chosen = {name: self.rest[name] for name in self.trainable if tied or not in_embedding(name)}
+        trained = jnp.maximum(jnp.sum(self.batch["loss_mask"]), 1)
+
+        def of_micro(x: jax.Array, micro: Batch) -> Any:
+            def loss(leaves: Leaves, x: jax.Array) -> tuple[jax.Array, Losses]:
+                sums = self.lm.head_losses(self.nested({**self.rest, **leaves}), x, micro, self.objective)
+                means = jax.tree.map(lambda total: total / trained, sums)
+                return means.objective, means
+
+            (_, means), (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(chosen, x)
+            return (means, grads), dx
+
+        return sum_micro(of_micro, output, self.batch)
+
+    def embed_gradients(self, dx: jax.Array, of_head: Leaves) -> Leaves:
+        """The gradients of the embedding from that of its output, and from `of_head` where the head is tied to it."""
+        chosen = {name: self.rest[name] for name in self.trainable if in_embedding(name)}
+
+        def of_micro(dx: jax.Array, micro: Batch) -> Any:
+            _, vjp = jax.vjp(lambda leaves: self._embed(leaves, micro), chosen)
+            return vjp(dx)[0], ()
+
+        grads, _ = sum_micro(of_micro, dx, self.batch) if chosen else ({}, ())
+        return {name: g + of_head.get(name, 0) for name, g in grads.items()}
