@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,16 @@ class Checkpoint:
         """What the run said beside the state."""
         return self._facts()["run"]
 
-    def leaves(self) -> list[str]:
-        """The paths of the arrays of the state."""
-        return self._facts()["leaves"]
+    def leaves(self, part: str) -> list[str]:
+        """The paths of the arrays in a part of the state."""
+        return [path.removeprefix(f"{part}/") for path in self._facts()["leaves"] if path.startswith(f"{part}/")]
+
+    def shapes(self, paths: Iterable[str]) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """The shape and dtype of some arrays of the state, by their paths."""
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            described = checkpointer.metadata(self.folder / STATE).item_metadata.tree
+        found = {path: tree.at(described, path) for path in paths}
+        return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in found.items()}
 
     def restore(self, abstract: Any, *, partial: bool = False) -> Any:
         """The state with the shapes, dtypes and shardings of `abstract`, whatever mesh wrote it.

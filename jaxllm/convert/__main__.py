@@ -28,6 +28,16 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("src", help=SOURCES)
     to_hf.add_argument("dst", type=Path, help="the folder to write")
     to_hf.add_argument("--dtype", choices=DTYPES, help="of the weights that are written (default: as they are stored)")
+    merge = commands.add_parser(
+        "merge",
+        help="write a model and its adapter as one",
+        description="Merges the LoRA adapter in ADAPTER into its model BASE, and writes the result into the folder "
+        "DST, which transformers loads.",
+    )
+    merge.add_argument("base", help=SOURCES)
+    merge.add_argument("adapter", type=Path, help="a folder of HF peft's files, or of a run that has trained one")
+    merge.add_argument("dst", type=Path, help="the folder to write")
+    merge.add_argument("--dtype", choices=DTYPES, help="of the weights that are written (default: as they are stored)")
     inspect = commands.add_parser(
         "inspect",
         help="say what a model is",
@@ -47,6 +57,8 @@ def main(arguments: list[str]) -> int:
     try:
         if options.command == "to-hf":
             _to_hf(options.src, options.dst, options.dtype)
+        elif options.command == "merge":
+            _to_hf(options.base, options.dst, options.dtype, options.adapter)
         else:
             _inspect(options.src)
         return 0
@@ -58,14 +70,16 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
-def _to_hf(src: str, dst: Path, dtype: str | None) -> None:
+def _to_hf(src: str, dst: Path, dtype: str | None, adapter: Path | None = None) -> None:
     from jaxllm.convert.load import open_model
     from jaxllm.core.mesh import Layout
     from jaxllm.hf.export import check_replaceable, save
+    from jaxllm.peft.adapter import with_adapter
 
     model = open_model(src, Layout.single(), dtype)
     check_replaceable(dst, model.lm.source)
-    save(model.lm, model.load(), dst, model_folder=model.folder)
+    load = model.load if adapter is None else with_adapter(adapter, model.lm, model.load)
+    save(model.lm, load(), dst, model_folder=model.folder)
     print(f"{dst}: {model.lm.parameter_count():,} parameters, for transformers")
 
 

@@ -24,8 +24,10 @@ from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
 from jaxllm.models.layout import fit_layout
+from jaxllm.nn.linear import ADAPTER
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.optim.config import OptimizerConfig
+from jaxllm.peft.low_rank import merge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -128,20 +130,21 @@ def _from_checkpoint(
             raise UserError(f"{run}: the run has no complete checkpoint yet")
         chosen.verify()
         params, optimizer = _parameters(chosen, lm), _averaging_optimizer(run)
-        return params if optimizer is None else _averaged(chosen, lm, params, optimizer)
+        return merge(params if optimizer is None else _averaged(chosen, params, optimizer))
 
     return OpenModel(lm, run / RUN_MODEL, load)
 
 
 def _parameters(checkpoint: Checkpoint, lm: LM) -> Params:
-    """The parameters of a checkpoint, from the half that trained and the one that did not."""
-    shapes, halves = tree.flatten(lm.abstract()), ("params", "frozen")
-    names = {path.partition("/")[::2] for path in checkpoint.leaves()}
-    wanted = {f"{half}/{path}": shapes[path] for half in halves for path in shapes if (half, path) in names}
-    lacking = {f"params/{path}": shapes[path] for path in shapes if names.isdisjoint((half, path) for half in halves)}
-    state = checkpoint.restore(tree.insert({}, {**wanted, **lacking}), partial=True)
-    leaves = {path: leaf for half in halves for path, leaf in tree.flatten(state.get(half, {})).items()}
-    return tree.insert({}, leaves)
+    """The parameters of a checkpoint, from the half that trained and the one that did not, with those of an adapter."""
+    halves, shapes = ("params", "frozen"), tree.flatten(lm.abstract())
+    there = {path: half for half in halves for path in checkpoint.leaves(half)}
+    adapter = {path: f"{half}/{path}" for path, half in there.items() if path.rpartition("/")[2] in ADAPTER}
+    for path, shape in checkpoint.shapes(adapter.values()).items() if adapter else ():
+        shapes[path.partition("/")[2]] = jax.ShapeDtypeStruct(*shape, sharding=lm.layout.replicated)
+    wanted = {f"{there.get(path, halves[0])}/{path}": shape for path, shape in shapes.items()}
+    state = checkpoint.restore(tree.insert({}, wanted), partial=True)
+    return tree.insert({}, {path: leaf for half in state.values() for path, leaf in tree.flatten(half).items()})
 
 
 class _OfRun(Section, extra="ignore"):
@@ -156,12 +159,15 @@ def _averaging_optimizer(run: Path) -> OptimizerConfig | None:
     return load_config(run / RESOLVED, [], _OfRun).optim
 
 
-def _averaged(checkpoint: Checkpoint, lm: LM, params: Params, optimizer: OptimizerConfig) -> Params:
+def _averaged(checkpoint: Checkpoint, params: Params, optimizer: OptimizerConfig) -> Params:
     """What is evaluated of the parameters of a checkpoint."""
-    prefix, shapes = f"opt_state/{optimizer.averages}/", tree.flatten(lm.abstract())
-    paths = [path.removeprefix(prefix) for path in checkpoint.leaves() if path.startswith(prefix)]
-    wanted = {prefix + p: shapes[p].update(dtype=at_least_float32(shapes[p].dtype)) for p in paths if p in shapes}
-    state = checkpoint.restore(tree.insert({}, wanted), partial=True)
-    kept, leaves = tree.flatten(state["opt_state"][optimizer.averages]), tree.flatten(params)
+    part, leaves = f"opt_state/{optimizer.averages}", tree.flatten(params)
+
+    def wanted(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, at_least_float32(leaf.dtype), sharding=leaf.sharding)
+
+    shapes = {f"{part}/{path}": wanted(leaves[path]) for path in checkpoint.leaves(part) if path in leaves}
+    state = checkpoint.restore(tree.insert({}, shapes), partial=True)
+    kept = tree.flatten(state["opt_state"][optimizer.averages])
     evaluated = jax.jit(optimizer.evaluation_params)({path: leaves[path] for path in kept}, kept)
     return tree.insert({}, {**leaves, **evaluated})

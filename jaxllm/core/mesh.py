@@ -36,6 +36,7 @@ DEFAULT_RULES: Rules = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "norm": (),
+    "rank": (),
     "vocab": ("fsdp", "tensor"),
     "vocab_embed": (),
     "micro": (),

@@ -5,6 +5,7 @@ Sharding, weight decay, freezing, adapters and conversion all choose leaves by p
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import reduce
 from typing import Any, TypeVar
 
 import jax
@@ -60,6 +61,11 @@ def first_match(tree: Tree, rules: Sequence[tuple[str, V]]) -> Tree:
         raise UserError(f"no rule covers the parameter {path!r}; add one, or a last rule '*'")
 
     return jax.tree.map(value, paths(tree))
+
+
+def at(tree: Params, path: str) -> Any:
+    """What is at `path`."""
+    return reduce(lambda node, name: node[name], path.split("/"), tree)
 
 
 def insert(tree: Params, leaves: Mapping[str, Any]) -> Params:

@@ -23,7 +23,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.hub import TOKENIZER_FILES
 from jaxllm.core.tree import Params
 from jaxllm.hf.config import read_config, write_config
-from jaxllm.hf.source import DTYPES, INDEX, SIDE_FILES, WEIGHTS, Source
+from jaxllm.hf.source import ADAPTER_CONFIG, DTYPES, INDEX, SIDE_FILES, WEIGHTS, Source
 from jaxllm.hf.weights import Entry, copy, weight_table
 from jaxllm.models.base import LM
 
@@ -67,30 +67,46 @@ def save(
     raw = read_config(model_folder) if model_folder else source.config if source else None
     config = write_config(lm.family, lm.config, source=raw, dtype=dtype)
 
-    writes = jax.process_index() == 0
-    new = folder.with_name(f".{folder.name}.partial")
-    with _disk_errors(folder, sum(sizes.values())):
-        if writes:
-            _make_room(new, sum(sizes.values()))
+    with replacing(folder, sum(sizes.values())) as new:
         for file, names in files.items():
             tensors = {}
             for name in names:
-                tensor = _gather(lm, leaves[entries[name].path], entries[name])
-                if writes:
+                tensor = gather(lm, leaves[entries[name].path], entries[name])
+                if jax.process_index() == 0:
                     tensors[name] = tensor
-            if writes:
-                save_file(tensors, new / file, metadata={"format": "pt"})
-                # safetensors makes files for their owner alone; they should be as open as any new file.
-                (new / file).chmod(new.stat().st_mode & 0o666)
-        if writes:
+            write_tensors(tensors, new / file)
+        if jax.process_index() == 0:
             if len(files) > 1 or (source and source.index is not None):
-                _write_json(new / INDEX, _index(files, sizes, source, unchanged))
-            _write_json(new / "config.json", config)
+                write_json(new / INDEX, _index(files, sizes, source, unchanged))
+            write_json(new / "config.json", config)
             for path in side_files:
                 shutil.copyfile(path, new / path.name)
+
+
+@contextmanager
+def replacing(folder: Path, total: int) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when the block is done, on a disk with room for `total` bytes.
+
+    Every process must enter it, and process 0 alone may write. Raises UserError for what the disk refuses.
+    """
+    writes = jax.process_index() == 0
+    new = folder.with_name(f".{folder.name}.partial")
+    with _disk_errors(folder, total):
+        if writes:
+            _make_room(new, total)
+        yield new
+        if writes:
             _swap(new, folder)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"hf export {folder}")
+        multihost_utils.sync_global_devices(f"export {folder}")
+
+
+def write_tensors(tensors: dict[str, np.ndarray], file: Path) -> None:
+    """Writes a safetensors file, if this is process 0."""
+    if jax.process_index() == 0:
+        save_file(tensors, file, metadata={"format": "pt"})
+        # safetensors makes files for their owner alone; they should be as open as any new file.
+        file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def check_replaceable(folder: Path, source: Source | None = None) -> None:
@@ -108,7 +124,7 @@ def check_replaceable(folder: Path, source: Source | None = None) -> None:
 
 
 def _is_export_file(path: Path) -> bool:
-    known = {"config.json", INDEX, *SIDE_FILES}
+    known = {"config.json", ADAPTER_CONFIG, INDEX, *SIDE_FILES}
     return path.is_file() and (path.name in known or path.suffix == ".safetensors")
 
 
@@ -166,7 +182,7 @@ def _layer(leaf: jax.Array, i: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), sharding)
 
 
-def _gather(lm: LM, leaf: jax.Array, entry: Entry) -> np.ndarray:
+def gather(lm: LM, leaf: jax.Array, entry: Entry) -> np.ndarray:
     """One tensor as it stands in the file, whole. A collective operation of all processes."""
     everywhere, axis = lm.layout.replicated, entry.rule.vocab_axis
     i = entry.layer
@@ -213,5 +229,6 @@ def _swap(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file as transformers does."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

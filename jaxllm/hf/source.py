@@ -17,6 +17,8 @@ from jaxllm.hf.config import RawConfig, read_config, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What HF PEFT calls the description of an adapter, and its weights.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES)
 
 # The dtypes of a checkpoint that can be trained, by the names of safetensors.

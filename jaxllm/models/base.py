@@ -1,6 +1,7 @@
 """A language model as a pure function of its parameters: `embed`, a stack of equal `block`s, `head`."""
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -99,6 +100,17 @@ FAMILIES = Registry[Family]("model family")
 
 
 @dataclass(frozen=True)
+class ExtraLeaf:
+    """A parameter that an adapter adds to a model.
+
+    axes: the logical names of its axes. draw: its value at the start, of a key and of the model's own parameters.
+    """
+
+    axes: tuple[str | None, ...]
+    draw: Callable[[jax.Array, Params], jax.Array]
+
+
+@dataclass(frozen=True)
 class LM:
     """A language model: its config, layout and dtypes. It holds no arrays.
 
@@ -106,6 +118,8 @@ class LM:
     compute_dtype: the dtype of activations and matrix products.
     attention: the form of attention outside decoding. "cudnn" is for batches with one document a row.
     dropout: the share that is dropped of the embedding and of each sublayer's output, in batches with `dropout_keys`.
+    adapter_dropout: the share that is dropped of what the low-rank part of an adapter is given, in such batches.
+    extra: by their paths, the parameters that an adapter adds (`jaxllm.peft`).
     source: where a converted model came from, for the way back (`jaxllm.hf`); None for a new one.
     """
 
@@ -116,6 +130,8 @@ class LM:
     compute_dtype: DTypeLike = jnp.float32
     attention: AttentionForm = "xla"
     dropout: float = 0.0
+    adapter_dropout: float = 0.0
+    extra: Mapping[str, ExtraLeaf] = field(default_factory=dict)
     source: Any = None
 
     # Parameters
@@ -141,7 +157,7 @@ class LM:
         names["layers"] = jax.tree.map(
             lambda leaf: ("layers", *leaf), names["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple)
         )
-        return names
+        return tree.insert(names, {path: leaf.axes for path, leaf in self.extra.items()})
 
     def shardings(self) -> Params:
         """The sharding of every parameter."""
@@ -186,7 +202,14 @@ class LM:
         params["embed"]["table"] = jnp.pad(params["embed"]["table"], ((0, pad), (0, 0)))
         if "head" in params:
             params["head"]["kernel"] = jnp.pad(params["head"]["kernel"], ((0, 0), (0, pad)))
-        return tree.map_with_path(lambda path, leaf: leaf.astype(self._dtype_of(path)), params)
+        params = tree.map_with_path(lambda path, leaf: leaf.astype(self._dtype_of(path)), params)
+        return self.with_extra(params, key)
+
+    def with_extra(self, params: Params, key: jax.Array) -> Params:
+        """`params` with those of the extra leaves that are not there, each drawn from `key` and its path alone."""
+        lacking = {path: leaf for path, leaf in self.extra.items() if path not in tree.flatten(params)}
+        keys = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in lacking}
+        return tree.insert(params, {path: leaf.draw(keys[path], params) for path, leaf in lacking.items()})
 
     def _dtype_of(self, path: str) -> DTypeLike:
         return self.param_dtype[path] if isinstance(self.param_dtype, Mapping) else self.param_dtype
@@ -219,7 +242,10 @@ class LM:
         """The context of a batch to train on: `positions`, `segments`, and `dropout_keys` where there is dropout."""
         ctx = self.context(batch["positions"], batch["segments"])
         if (keys := batch.get("dropout_keys")) is not None:
-            ctx = replace(ctx, dropout=Dropout(self.dropout, keys))
+            dropout, of_adapter = (
+                Dropout(rate, keys) if rate else None for rate in (self.dropout, self.adapter_dropout)
+            )
+            ctx = replace(ctx, dropout=dropout, adapter_dropout=of_adapter)
         if self.attention == "cudnn":  # behind the one document of a row there is padding alone, hidden by the order
             return replace(ctx, segments=None)
         return ctx

@@ -34,7 +34,7 @@ class Attention(nn.Module):
             return Linear(features, axes, self.dtype, self.stddev, self.use_bias, name=name)
 
         def heads(count: int, axis: str, name: str) -> jax.Array:
-            y = linear(count * self.head_dim, ("embed", axis), name)(x)
+            y = linear(count * self.head_dim, ("embed", axis), name)(x, ctx)
             y = y.reshape(batch, length, count, self.head_dim)
             return ctx.layout.constrain(y, "batch", "act_length", f"act_{axis}", None)
 
@@ -48,7 +48,7 @@ class Attention(nn.Module):
             y = attend(q, cache.k, cache.v, cache_mask(ctx, length))
         y = named(ctx.layout.constrain(y, "batch", "act_length", "act_heads", None), "attn_context")
         y = y.reshape(batch, length, self.heads * self.head_dim)
-        return named(linear(width, ("heads", "embed"), "o")(y), "attn_out"), cache
+        return named(linear(width, ("heads", "embed"), "o")(y, ctx), "attn_out"), cache
 
 
 def cache_mask(ctx: Context, length: int) -> jax.Array:

@@ -20,6 +20,7 @@ class Context:
     attention: how attention is computed; with a cache it is always the plain form.
     cache: where a decoding pass stands in the key-value cache; None outside decoding.
     dropout: of the embedding and of what each sublayer adds to the residual stream; None = nothing is dropped.
+    adapter_dropout: of what the low-rank part of an adapter is given.
     """
 
     layout: Layout
@@ -28,10 +29,15 @@ class Context:
     attention: AttentionForm = "xla"
     cache: "CachePosition | None" = None
     dropout: Dropout | None = None
+    adapter_dropout: Dropout | None = None
 
     def of_layer(self, index: jax.Array) -> "Context":
         """The context of one layer, whose dropout is its own. index: scalar int32."""
-        return self if self.dropout is None else replace(self, dropout=self.dropout.at(1 + index))
+
+        def own(dropout: Dropout | None) -> Dropout | None:
+            return None if dropout is None else dropout.at(1 + index)
+
+        return replace(self, dropout=own(self.dropout), adapter_dropout=own(self.adapter_dropout))
 
     def drop(self, x: jax.Array, place: int = 0) -> jax.Array:
         """`x` after dropout. place: which of the layer's outputs it is."""

@@ -1,4 +1,7 @@
-"""The one place that multiplies by a weight."""
+"""The one place that multiplies by a weight, and by the leaves that an adapter has put beside it."""
+
+import zlib
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -6,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxllm.core.dtypes import at_least_float32
+from jaxllm.nn.context import Context
 from jaxllm.nn.parameter import parameter
 
 
@@ -13,6 +17,13 @@ class Linear(nn.Module):
     """`x @ kernel + bias`, with the kernel stored as the matrix `[in, out]`.
 
     axes: the logical axes of the kernel; the bias has the last of them.
+
+    Of an adapter it applies the leaves that it finds, and makes none:
+
+    - `lora_a` `[in, r]`, `lora_b` `[r, out]`, `lora_scale` (a scalar, s): `x @ kernel + s · x @ lora_a @ lora_b`
+      (Hu et al., arXiv 2106.09685);
+    - `lora_magnitude` `[out]` besides: the columns of kernel + s · lora_a @ lora_b, divided by their norms (which get
+      no gradient) and multiplied by it (Liu et al., arXiv 2402.09353, equations 5 and 11).
     """
 
     features: int
@@ -22,15 +33,59 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         """`[..., in]` → `[..., out]` in the compute dtype."""
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", nn.initializers.normal(self.stddev), self.axes, shape)
         y = multiply(x, kernel.astype(self.dtype))
+        if adapter := self._adapter():
+            y += self._adapted(x, y, kernel, adapter, ctx)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros_init(), self.axes[1:], (self.features,))
             y += bias.astype(self.dtype)
         return y
+
+    def _adapter(self) -> dict[str, jax.Array]:
+        return {name: self.get_variable("params", name) for name in ADAPTER if self.has_variable("params", name)}
+
+    def _adapted(
+        self, x: jax.Array, y: jax.Array, kernel: jax.Array, adapter: Mapping[str, jax.Array], ctx: Context
+    ) -> jax.Array:
+        """What the adapter adds to y = `x @ kernel`. It sees x after its own dropout."""
+        drop = ctx.adapter_dropout
+        if drop is not None:
+            x = drop.at(zlib.crc32("/".join(self.path).encode()) & 0x7FFFFFFF)(x)
+        a, b = (adapter[name].astype(self.dtype) for name in ("lora_a", "lora_b"))
+        added = multiply(multiply(x, a), b) * adapter["lora_scale"].astype(self.dtype)
+        if "lora_magnitude" not in adapter:
+            return added
+        factor = _column_factors(kernel, adapter).astype(self.dtype)
+        seen = y if drop is None else multiply(x, kernel.astype(self.dtype))
+        return (factor - 1) * seen + factor * added
+
+
+ADAPTER = ("lora_a", "lora_b", "lora_scale", "lora_magnitude")
+"""The leaves of adapters that stand beside a kernel."""
+
+
+def merged_kernel(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
+    """The kernel `[in, out]` by which a layer multiplies as it does with `adapter` (see `Linear`)."""
+    merged = _low_rank_sum(kernel, adapter)
+    if "lora_magnitude" in adapter:
+        merged *= _column_factors(kernel, adapter)
+    return merged.astype(kernel.dtype)
+
+
+def _low_rank_sum(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
+    dtype = at_least_float32(kernel.dtype)
+    a, b, scale = (adapter[name].astype(dtype) for name in ("lora_a", "lora_b", "lora_scale"))
+    return kernel.astype(dtype) + scale * (a @ b)
+
+
+def _column_factors(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
+    """lora_magnitude over the norms of the columns; 1 in a layer that the adapter leaves alone, whose scale is 0."""
+    norms = jax.lax.stop_gradient(jnp.linalg.norm(_low_rank_sum(kernel, adapter), axis=0))
+    return jnp.where(adapter["lora_scale"] == 0, 1, adapter["lora_magnitude"] / norms)
 
 
 class Head(nn.Module):

@@ -36,7 +36,7 @@ class GatedMLP(nn.Module):
         def linear(features: int, axes: tuple[str, str], name: str) -> Linear:
             return Linear(features, axes, self.dtype, self.stddev, self.use_bias, name=name)
 
-        gate = named(linear(self.features, ("embed", "mlp"), "gate")(x), "mlp_gate")
-        up = named(linear(self.features, ("embed", "mlp"), "up")(x), "mlp_up")
+        gate = named(linear(self.features, ("embed", "mlp"), "gate")(x, ctx), "mlp_gate")
+        up = named(linear(self.features, ("embed", "mlp"), "up")(x, ctx), "mlp_up")
         hidden = ctx.layout.constrain(ACTIVATIONS[self.activation](gate) * up, "batch", "act_length", "act_mlp")
-        return named(linear(x.shape[-1], ("mlp", "embed"), "down")(named(hidden, "mlp_hidden")), "mlp_out")
+        return named(linear(x.shape[-1], ("mlp", "embed"), "down")(named(hidden, "mlp_hidden"), ctx), "mlp_out")

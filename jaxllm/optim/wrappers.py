@@ -119,6 +119,26 @@ def _groups(tx: optax.GradientTransformation, params: tree.Tree, stacked: Sequen
     return [group(size) for size in sorted({0, *jax.tree.leaves(layers)})]
 
 
+def scale_updates(
+    tx: optax.GradientTransformation, factors: Mapping[str, float]
+) -> optax.GradientTransformationExtraArgs:
+    """`tx`, whose updates are multiplied by the factor of the first pattern in `factors` that matches their path.
+
+    Where an update is proportional to the learning rate, that is a learning rate of its own.
+    """
+    inner = optax.with_extra_args_support(tx)
+    rules = [*factors.items(), ("*", 1.0)]
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = inner.update(updates, state, params, **extra_args)
+        scaled = jax.tree.map(lambda u, f: u if f == 1 else u * f, updates, tree.first_match(updates, rules))
+        return scaled, state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 def without_padding(
     tx: optax.GradientTransformation, padded: Mapping[str, tuple[int, int]]
 ) -> optax.GradientTransformationExtraArgs:

@@ -2,6 +2,7 @@
 
 from jaxllm.peft import freeze as freeze
 from jaxllm.peft import lisa as lisa
+from jaxllm.peft import lora as lora
 from jaxllm.peft.base import METHODS as METHODS
 from jaxllm.peft.base import Full as Full
 from jaxllm.peft.base import PeftConfig as PeftConfig

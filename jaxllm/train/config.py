@@ -40,6 +40,9 @@ class PretrainedModel(Section):
     owner/name[@revision]"""
     tokenizer: str | None = None
     """a tokenizer folder, or a name of the Hub; default: the model's own"""
+    adapter: str | None = None
+    """a LoRA adapter of the model, in the files of HF peft, or a run that has trained one. With a peft section of the
+    same adapter it trains on; else it is merged into the model first"""
 
 
 class NewModel(Section):
@@ -246,6 +249,16 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
     share = [held_out.name for held_out in config.evals if held_out.path is None]
     train = config.train
     table = [
+        (
+            isinstance(config.model, NewModel) and config.peft.type == "lora",
+            "peft.type is lora, whose result is the adapter of a pretrained model, and model is a new one",
+            "give model.path, or remove the peft section",
+        ),
+        (
+            bool(config.optim.averages) and bool(config.peft.rates()),
+            f"peft.loraplus_lr_ratio scales updates, and the averages of optim {config.optim.type} would not follow",
+            "set loraplus_lr_ratio to 1, or choose another optimizer",
+        ),
         (
             train.param_dtype == "float16",
             "train.param_dtype is float16, in which small updates vanish and moments overflow",

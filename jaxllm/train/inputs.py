@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +28,7 @@ from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.base import FamilyConfig
 from jaxllm.models.layout import fit_layout
+from jaxllm.peft.adapter import with_adapter
 from jaxllm.train.config import Config, NewModel
 from jaxllm.train.step import BATCH_AXES
 
@@ -45,9 +46,11 @@ def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
         lm = model_without_weights(config, layout)
         return OpenModel(lm, _tokenizer_folder(config), lambda: lm.init(jax.random.key(config.seed)))
     model = open_model(chosen.path, layout, config.train.param_dtype, config.train.computes_in(layout))
+    if chosen.adapter is not None:
+        model = replace(model, load=with_adapter(chosen.adapter, model.lm, model.load, config.peft))
     if chosen.tokenizer is None:
         return model
-    return OpenModel(model.lm, hub.model_folder(chosen.tokenizer, "tokenizer"), model.load)
+    return replace(model, folder=hub.model_folder(chosen.tokenizer, "tokenizer"))
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerFast:

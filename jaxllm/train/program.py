@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jaxllm.core import tree
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
 from jaxllm.optim.build import at_rate, build
+from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft.lisa import Lisa
 from jaxllm.train.config import Config
 from jaxllm.train.lisa import Draws, LisaOptimizer
@@ -38,6 +39,7 @@ class Program:
         """The program of a run of `steps` steps. Raises UserError for a schedule that does not fit them."""
         lm = config.peft.add(replace(lm, dropout=config.train.dropout))
         tx, schedule = build(config.optim, steps, lm.padded)
+        tx = scale_updates(tx, config.peft.rates())
         if isinstance(config.peft, Lisa):
             draws = Draws(config.peft.active_layers, config.peft.interval, config.seed, config.peft.state)
             tx = LisaOptimizer(lm, lambda rate: at_rate(config.optim, rate, lm.padded), draws)
@@ -65,8 +67,12 @@ class Program:
         return jax.jit(self.config.optim.evaluation_params)
 
     def start(self, params: Params) -> TrainState:
-        """The state before the first step. The buffers of `params` are reused."""
-        scale_loss = self.config.train.scales_loss()
-        first = partial(new_state, trainable=self.trainable, tx=self.tx, scale_loss=scale_loss)
+        """The state before the first step, with what the method of fine-tuning adds. The buffers of `params` are
+        reused."""
+
+        def first(params: Params) -> TrainState:
+            params = self.lm.with_extra(params, jax.random.key(self.config.seed))
+            return new_state(params, self.trainable, self.tx, scale_loss=self.config.train.scales_loss())
+
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jax.jit(first, out_shardings=shardings, donate_argnums=0)(params)

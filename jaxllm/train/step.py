@@ -162,7 +162,7 @@ def step_key(seed: int, step: jax.Array, purpose: int) -> jax.Array:
 
 def with_dropout(lm: LM, batch: Batch, seed: int, step: jax.Array) -> Batch:
     """`batch` with a key for each sequence, if the model drops anything."""
-    if not lm.dropout:
+    if not (lm.dropout or lm.adapter_dropout):
         return batch
     return {**batch, "dropout_keys": jax.random.split(step_key(seed, step, DROPOUT), batch["tokens"].shape[:2])}
 

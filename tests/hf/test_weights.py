@@ -404,7 +404,7 @@ def test_a_killed_export_leaves_the_last_one_and_the_next_cleans_up(small, tmp_p
     save_hf(lm, params, folder)
     before = contents(folder)
     changed = jax.tree.map(lambda leaf: leaf + 1, params)
-    monkeypatch.setattr(export, "_write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(export, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_hf(lm, changed, folder)
     monkeypatch.undo()

@@ -21,6 +21,8 @@ from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import AdamW, at_rate, build
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.schedule_config import Cosine
+from jaxllm.optim.wrappers import scale_updates
+from jaxllm.peft import PeftConfig
 from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.lisa import Draws, LisaOptimizer, make_lisa_step
@@ -98,6 +100,7 @@ def program(
     curvature: Curvature | None = None,
     lisa: Draws | None = None,
     frozen: Sequence[str] = (),
+    method: PeftConfig | None = None,
     micro_batches: int = 1,
     stack: Stack | None = None,
     max_grad_norm: float | None = MAX_GRAD_NORM,
@@ -112,17 +115,22 @@ def program(
 ) -> Program:
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
 
-    tx, schedule: in place of those of `optimizer`. frozen: patterns of the parameters that do not train. dtype: of
+    tx, schedule: in place of those of `optimizer`. frozen: patterns of the parameters that do not train. method: of
+    fine-tuning, whose leaves are drawn at random all of them. dtype: of
     parameters, and of the computation where no other is given; float16 scales the loss. shape: sequences in a whole
     batch, and tokens in each.
     """
     lm = replace(small_lm(config, dtype=dtype), compute_dtype=jnp.dtype(compute_dtype or dtype), dropout=dropout)
     scale_loss = compute_dtype == "float16"
     layout = fit_layout(config, layout or Layout.single())
+    if method is not None:
+        lm = method.add(lm)
     moved, params = on_layout(lm, layout, draw_params(lm))
     if tx is None:
         tx, schedule = build(optimizer, STEPS, moved.padded)
     chosen = tree.match(params, "*", exclude=frozen)
+    if method is not None:
+        chosen, tx = method.mask(moved), scale_updates(tx, method.rates())
     if lisa is not None:
         tx = LisaOptimizer(moved, lambda rate: at_rate(optimizer, rate, moved.padded), lisa)
     abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss)

@@ -1,0 +1,57 @@
+"""A model's parameters by the modules of transformers that hold them, which is how HF PEFT chooses and names them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jaxllm.models.base import LM
+from jaxllm.models.rules import Operation
+
+
+@dataclass(frozen=True)
+class Module:
+    """What holds a parameter in transformers.
+
+    path: of the parameter. names: of the module, such as `model.layers.0.self_attn.q_proj`, one for each layer of a
+    stacked parameter. kind: what the module calls it, `weight` or `bias`. operation: on the way to the file.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    kind: str
+    stacked: bool
+    operation: Operation
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix of a layer, beside which an adapter may stand."""
+        return self.stacked and self.path.endswith("/kernel")
+
+    @property
+    def folder(self) -> str:
+        """The path of what stands beside the parameter."""
+        return self.path.rpartition("/")[0]
+
+    @property
+    def short(self) -> str:
+        """The last part of the name, such as `q_proj`."""
+        return self.names[0].rpartition(".")[2]
+
+    def keys(self) -> tuple[str, ...]:
+        """The parameter's name, one for each layer."""
+        return tuple(f"{name}.{self.kind}" for name in self.names)
+
+
+def modules(lm: LM) -> list[Module]:
+    """Every parameter of `lm`, those that an adapter adds left out."""
+    found = []
+    for rule in lm.family.rules(lm.config):
+        name, _, kind = rule.key.rpartition(".")
+        layers = range(lm.config.num_hidden_layers) if rule.stacked else (0,)
+        names = tuple(name.replace("{i}", str(i)) for i in layers)
+        found.append(Module(rule.path, names, kind, rule.stacked, rule.operation))
+    return found
+
+
+def is_named(name: str, wanted: Iterable[str]) -> bool:
+    """Whether a module is meant by one of `wanted`: its name, or the end of it after a dot."""
+    return any(name == one or name.endswith(f".{one}") for one in wanted)

@@ -1,0 +1,251 @@
+"""LoRA and its kin against HF peft, merged and unmerged, in files and in whole runs."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from families import draw_config, draw_params, small_lm, transformers_model
+from whole_runs import train, workplace
+
+import jaxllm
+from jaxllm.convert.__main__ import main as convert
+from jaxllm.core import tree
+from jaxllm.core.errors import UserError
+from jaxllm.core.tree import Params
+from jaxllm.generate.__main__ import main as generate
+from jaxllm.models import LM
+from jaxllm.peft.adapter import read_adapter, with_adapter
+from jaxllm.peft.lora import Lora
+from jaxllm.peft.low_rank import merge
+
+TOKENS = np.random.default_rng(0).integers(0, 60, (2, 16))
+TOLERANCE = 1e-4  # float32, of logits with a standard deviation above 1 (DESIGN, section 5)
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": dict(r=4, lora_alpha=16.0),
+    "dora with rsLoRA": dict(r=4, use_dora=True, use_rslora=True, target_modules=("q_proj", "down_proj")),
+    "some layers": dict(r=2, target_modules=("k_proj", "o_proj"), layers_to_transform=(1,), use_dora=True),
+    "patterns": dict(r=2, rank_pattern={"0.*.q_proj": 5, "up_proj": 3}, alpha_pattern={"layers.1.mlp.*": 3.0}),
+    "a regular expression": dict(r=3, target_modules=r".*layers\.0\..*(gate|v)_proj"),
+    "modules to save": dict(r=2, modules_to_save=("lm_head", "embed_tokens"), bias="all"),
+    "tied": dict(r=2, modules_to_save=("lm_head",)),
+    "biases of the adapted": dict(r=2, target_modules=("q_proj",), bias="lora_only"),
+}
+
+
+def model(**changes: Any) -> tuple[LM, Params]:
+    sizes = dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
+    lm = small_lm(draw_config("llama", 1, **{**sizes, **changes}))
+    return lm, draw_params(lm)
+
+
+def trained(lm: LM, base: Params, method: Lora) -> Params:
+    """`base` with an adapter as after training: all that trains has moved, but for the padding of ranks and layers."""
+    adapted, rng = method.add(lm), np.random.default_rng(1)
+    params = adapted.with_extra(base, jax.random.key(0))
+    leaves, chosen = tree.flatten(params), tree.flatten(method.mask(adapted))
+
+    def moved(path: str, leaf: jax.Array) -> jax.Array:
+        folder, _, name = path.rpartition("/")
+        new = leaf + 0.15 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+        if name in ("lora_a", "lora_b", "lora_magnitude"):
+            has_rank = leaves[f"{folder}/lora_a"][:, 0] != 0
+            own = {
+                "lora_a": has_rank[:, None],
+                "lora_b": has_rank[..., None],
+                "lora_magnitude": has_rank.any(-1)[:, None],
+            }
+            return jnp.where(own[name], new, leaf)
+        return new
+
+    return tree.insert(params, {path: moved(path, leaf) for path, leaf in leaves.items() if chosen[path]})
+
+
+def logits(lm: LM, params: Params) -> np.ndarray:
+    return np.asarray(jax.jit(lm.logits)(params, jnp.array(TOKENS)))
+
+
+def torch_logits(module: Any) -> np.ndarray:
+    with torch.no_grad():
+        return module(torch.tensor(TOKENS)).logits.numpy()
+
+
+def dear(variants: dict[str, Any], *plain: str) -> list[Any]:
+    """The variants but for `plain` in the full tier."""
+    return [pytest.param(name, marks=[] if name in plain else pytest.mark.full) for name in variants]
+
+
+@pytest.mark.parametrize("variant", dear(VARIANTS, "some layers", "patterns", "modules to save", "tied"))
+def test_its_files_load_in_hf_peft_and_come_back(variant, tmp_path):
+    """And at the start it changes nothing; and what it has become can be merged."""
+    lm, base = model(tie_word_embeddings=variant == "tied")
+    method = Lora(type="lora", **VARIANTS[variant])
+    params, without = trained(lm, base, method), logits(lm, base)
+    ours, start = logits(lm, params), logits(lm, method.add(lm).with_extra(base, jax.random.key(0)))
+    np.testing.assert_allclose(start, without, atol=2e-5)
+    assert np.abs(ours - without).max() > 0.1
+    method.export(method.add(lm), params, tmp_path / "adapter", model_folder=tmp_path, base="base")
+    theirs = peft.PeftModel.from_pretrained(
+        transformers_model(lm.config, base, tmp_path / "base"), tmp_path / "adapter"
+    )
+    np.testing.assert_allclose(ours, torch_logits(theirs), atol=TOLERANCE)
+    back = with_adapter(tmp_path / "adapter", lm, lambda: base, method)()
+    for path, leaf in tree.flatten(params).items():
+        np.testing.assert_array_equal(tree.at(back, path), leaf, err_msg=path)
+    np.testing.assert_allclose(logits(lm, merge(params)), ours, atol=TOLERANCE)
+
+
+# As HF peft names them; with what it draws at the start, where B is not zero.
+SAVED: dict[str, dict[str, Any]] = {
+    "lora": dict(r=4, lora_alpha=16, target_modules="all-linear"),
+    "dora": dict(r=4, target_modules=["q_proj", "down_proj"], use_dora=True, use_rslora=True, bias="all"),
+    "patterns": dict(
+        r=2,
+        target_modules=["q_proj", "up_proj"],
+        layers_to_transform=[1],
+        rank_pattern={"q_proj": 3},
+        alpha_pattern={"layers.1.mlp.up_proj": 5},
+        modules_to_save=["lm_head"],
+    ),
+    "tied": dict(r=2, target_modules=".*q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+}
+
+
+@pytest.mark.parametrize("variant", dear(SAVED, "dora", "tied"))
+def test_files_of_hf_peft_load_and_merge(variant, tmp_path, shared):
+    lm, base = model(tie_word_embeddings=variant == "tied", num_attention_heads=8, num_key_value_heads=2)
+    module = transformers_model(lm.config, base, tmp_path / "base")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **SAVED[variant])
+    theirs = peft.get_peft_model(module, settings)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if weight.requires_grad and "lora_A" not in name and "lora_B" not in name:
+                weight *= 1 + 0.3 * torch.rand(weight.shape)
+    theirs.save_pretrained(tmp_path / "adapter")
+    wanted = torch_logits(theirs.eval())
+    assert np.abs(wanted - logits(lm, base)).max() > 0.05
+    adapter = read_adapter(tmp_path / "adapter")
+    beside = with_adapter(tmp_path / "adapter", lm, lambda: base, adapter.method)()
+    np.testing.assert_allclose(logits(lm, beside), wanted, atol=TOLERANCE)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(shared / "models/stories260K" / name, tmp_path / "base" / name)
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
+    assert convert(["merge", *paths]) == 0
+    again, params = jaxllm.load_hf(tmp_path / "merged")
+    np.testing.assert_allclose(logits(again, params), wanted, atol=TOLERANCE)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> tuple[LM, Params, Path]:
+    """A model, and the folder of an adapter of its."""
+    lm, base = model()
+    method = Lora(type="lora", r=2, target_modules=("q_proj",))
+    method.export(method.add(lm), trained(lm, base, method), tmp_path / "adapter", model_folder=tmp_path, base=None)
+    return lm, base, tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(alora_invocation_tokens=[1]), "alora_invocation_tokens is .1., which is not implemented"),
+        (dict(some_new_key=3), "some_new_key is 3, which is not implemented"),
+        (dict(init_lora_weights="pissa"), "also changes the base model"),
+        (dict(peft_type="IA3"), "peft_type is 'IA3'"),
+        (dict(r=0), "r: Input should be greater than 0"),
+        (dict(r=4), r"lora_A.weight has the shape \[2, .*\], and for this model it is \[4,"),
+        (dict(target_modules=["q_proj", "k_proj"]), "lacks .*k_proj.lora_A.weight"),
+        (dict(target_modules=["k_proj"], layers_to_transform=[0]), "lacks .*k_proj.lora_A.weight"),
+        (dict(layers_to_transform=[0]), "holds 2 tensors that .* does not ask for"),
+        (dict(target_modules=["c_attn"]), "is the adapter of another model: .*matches no matrix"),
+    ],
+)
+def test_what_is_wrong_with_an_adapter_is_one_message(adapter, changes, message):
+    lm, base, folder = adapter
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        with_adapter(folder, lm, lambda: base)
+
+
+def test_an_adapter_of_a_wider_model(adapter):
+    lm, _, folder = adapter
+    other, base = model(hidden_size=80)
+    assert other.config.hidden_size != lm.config.hidden_size
+    with pytest.raises(UserError, match="take the base model that the adapter was made for"):
+        with_adapter(folder, other, lambda: base)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(target_modules=("c_attn",)), "matches no matrix of the layers; choose among q_proj, k_proj"),
+        (dict(target_modules=("q_proj", "k_prj")), "names 'k_prj', .* Did you mean 'k_proj'"),
+        (dict(target_modules="lm_head"), "matches no matrix of the layers"),
+        (dict(layers_to_transform=(2,)), "names layer 2, and the model has 0 to 1"),
+        (dict(modules_to_save=("score",)), "names 'score', which the model does not have"),
+        (dict(rank_pattern={"c_attn": 2}), "rank_pattern has 'c_attn', which matches none"),
+        (dict(bias="all"), "has no such bias"),
+        (dict(bias="lora_only", layers_to_transform=(0,)), "has an adapter in some layers only"),
+        (dict(r=0), "greater than 0"),
+        (dict(target_modules="(q_proj"), "no regular expression"),
+    ],
+)
+def test_what_cannot_be_added_is_refused(settings, message):
+    lm, _ = model(attention_bias=False, mlp_bias=False)
+
+    def mask() -> Any:
+        method = Lora(type="lora", **settings)
+        return method.mask(method.add(lm))
+
+    with pytest.raises((UserError, ValueError), match=message):
+        mask()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, shared):
+    folder = tmp_path_factory.mktemp("lora")
+    with workplace(folder, shared) as config:
+        yield folder, config, [f"model={{path: {shared / 'models/stories260K'}}}", "optim.weight_decay=0.01"]
+
+
+LORA = ["peft.type=lora", "peft.r=4", "peft.lora_alpha=8"]
+
+
+def test_what_a_run_leaves_is_merged_trained_on_and_generated_from(place, capsys):
+    folder, config, base = place
+    whole = folder / "whole"
+    assert train(config, f"output_dir={whole}", *base, *LORA, "train.steps=8").status == 0
+    assert not (whole / "export" / "hf").exists()
+    # The model of a run is the merged one, so what is made of it is what the adapter makes of its base.
+    assert convert(["to-hf", str(whole), str(folder / "of_run")]) == 0
+    model_folder = json.loads((whole / "export/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert convert(["merge", model_folder, str(whole), str(folder / "merged")]) == 0
+    merged = jaxllm.load_hf(folder / "merged")[1]
+    for path, leaf in tree.flatten(jaxllm.load_hf(folder / "of_run")[1]).items():
+        np.testing.assert_array_equal(leaf, tree.at(merged, path), err_msg=path)
+    capsys.readouterr()
+    said = []
+    for name in ("whole", "merged"):
+        assert generate([str(folder / name), "--prompt", "Once", "--max-new-tokens", "8"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+    on = train(config, f"output_dir={folder / 'on'}", *base, *LORA, "train.steps=3", f"model.adapter={whole}")
+    full = train(config, f"output_dir={folder / 'full'}", *base, "train.steps=3", f"model.adapter={whole}")
+    assert on.status == full.status == 0
+    end, *starts = (held_out(folder / name) for name in ("whole", "on", "full"))
+    np.testing.assert_allclose([start[0] for start in starts], end[-1], rtol=1e-5)
+    with pytest.raises(UserError, match=r"another adapter than the peft section describes; it is .*r: 4"):
+        train(config, f"output_dir={folder / 'x'}", *base, "peft.type=lora", "peft.r=5", f"model.adapter={whole}")
+
+
+def held_out(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["eval/held_out/loss"] for line in lines if "eval/held_out/loss" in line]
