@@ -12,12 +12,13 @@ from jaxllm.core.mesh import Layout
 from jaxllm.hf import read_model
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.layout import fit_layout
+from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.train.changes import rule_of
 from jaxllm.train.config import Config, NewModel
 from jaxllm.train.program import Program
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -37,6 +38,11 @@ def test_recipe_builds_abstractly_and_shards(recipe: Path, shared: Path) -> None
     assert 0 < float(program.schedule(0)) <= config.optim.learning_rate
     largest = max(jax.tree.leaves((state.params, state.frozen)), key=lambda leaf: leaf.size)
     assert largest.sharding.shard_shape(largest.shape) != largest.shape, "nothing is sharded over 8 devices"
+
+
+def test_every_optimizer_has_a_recipe() -> None:
+    recipes = {path.stem: load(path, [], Config) for path in RECIPES if path.parent.name == "optimizers"}
+    assert {name: config.optim.type for name, config in recipes.items()} == {name: name for name in OPTIMIZERS}
 
 
 def test_every_key_is_read() -> None:

@@ -8,7 +8,7 @@
 
 Each engine is a process of its own, so that thread pools and peak memory are its own; they take turns, a block of
 steps each, so that whatever else the machine does meets both. First both train the same 20 steps, and the bench fails
-unless their losses agree. Needs the extra [test]; results are JSON files in scripts/bench/results.
+unless their losses agree. Needs the extra [test]; results are JSON files in scripts/bench/results/train.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--compute-dtype", default="float32", choices=TOLERANCE, help="what products are computed in")
     parser.add_argument("--blocks", type=int, default=8, help="turns of each engine")
     parser.add_argument("--block-s", type=float, default=4.0, help="seconds of a turn, about")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "train", help="folder of the results")
     parser.add_argument("--table", action="store_true", help="print the results there are, and do nothing else")
     chosen = parser.parse_args()
     if not chosen.table:
@@ -202,7 +202,7 @@ def main() -> None:
             "packages": {name: metadata.version(name) for name in PACKAGES},
             "text": Path(chosen.text).name if chosen.text else "the source of Python's standard library",
         }
-        chosen.results.mkdir(exist_ok=True)
+        chosen.results.mkdir(parents=True, exist_ok=True)
         device = re.sub(r"\W+", "-", result["device"])
         (chosen.results / f"{chosen.size}-{device}.json").write_text(json.dumps({**result, **about}, indent=1) + "\n")
     results = [json.loads(file.read_text()) for file in sorted(chosen.results.glob("*.json"))]
