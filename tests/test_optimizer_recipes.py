@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs" / "optimizers").glob("*.yaml"))}
 SHORT = ["train.steps=60", "data.seq_len=128", "evals.0.every=60"]
 
-# The held-out loss begins at 5.34. These are what each reached when it was measured, on two CPU cores; the margin is for
-# another machine's rounding.
+# The held-out loss begins at 5.34. These are what each reached on two CPU cores; the margin is for another machine's
+# rounding.
 REACHED = {
     "adafactor": 3.79,
     "adagrad": 4.31,
