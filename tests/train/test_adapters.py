@@ -65,7 +65,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "optimizer", "sizes", "micro_batches", "how"), PAIRS, ids=str)
+@pytest.mark.parametrize(("name", "optimizer", "sizes", "micro_batches", "how"), PAIRS)
 def test_one_device_equals_a_mesh(name, optimizer, sizes, micro_batches, how):
     check(name, optimizer, sizes, micro_batches, **how)
 

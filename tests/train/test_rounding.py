@@ -6,7 +6,8 @@ import numpy as np
 from small_runs import llama, program, ragged_batch
 
 from jaxllm.core import tree
-from jaxllm.optim.build import Constant, Lomo
+from jaxllm.optim.build import Lomo
+from jaxllm.optim.schedule_config import Constant
 from jaxllm.train.rounding import apply_updates, stochastic_round
 
 
