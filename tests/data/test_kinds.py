@@ -214,14 +214,14 @@ def test_a_long_value_of_a_csv(tmp_path: Path):
     [
         (
             "a.jsonl",
-            gzip.compress(b'{"text": "a"}'),
+            gzip.compress(b'{"text": "a"}', mtime=0),
             "holds gzip data, which its name does not say; end its name with .gz",
         ),
         ("a.json", pa.compress(b"[]" * 99, codec="zstd", asbytes=True), "Zstandard data"),
         ("a.txt", b"PK\x03\x04...", "unpack it"),
         ("a.csv", b"PAR1....", "end its name with .parquet"),
         ("a.jsonl.gz", b'{"text": "a"}', "does not hold gzip data, as its name says"),
-        ("a.jsonl.zst", gzip.compress(b'{"text": "a"}'), "holds gzip data"),
+        ("a.jsonl.zst", gzip.compress(b'{"text": "a"}', mtime=0), "holds gzip data"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "`git lfs pull`"),
         ("a.parquet", b'{"text": "a"}', "no whole Parquet file"),
         ("a.arrow", b'{"text": "a"}', "no whole Arrow file"),
