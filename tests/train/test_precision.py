@@ -59,7 +59,7 @@ def test_float16_gradients_are_those_of_float32():
 class Slope:
     """The loss `4 w · x` in float16, whose gradient overflows where a batch and the scale are large."""
 
-    dropout = 0.0
+    dropout = adapter_dropout = 0.0
 
     def losses(self, params: Any, batch: Any, stack: Any, objective: Any) -> Losses:
         w, x = (a.astype(jnp.float16) for a in (params["w"], batch["x"]))
