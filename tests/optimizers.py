@@ -11,7 +11,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "galore": {"rank": 3, "update_proj_gap": 2},
     "lomo": {"learning_rate": 0.05},
     "prodigy": {"learning_rate": 1.0, "estim_lr0": 1e-4},
-    "rmsprop": {"momentum": 0.9},
+    # Ten of its steps along one direction add up, and each is by a gradient over its own size: the last bits grow.
+    "rmsprop": {"learning_rate": 1e-3, "momentum": 0.9},
     "sgd": {"momentum": 0.9, "nesterov": True},
     "sophia_g": {"hessian_every": 2},
 }

@@ -81,7 +81,8 @@ WRAPPED = [name for name in FUSED if name not in {name for name, *_ in PAIRS}]
 @pytest.mark.full
 @pytest.mark.parametrize("name", WRAPPED)
 def test_every_other_optimizer_on_a_mixed_mesh(name):
-    check(name, TIED, MIXED, 2)
+    # No mesh pads this vocabulary: where Adagrad's sum is of padding it is what it began with, and not 0.
+    check(name, {**TIED, "vocab_size": 104}, MIXED, 2)
 
 
 @pytest.mark.parametrize("name", WRAPPED)
