@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from jaxllm.core.command import exit_status
 from jaxllm.core.process import without_idle_cuda, without_torch
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -18,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxllm.convert", description="Converts checkpoints. Works on the CPU, whatever GPU there is."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     to_hf = commands.add_parser(
         "to-hf",
         help="write a Hugging Face folder",
@@ -26,8 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         "which transformers loads. An older export in DST is replaced; one that holds anything else is refused.",
     )
     to_hf.add_argument("src", help=SOURCES)
-    to_hf.add_argument("dst", type=Path, help="the folder to write")
-    to_hf.add_argument("--dtype", choices=DTYPES, help="of the weights that are written (default: as they are stored)")
+    to_hf.set_defaults(run=lambda options: _to_hf(options.src, options.dst, options.dtype))
     merge = commands.add_parser(
         "merge",
         help="write a model and its adapter as one",
@@ -36,38 +36,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("base", help=SOURCES)
     merge.add_argument("adapter", type=Path, help="a folder of HF peft's files, or of a run that has trained one")
-    merge.add_argument("dst", type=Path, help="the folder to write")
-    merge.add_argument("--dtype", choices=DTYPES, help="of the weights that are written (default: as they are stored)")
+    merge.set_defaults(run=lambda options: _to_hf(options.base, options.dst, options.dtype, options.adapter))
+    for writes in (to_hf, merge):
+        writes.add_argument("dst", type=Path, help="the folder to write")
+        writes.add_argument(
+            "--dtype", choices=DTYPES, help="of the weights that are written (default: as they are stored)"
+        )
     inspect = commands.add_parser(
         "inspect",
         help="say what a model is",
         description="Says what SRC is: its family and shape, and the path, shape and dtype of each parameter.",
     )
     inspect.add_argument("src", help=SOURCES)
+    inspect.set_defaults(run=lambda options: _inspect(options.src))
     return parser
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command. Returns its exit status: 0 done, 2 wrong input, 130 interrupted."""
     options = _parser().parse_args(arguments)
-
-    # Imported after the help, which should be instant.
-    from jaxllm.core.errors import UserError
-
-    try:
-        if options.command == "to-hf":
-            _to_hf(options.src, options.dst, options.dtype)
-        elif options.command == "merge":
-            _to_hf(options.base, options.dst, options.dtype, options.adapter)
-        else:
-            _inspect(options.src)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return exit_status(lambda: options.run(options), interrupted="interrupted; nothing was written")
 
 
 def _to_hf(src: str, dst: Path, dtype: str | None, adapter: Path | None = None) -> None:

@@ -98,9 +98,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes = {axis: count // known if size == -1 else size for axis, size in sizes.items()}
     if math.prod(sizes.values()) != count:
         written = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+        refused = f"the mesh {written} does not fit the {count} device(s) here: "
+        if -1 in sizes.values():
+            raise UserError(
+                f"{refused}the sizes beside the -1 multiply to {known}, which does not divide {count}. Choose sizes "
+                "that do."
+            )
         raise UserError(
-            f"the mesh {written} does not fit the {count} device(s) here: the sizes must multiply to {count}. "
-            "Set one axis of `mesh` to -1 to give it the rest."
+            f"{refused}the sizes must multiply to {count}. Set one axis of `mesh` to -1 to give it the rest."
         )
     array = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core.cache import keep_programs
+from jaxllm.core.command import exit_status
+from jaxllm.core.errors import UserError
 from jaxllm.core.process import without_idle_cuda, without_torch
 
 if TYPE_CHECKING:
@@ -73,28 +75,18 @@ def main(arguments: list[str]) -> int:
     """Runs the command. Returns its exit status: 0 done, 2 wrong input, 130 interrupted."""
     options = _parser().parse_args(arguments)
 
-    # Imported after the help, which should be instant.
-    from jaxllm.core.errors import UserError
-
-    try:
+    def generate() -> None:
         _check(options)
-        _write(options)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-        return 130
-    except BrokenPipeError:  # whoever read the text has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        try:
+            _write(options)
+        except BrokenPipeError:  # whoever read the text has enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return exit_status(generate)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises UserError for what is wrong with any model."""
-    from jaxllm.core.errors import UserError
-
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     if not 0 <= options.seed < 1 << 32:

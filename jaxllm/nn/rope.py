@@ -6,6 +6,7 @@ those of transformers 5 (`modeling_rope_utils`).
 """
 
 import math
+from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import jax
@@ -47,9 +48,9 @@ class Rope(Section):
     def check(self, rotation: Rotation) -> None:
         """Raises ValueError where this kind is undefined for a model."""
 
+    @abstractmethod
     def frequencies(self, rotation: Rotation, lengths: jax.Array) -> ArrayLike:
         """f_i `[head_dim / 2]`; or `[B, T or 1, head_dim / 2]`, for documents of `lengths` `[B, T or 1]`."""
-        raise NotImplementedError
 
     def amplitude(self, rotation: Rotation) -> float:
         """What cosines and sines are multiplied by, and so the attention's scores twice."""

@@ -4,6 +4,7 @@ Each is built of optax's transforms with the conventions of all others here: sta
 decay multiplied by the rate and masked, statistics of one layer's matrix. Beta and eps have optax's defaults.
 """
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 import optax
@@ -23,9 +24,9 @@ from jaxllm.optim.schedule_config import SCHEDULES, Constant, NotNegative, Sched
 class _Scaled(OptimizerConfig):
     """θ ← θ − η·(u + weight_decay·θ) for the direction u of `scaled`."""
 
+    @abstractmethod
     def scaled(self) -> list[optax.GradientTransformation]:
         """The transforms that make u of the gradient."""
-        raise NotImplementedError
 
     def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
         decay = optax.add_decayed_weights(self.weight_decay, mask)
@@ -169,9 +170,9 @@ class _ScheduleFree(OptimizerConfig):
     b1: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """How much of the average is in the parameters at which gradients are taken."""
 
+    @abstractmethod
     def scaled(self) -> list[optax.GradientTransformation]:
         """The transforms, without momentum, that make the direction of the gradient."""
-        raise NotImplementedError
 
     def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
         decay = optax.add_decayed_weights(self.weight_decay, mask)

@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from jaxllm.core.command import exit_status
+from jaxllm.core.errors import UserError
 from jaxllm.core.process import quiet_libraries, without_idle_cuda, without_torch
 from jaxllm.plan.targets import TARGETS, missing_wheels, target_named
 
@@ -41,35 +43,29 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Runs the command. Returns its exit status: 0 planned, whether it fits or not; 2 wrong input; 130 interrupted."""
     options = _parser().parse_intermixed_args(arguments)
+    return exit_status(lambda: _plan(options))
 
-    from jaxllm.core.errors import UserError
 
-    try:
-        target = target_named(options.gpu)
-        if options.devices is not None and options.devices < 1:
-            raise UserError(f"--devices must be at least 1, got {options.devices}")
-        with quiet_libraries():  # which say that no GPU is here
-            from rich.console import Console
+def _plan(options: argparse.Namespace) -> None:
+    target = target_named(options.gpu)
+    if options.devices is not None and options.devices < 1:
+        raise UserError(f"--devices must be at least 1, got {options.devices}")
+    with quiet_libraries():  # which say that no GPU is here
+        from rich.console import Console
 
-            from jaxllm.core.config import load
-            from jaxllm.plan.plan import devices_for, plan
-            from jaxllm.plan.report import report, report_devices
-            from jaxllm.train.config import Config
+        from jaxllm.core.config import load
+        from jaxllm.plan.plan import devices_for, plan
+        from jaxllm.plan.report import report, report_devices
+        from jaxllm.train.config import Config
 
-            config = load(options.config, options.changes, Config)
-            missing = missing_wheels()
-            devices = devices_for(config, None if missing else target, options.devices)
-        console = Console()
-        report_devices(console, target, missing)
-        with console.status("compiling the training step"), quiet_libraries():
-            planned = plan(config, devices)
-        report(console, planned, target, config)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        config = load(options.config, options.changes, Config)
+        missing = missing_wheels()
+        devices = devices_for(config, None if missing else target, options.devices)
+    console = Console()
+    report_devices(console, target, missing)
+    with console.status("compiling the training step"), quiet_libraries():
+        planned = plan(config, devices)
+    report(console, planned, target, config)
 
 
 if __name__ == "__main__":

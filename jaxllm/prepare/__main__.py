@@ -3,7 +3,7 @@
 import os
 import sys
 
-from jaxllm.core.errors import UserError
+from jaxllm.core.command import exit_status
 from jaxllm.core.process import without_idle_cuda, without_torch
 
 USAGE = """usage: python -m jaxllm.prepare CONFIG.yaml [section.key=value ...]
@@ -20,25 +20,21 @@ def main(arguments: list[str]) -> int:
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
 
-    try:
-        from rich.console import Console
+    return exit_status(lambda: _prepare(arguments), interrupted="interrupted; nothing of what was tokenized is kept")
 
-        from jaxllm.core.config import load
-        from jaxllm.train.config import Config
-        from jaxllm.train.inputs import open_tokenizer, read_inputs, saying
 
-        config = load(arguments[0], arguments[1:], Config)
-        say = saying(Console())
-        inputs = read_inputs(config, open_tokenizer(config), say)
-        stores = dict.fromkeys(rows.store.folder for rows in (inputs.train, *inputs.held_out.values()))
-        say("prepared", ", ".join(map(str, stores)))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing of what was tokenized is kept", file=sys.stderr)
-        return 130
+def _prepare(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from jaxllm.core.config import load
+    from jaxllm.train.config import Config
+    from jaxllm.train.inputs import open_tokenizer, read_inputs, saying
+
+    config = load(arguments[0], arguments[1:], Config)
+    say = saying(Console())
+    inputs = read_inputs(config, open_tokenizer(config), say)
+    stores = dict.fromkeys(rows.store.folder for rows in (inputs.train, *inputs.held_out.values()))
+    say("prepared", ", ".join(map(str, stores)))
 
 
 if __name__ == "__main__":

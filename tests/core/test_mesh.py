@@ -22,11 +22,21 @@ def test_one_axis_may_be_the_rest():
     assert tuple(make_mesh(MeshConfig()).axis_names) == AXES
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 3}, {"data": 3}, {"fsdp": 1}, {"tensor": 16}], ids=str)
-def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "remedy"),
+    [
+        ({"fsdp": 3}, "Set one axis of `mesh` to -1"),
+        ({"fsdp": 1}, "Set one axis of `mesh` to -1"),
+        ({"data": 3}, "beside the -1 multiply to 3, which does not divide 8"),
+        ({"tensor": 16}, "beside the -1 multiply to 16, which does not divide 8"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, remedy):
     with pytest.raises(UserError) as error:
         make_mesh(MeshConfig(**sizes))
     assert "8 device(s)" in str(error.value)
+    assert remedy in str(error.value)
     assert all(f"{axis} {size}" in str(error.value) for axis, size in sizes.items())
 
 
