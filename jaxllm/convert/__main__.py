@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge",
         help="write a model and its adapter as one",
-        description="Merges the LoRA adapter in ADAPTER into its model BASE, and writes the result into the folder "
+        description="Merges the adapter in ADAPTER into its model BASE, and writes the result into the folder "
         "DST, which transformers loads.",
     )
     merge.add_argument("base", help=SOURCES)

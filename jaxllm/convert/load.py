@@ -27,7 +27,7 @@ from jaxllm.models.layout import fit_layout
 from jaxllm.nn.linear import ADAPTER
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.optim.config import OptimizerConfig
-from jaxllm.peft.low_rank import merge
+from jaxllm.peft.merge import merge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -84,6 +84,7 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "peft_type": ("peft.type",),
     "per_device_train_batch_size": ("train.micro_batch_size",),
     "pipeline_parallel_size": ("mesh.pipeline",),
+    "pissa_init": ("peft.init_lora_weights",),
     "precision": ("train.compute_dtype",),
     "probabilities": ("data.sources.0.weight",),
     "recompute": ("train.remat",),

@@ -104,10 +104,12 @@ class ExtraLeaf:
     """A parameter that an adapter adds to a model.
 
     axes: the logical names of its axes. draw: its value at the start, of a key and of the model's own parameters.
+    frozen: whether it never trains.
     """
 
     axes: tuple[str | None, ...]
     draw: Callable[[jax.Array, Params], jax.Array]
+    frozen: bool = False
 
 
 @dataclass(frozen=True)

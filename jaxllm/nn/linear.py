@@ -22,8 +22,12 @@ class Linear(nn.Module):
 
     - `lora_a` `[in, r]`, `lora_b` `[r, out]`, `lora_scale` (a scalar, s): `x @ kernel + s · x @ lora_a @ lora_b`
       (Hu et al., arXiv 2106.09685);
+    - `lora_a_start`, `lora_b_start` besides: s · x @ lora_a_start @ lora_b_start is taken away, so that a part of the
+      kernel itself trains where lora_a and lora_b start as they are (Meng et al., arXiv 2404.02948);
     - `lora_magnitude` `[out]` besides: the columns of kernel + s · lora_a @ lora_b, divided by their norms (which get
-      no gradient) and multiplied by it (Liu et al., arXiv 2402.09353, equations 5 and 11).
+      no gradient) and multiplied by it (Liu et al., arXiv 2402.09353, equations 5 and 11);
+    - `ia3_in` `[in]`, `ia3_out` `[out]`: x and the result, bias included, multiplied by them (Liu et al., arXiv
+      2205.05638); where `ia3_on`, a scalar, is there and 0, they are not.
     """
 
     features: int
@@ -37,25 +41,27 @@ class Linear(nn.Module):
         """`[..., in]` → `[..., out]` in the compute dtype."""
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, "kernel", nn.initializers.normal(self.stddev), self.axes, shape)
+        adapter = {name: self.get_variable("params", name) for name in ADAPTER if self.has_variable("params", name)}
+        if "ia3_in" in adapter:
+            x = x * _ia3_factor("ia3_in", adapter).astype(self.dtype)
         y = multiply(x, kernel.astype(self.dtype))
-        if adapter := self._adapter():
+        if "lora_a" in adapter:
             y += self._adapted(x, y, kernel, adapter, ctx)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros_init(), self.axes[1:], (self.features,))
             y += bias.astype(self.dtype)
+        if "ia3_out" in adapter:
+            y = y * _ia3_factor("ia3_out", adapter).astype(self.dtype)
         return y
-
-    def _adapter(self) -> dict[str, jax.Array]:
-        return {name: self.get_variable("params", name) for name in ADAPTER if self.has_variable("params", name)}
 
     def _adapted(
         self, x: jax.Array, y: jax.Array, kernel: jax.Array, adapter: Mapping[str, jax.Array], ctx: Context
     ) -> jax.Array:
-        """What the adapter adds to y = `x @ kernel`. It sees x after its own dropout."""
+        """What the matrices of low rank add to y = `x @ kernel`. They see x after their own dropout."""
         drop = ctx.adapter_dropout
         if drop is not None:
             x = drop.at(zlib.crc32("/".join(self.path).encode()) & 0x7FFFFFFF)(x)
-        a, b = (adapter[name].astype(self.dtype) for name in ("lora_a", "lora_b"))
+        a, b = (half.astype(self.dtype) for half in _halves(adapter))
         added = multiply(multiply(x, a), b) * adapter["lora_scale"].astype(self.dtype)
         if "lora_magnitude" not in adapter:
             return added
@@ -64,28 +70,55 @@ class Linear(nn.Module):
         return (factor - 1) * seen + factor * added
 
 
-ADAPTER = ("lora_a", "lora_b", "lora_scale", "lora_magnitude")
+ADAPTER = (
+    *("lora_a", "lora_b", "lora_scale", "lora_magnitude", "lora_a_start", "lora_b_start"),
+    *("ia3_in", "ia3_out", "ia3_on"),
+)
 """The leaves of adapters that stand beside a kernel."""
 
 
 def merged_kernel(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
     """The kernel `[in, out]` by which a layer multiplies as it does with `adapter` (see `Linear`)."""
-    merged = _low_rank_sum(kernel, adapter)
+    merged = kernel.astype(at_least_float32(kernel.dtype))
+    if "lora_a" in adapter:
+        merged = _low_rank_sum(kernel, adapter)
     if "lora_magnitude" in adapter:
         merged *= _column_factors(kernel, adapter)
+    if "ia3_in" in adapter:
+        merged *= _ia3_factor("ia3_in", adapter)[:, None]
+    if "ia3_out" in adapter:
+        merged *= _ia3_factor("ia3_out", adapter)
     return merged.astype(kernel.dtype)
+
+
+def merged_bias(bias: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
+    """The bias `[out]` of such a layer."""
+    return (bias * _ia3_factor("ia3_out", adapter)).astype(bias.dtype) if "ia3_out" in adapter else bias
+
+
+def _halves(adapter: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The matrices `[in, r]` and `[r, out]` whose product is added, of twice the rank where something is taken away."""
+    a, b = adapter["lora_a"], adapter["lora_b"]
+    if "lora_a_start" in adapter:
+        a = jnp.concatenate([a, adapter["lora_a_start"]], axis=1)
+        b = jnp.concatenate([b, -adapter["lora_b_start"]], axis=0)
+    return a, b
 
 
 def _low_rank_sum(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
     dtype = at_least_float32(kernel.dtype)
-    a, b, scale = (adapter[name].astype(dtype) for name in ("lora_a", "lora_b", "lora_scale"))
-    return kernel.astype(dtype) + scale * (a @ b)
+    a, b = (half.astype(dtype) for half in _halves(adapter))
+    return kernel.astype(dtype) + adapter["lora_scale"].astype(dtype) * (a @ b)
 
 
 def _column_factors(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
     """lora_magnitude over the norms of the columns; 1 in a layer that the adapter leaves alone, whose scale is 0."""
     norms = jax.lax.stop_gradient(jnp.linalg.norm(_low_rank_sum(kernel, adapter), axis=0))
     return jnp.where(adapter["lora_scale"] == 0, 1, adapter["lora_magnitude"] / norms)
+
+
+def _ia3_factor(name: str, adapter: Mapping[str, jax.Array]) -> jax.Array:
+    return jnp.where(adapter["ia3_on"] == 0, 1, adapter[name]) if "ia3_on" in adapter else adapter[name]
 
 
 class Head(nn.Module):

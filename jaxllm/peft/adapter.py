@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,42 +17,31 @@ from jaxllm.hf.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_weights
 from jaxllm.hf.weights import weight_table
 from jaxllm.models.base import LM
 from jaxllm.peft.base import PeftConfig
-from jaxllm.peft.lora import DESCRIBED, PREFIX, Lora
-from jaxllm.peft.low_rank import ENDS, Target, merge
+from jaxllm.peft.files import ADAPTERS, PREFIX, AdapterConfig
+from jaxllm.peft.merge import merge
 
-# Fields of adapter_config.json that change nothing of what a finished adapter computes.
-_INERT = {
-    *(
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-    ),
-    *("ensure_weight_tying", "init_lora_weights", "layers_pattern", "lora_dropout", "megatron_core"),
-    "qalora_group_size",  # of use_qalora
-}
+# Fields of adapter_config.json that change nothing of what a finished adapter computes, whatever its method.
+_INERT = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
+    "task_type",
+)
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter in `folder`.
 
-    ties: whether a head that is the embedding stays that where the embedding trains. tensors: by their names without
-    the prefix.
+    ties: whether a head that is the embedding stays that where the embedding trains. tensors: by their names.
     """
 
     folder: Path
-    method: Lora
+    method: AdapterConfig
     ties: bool
     tensors: Mapping[str, np.ndarray]
 
-    def check_same(self, method: Lora, lm: LM) -> None:
+    def check_same(self, method: AdapterConfig, lm: LM) -> None:
         """Raises UserError unless `method` describes this adapter of `lm`."""
-        own, wanted = ((m.targets(lm), m.use_dora, m.whole(lm)) for m in (self.method, method))
-        if own != wanted:
+        if method.type != self.method.type or method.computes(lm) != self.method.computes(lm):
             section = self.method.model_dump(mode="json", exclude_defaults=True)
             raise UserError(
                 f"model.adapter {self.folder} is another adapter than the peft section describes; it is "
@@ -79,17 +67,12 @@ class Adapter:
                 " ensure_weight_tying=True"
             )
         shapes = tree.flatten(lm.abstract())
-        found: dict[str, np.ndarray] = {}
-        for target in self.method.targets(lm):
-            for name in ENDS:
-                path = f"{target.module.folder}/{name}"
-                if path in shapes:
-                    found[path] = self._stack(target, name, shapes[path], left)
+        found = self.method.leaves(lm, lambda name, shape: self._take(name, shape, left))
         for entry in weight_table(lm):
             if entry.path in whole:
                 stack = found.setdefault(entry.path, np.zeros(shapes[entry.path].shape, shapes[entry.path].dtype))
                 out = stack if entry.layer is None else stack[entry.layer]
-                tensor, *others = (self._take(name, entry.shape, left) for name in entry.names)
+                tensor, *others = (self._take(PREFIX + name, entry.shape, left) for name in entry.names)
                 if any(not np.array_equal(tensor, other) for other in others):
                     raise UserError(
                         f"{self.folder / ADAPTER_WEIGHTS}: {' and '.join(entry.names)} differ, and are one in the model"
@@ -101,25 +84,17 @@ class Adapter:
                 f"{self.folder / ADAPTER_WEIGHTS}: holds {len(left)} tensors that {ADAPTER_CONFIG} does not ask for of "
                 f"this model, first {next(iter(left))!r}; take the base model that the adapter was made for"
             )
-        scales = {path: leaf.draw(jax.random.key(0), {}) for path, leaf in lm.extra.items() if path not in found}
-        return {path: jax.device_put(leaf, shapes[path].sharding) for path, leaf in {**found, **scales}.items()}
-
-    def _stack(self, target: Target, name: str, shape: Any, left: dict[str, np.ndarray]) -> np.ndarray:
-        """A leaf, of the tensors of its layers, which are taken out of `left`."""
-        stack = np.zeros(shape.shape, shape.dtype)
-        for key, layer, part in target.tensors(name):
-            out = stack[layer][part]
-            out[...] = self._take(key, out.T.shape, left).T
-        return stack
+        fixed = {path: leaf.draw(jax.random.key(0), {}) for path, leaf in lm.extra.items() if path not in found}
+        return {path: jax.device_put(leaf, shapes[path].sharding) for path, leaf in {**found, **fixed}.items()}
 
     def _take(self, name: str, shape: tuple[int, ...], left: dict[str, np.ndarray]) -> np.ndarray:
         tensor = left.pop(name, None)
         file = self.folder / ADAPTER_WEIGHTS
         if tensor is None:
-            raise UserError(f"{file}: lacks {PREFIX}{name}, which {ADAPTER_CONFIG} asks for of this model")
+            raise UserError(f"{file}: lacks {name}, which {ADAPTER_CONFIG} asks for of this model")
         if tensor.shape != shape:
             raise UserError(
-                f"{file}: {PREFIX}{name} has the shape {[*tensor.shape]}, and for this model it is {[*shape]}; take "
+                f"{file}: {name} has the shape {[*tensor.shape]}, and for this model it is {[*shape]}; take "
                 "the base model that the adapter was made for"
             )
         return tensor
@@ -134,7 +109,7 @@ def with_adapter(
     Raises UserError, before anything is loaded, for an adapter of another model, or another one than `method`'s.
     """
     adapter = read_adapter(folder)
-    goes_on = isinstance(method, Lora)
+    goes_on = isinstance(method, AdapterConfig)
     leaves = adapter.leaves(lm)
     if goes_on:
         adapter.check_same(method, lm)
@@ -152,16 +127,19 @@ def read_adapter(folder: str | Path) -> Adapter:
     Raises UserError for a folder that holds none, and for settings that are not implemented.
     """
     folder = Path(folder)
-    if (folder / Lora.exported_to / ADAPTER_CONFIG).is_file():
-        folder /= Lora.exported_to
+    if (folder / AdapterConfig.exported_to / ADAPTER_CONFIG).is_file():
+        folder /= AdapterConfig.exported_to
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise UserError(
             f"{folder}: has no {ADAPTER_CONFIG}; give the folder of an adapter, such as <run>/export/adapter"
         )
     raw = read_json(file)
-    if raw.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type is {raw.get('peft_type')!r}, and LORA alone is implemented")
+    if raw.get("peft_type") not in ADAPTERS:
+        raise UserError(
+            f"{file}: peft_type is {raw.get('peft_type')!r}, which is not implemented; {', '.join(ADAPTERS)} are"
+        )
+    chosen = ADAPTERS[raw["peft_type"]]
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
         raise UserError(f"{file}: task_type is {raw['task_type']!r}; the model must be a language model, CAUSAL_LM")
     init = raw.get("init_lora_weights", True)
@@ -171,14 +149,10 @@ def read_adapter(folder: str | Path) -> Adapter:
             "peft's path_initial_model_for_weight_conversion, which makes it a plain one"
         )
     for name, value in raw.items():
-        if name not in (*DESCRIBED, *_INERT) and value not in (None, False, [], {}):
+        if name not in (*chosen.described, *chosen.inert, *_INERT) and value not in (None, False, [], {}):
             raise UserError(f"{file}: {name} is {value!r}, which is not implemented; merge the adapter with HF peft")
-    values = {name: raw[name] for name in DESCRIBED if raw.get(name) is not None}
-    if isinstance(layers := values.get("layers_to_transform"), int):
-        values["layers_to_transform"] = [layers]
-    values = {name: tuple(sorted(value)) if isinstance(value, list) else value for name, value in values.items()}
     try:
-        method = Lora.model_validate({"type": "lora", **values})
+        method = chosen.model_validate(chosen.section(raw))
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"{file}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
@@ -192,7 +166,4 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     with open_weights(file) as weights:
         names = sorted(weights.keys())
         tensors = {name: weights.get_tensor(name) for name in names}
-    for name in names:
-        if not name.startswith(PREFIX):
-            raise UserError(f"{file}: holds {name!r}, which is no tensor of a LoRA adapter: they begin with {PREFIX}")
-    return {re.sub(r"\.base_layer(?=\.bias$)", "", name[len(PREFIX) :]): tensors[name] for name in names}
+    return {re.sub(r"\.base_layer(?=\.bias$)", "", name): tensors[name] for name in names}

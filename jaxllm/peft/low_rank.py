@@ -1,13 +1,13 @@
-"""Matrices of low rank beside those of the layers: their leaves, and the model without them.
+"""Matrices of low rank beside those of the layers: their leaves.
 
-Beside a matrix `[in, out]` of each of L layers stand `lora_a` `[L, in, r]`, `lora_b` `[L, r, out]`, `lora_scale` `[L]`
-and, for DoRA, `lora_magnitude` `[L, out]`; `nn.linear.Linear` says what they compute. Where layers differ in rank, the
-columns and rows beyond a layer's own are zero, and stay so since their gradients are; a layer without an adapter has
-the scale 0.
+Beside a matrix `[in, out]` of each of L layers stand `lora_a` `[L, in, r]`, `lora_b` `[L, r, out]`, `lora_scale` `[L]`,
+for DoRA `lora_magnitude` `[L, out]`, and for PiSSA `lora_a_start` and `lora_b_start`; `nn.linear.Linear` says what they
+compute. Where layers differ in rank, the columns and rows beyond a layer's own are zero, and stay so since their
+gradients are; a layer without an adapter has the scale 0.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -15,13 +15,14 @@ import jax.numpy as jnp
 
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
+from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM, ExtraLeaf
-from jaxllm.nn.linear import ADAPTER, merged_kernel
+from jaxllm.peft.files import Part
 from jaxllm.peft.modules import Module
 
-# By the leaf, the end of the name that HF PEFT gives to a layer's part of it.
-ENDS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
+# Of what PiSSA takes away at the start, in the place of a file's own end of a name; no file has it.
+START = ".start"
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,20 @@ class Target:
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
 
-    def leaves(self, lm: LM, magnitude: bool) -> dict[str, ExtraLeaf]:
-        """The leaves of the adapter, by their paths; with that of DoRA if `magnitude`."""
+    def leaves(self, lm: LM, magnitude: bool, principal: bool = False) -> dict[str, ExtraLeaf]:
+        """The leaves of the adapter, by their paths; with that of DoRA if `magnitude`, with those of PiSSA if
+        `principal`."""
         path = self.module.path
         kernel = tree.at(lm.abstract(), path)
         _, width, out = kernel.shape
         layers, of_input, of_output = tree.at(lm.axes(), path)
         dtype, most = at_least_float32(kernel.dtype), max(self.ranks)
         ranks, scales = jnp.array(self.ranks), jnp.array(self.scales, dtype)
+        if principal and most > min(width, out):
+            raise UserError(
+                f"peft.init_lora_weights is pissa, and the rank {most} of {self.module.short} is above "
+                f"{min(width, out)}, that of the matrix; set r to that at the most"
+            )
 
         def a(key: jax.Array, _: Params) -> jax.Array:
             # torch's default of a linear layer (Kaiming's uniform with a = √5), as in HF PEFT
@@ -47,40 +54,54 @@ class Target:
             drawn = jax.random.uniform(key, (len(self.ranks), width, most), dtype, -bound, bound)
             return jnp.where(jnp.arange(most) < ranks[:, None, None], drawn, 0)
 
+        def halves(params: Params) -> tuple[jax.Array, jax.Array]:
+            stack = tree.at(params, path).astype(dtype)
+            a, b = jax.lax.map(lambda one: principal_halves(one, most), stack)
+            own = jnp.arange(most) < ranks[:, None]
+            root = jnp.sqrt(jnp.where(scales > 0, scales, 1))[:, None, None]
+            return jnp.where(own[:, None], a / root, 0), jnp.where(own[..., None], b / root, 0)
+
         def norms(_: jax.Array, params: Params) -> jax.Array:
             return jnp.where(ranks[:, None] > 0, jnp.linalg.norm(tree.at(params, path).astype(dtype), axis=1), 0)
 
+        axes_a, axes_b = (layers, of_input, "rank"), (layers, "rank", of_output)
         leaves = {
-            "lora_a": ExtraLeaf((layers, of_input, "rank"), a),
-            "lora_b": ExtraLeaf((layers, "rank", of_output), lambda *_: jnp.zeros((len(self.ranks), most, out), dtype)),
-            "lora_scale": ExtraLeaf((layers,), lambda *_: scales),
+            "lora_a": ExtraLeaf(axes_a, a),
+            "lora_b": ExtraLeaf(axes_b, lambda *_: jnp.zeros((len(self.ranks), most, out), dtype)),
+            "lora_scale": ExtraLeaf((layers,), lambda *_: scales, frozen=True),
         }
+        if principal:
+            for end, frozen in (("", False), ("_start", True)):
+                leaves[f"lora_a{end}"] = ExtraLeaf(axes_a, lambda _, params: halves(params)[0], frozen)
+                leaves[f"lora_b{end}"] = ExtraLeaf(axes_b, lambda _, params: halves(params)[1], frozen)
         if magnitude:
             leaves["lora_magnitude"] = ExtraLeaf((layers, of_output), norms)
         return {f"{self.module.folder}/{name}": leaf for name, leaf in leaves.items()}
 
-    def tensors(self, name: str) -> Iterator[tuple[str, int, tuple[slice, ...]]]:
-        """Of the leaf `name`: for each layer with an adapter the tensor's name, the layer, and the slices of its matrix
-        that are no padding. The file has the matrix transposed."""
+    def parts(self, lm: LM, magnitude: bool, principal: bool = False) -> Iterator[Part]:
+        """The tensors of each layer with an adapter, by the module's name; those of PiSSA's start have START."""
+        _, width, out = tree.at(lm.abstract(), self.module.path).shape
         for i, rank in enumerate(self.ranks):
-            if rank:
-                part = {"lora_a": (slice(None), slice(rank)), "lora_b": (slice(rank),)}.get(name, ())
-                yield f"{self.module.names[i]}.{ENDS[name]}", i, part
+            if not rank:
+                continue
+            ends = {"": ("lora_A.weight", "lora_B.weight")}
+            if principal:
+                ends["_start"] = (f"lora_A{START}", f"lora_B{START}")
+            for end, (of_a, of_b) in ends.items():
+                for leaf, place, name, shape in (
+                    ("lora_a", (i, slice(None), slice(rank)), of_a, (rank, width)),
+                    ("lora_b", (i, slice(rank)), of_b, (out, rank)),
+                ):
+                    path = f"{self.module.folder}/{leaf}{end}"
+                    yield Part(path, place, f"{self.module.names[i]}.{name}", shape, turned=True)
+            if magnitude:
+                name = f"{self.module.names[i]}.lora_magnitude_vector"
+                yield Part(f"{self.module.folder}/lora_magnitude", (i,), name, (out,))
 
 
-def merge(params: Params) -> Params:
-    """`params` without the leaves of adapters, and with matrices that do what they did."""
-    leaves = tree.flatten(params)
-    plain = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] not in ADAPTER}
-    for path in plain:
-        folder = path.rpartition("/")[0]
-        adapter = {name: leaves[f"{folder}/{name}"] for name in ADAPTER if f"{folder}/{name}" in leaves}
-        if adapter and path.endswith("/kernel"):
-            plain[path] = _merged(plain[path], adapter)
-    return tree.insert({}, plain)
-
-
-def _merged(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
-    """`merged_kernel` of a stack of layers, one after the other."""
-    merge = jax.jit(lambda *stacks: jax.lax.map(lambda one: merged_kernel(*one), stacks), out_shardings=kernel.sharding)
-    return merge(kernel, dict(adapter))
+def principal_halves(kernel: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """`a` `[in, rank]` and `b` `[rank, out]`, whose product is the part of `kernel` `[in, out]` with the largest
+    singular values, each of which is shared between both by its root (Meng et al., arXiv 2404.02948, eq. 2 and 3)."""
+    u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+    root = jnp.sqrt(s[:rank])
+    return u[:, :rank] * root, root[:, None] * vt[:rank]

@@ -24,6 +24,7 @@ from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import OPTIMIZERS, SophiaG
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.peft import METHODS, Full, PeftConfig
+from jaxllm.peft.files import AdapterConfig
 from jaxllm.peft.lisa import Lisa
 from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
@@ -41,7 +42,7 @@ class PretrainedModel(Section):
     tokenizer: str | None = None
     """a tokenizer folder, or a name of the Hub; default: the model's own"""
     adapter: str | None = None
-    """a LoRA adapter of the model, in the files of HF peft, or a run that has trained one. With a peft section of the
+    """an adapter of the model, in the files of HF peft, or a run that has trained one. With a peft section of the
     same adapter it trains on; else it is merged into the model first"""
 
 
@@ -250,8 +251,8 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
     train = config.train
     table = [
         (
-            isinstance(config.model, NewModel) and config.peft.type == "lora",
-            "peft.type is lora, whose result is the adapter of a pretrained model, and model is a new one",
+            isinstance(config.model, NewModel) and isinstance(config.peft, AdapterConfig),
+            f"peft.type is {config.peft.type}, whose result is the adapter of a pretrained model, and model is new",
             "give model.path, or remove the peft section",
         ),
         (

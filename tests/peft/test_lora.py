@@ -11,7 +11,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from families import draw_config, draw_params, small_lm, transformers_model
+from adapters import TOLERANCE, dear, logits, model, torch_logits
+from families import transformers_model
 from whole_runs import train, workplace
 
 import jaxllm
@@ -23,15 +24,20 @@ from jaxllm.generate.__main__ import main as generate
 from jaxllm.models import LM
 from jaxllm.peft.adapter import read_adapter, with_adapter
 from jaxllm.peft.lora import Lora
-from jaxllm.peft.low_rank import merge
-
-TOKENS = np.random.default_rng(0).integers(0, 60, (2, 16))
-TOLERANCE = 1e-4  # float32, of logits with a standard deviation above 1 (DESIGN, section 5)
+from jaxllm.peft.merge import merge
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": dict(r=4, lora_alpha=16.0),
     "dora with rsLoRA": dict(r=4, use_dora=True, use_rslora=True, target_modules=("q_proj", "down_proj")),
     "some layers": dict(r=2, target_modules=("k_proj", "o_proj"), layers_to_transform=(1,), use_dora=True),
+    "pissa": dict(
+        r=3,
+        lora_alpha=4.0,
+        target_modules=("q_proj", "down_proj"),
+        init_lora_weights="pissa",
+        rank_pattern={"down_proj": 2},
+        use_rslora=True,
+    ),
     "patterns": dict(r=2, rank_pattern={"0.*.q_proj": 5, "up_proj": 3}, alpha_pattern={"layers.1.mlp.*": 3.0}),
     "a regular expression": dict(r=3, target_modules=r".*layers\.0\..*(gate|v)_proj"),
     "modules to save": dict(r=2, modules_to_save=("lm_head", "embed_tokens"), bias="all"),
@@ -40,16 +46,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def model(**changes: Any) -> tuple[LM, Params]:
-    sizes = dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
-    lm = small_lm(draw_config("llama", 1, **{**sizes, **changes}))
-    return lm, draw_params(lm)
-
-
 def trained(lm: LM, base: Params, method: Lora) -> Params:
     """`base` with an adapter as after training: all that trains has moved, but for the padding of ranks and layers."""
     adapted, rng = method.add(lm), np.random.default_rng(1)
-    params = adapted.with_extra(base, jax.random.key(0))
+    params = jax.jit(adapted.with_extra)(base, jax.random.key(0))
     leaves, chosen = tree.flatten(params), tree.flatten(method.mask(adapted))
 
     def moved(path: str, leaf: jax.Array) -> jax.Array:
@@ -68,27 +68,13 @@ def trained(lm: LM, base: Params, method: Lora) -> Params:
     return tree.insert(params, {path: moved(path, leaf) for path, leaf in leaves.items() if chosen[path]})
 
 
-def logits(lm: LM, params: Params) -> np.ndarray:
-    return np.asarray(jax.jit(lm.logits)(params, jnp.array(TOKENS)))
-
-
-def torch_logits(module: Any) -> np.ndarray:
-    with torch.no_grad():
-        return module(torch.tensor(TOKENS)).logits.numpy()
-
-
-def dear(variants: dict[str, Any], *plain: str) -> list[Any]:
-    """The variants but for `plain` in the full tier."""
-    return [pytest.param(name, marks=[] if name in plain else pytest.mark.full) for name in variants]
-
-
 @pytest.mark.parametrize("variant", dear(VARIANTS, "some layers", "patterns", "modules to save", "tied"))
 def test_its_files_load_in_hf_peft_and_come_back(variant, tmp_path):
     """And at the start it changes nothing; and what it has become can be merged."""
     lm, base = model(tie_word_embeddings=variant == "tied")
     method = Lora(type="lora", **VARIANTS[variant])
     params, without = trained(lm, base, method), logits(lm, base)
-    ours, start = logits(lm, params), logits(lm, method.add(lm).with_extra(base, jax.random.key(0)))
+    ours, start = logits(lm, params), logits(lm, jax.jit(method.add(lm).with_extra)(base, jax.random.key(0)))
     np.testing.assert_allclose(start, without, atol=2e-5)
     assert np.abs(ours - without).max() > 0.1
     method.export(method.add(lm), params, tmp_path / "adapter", model_folder=tmp_path, base="base")
@@ -96,9 +82,15 @@ def test_its_files_load_in_hf_peft_and_come_back(variant, tmp_path):
         transformers_model(lm.config, base, tmp_path / "base"), tmp_path / "adapter"
     )
     np.testing.assert_allclose(ours, torch_logits(theirs), atol=TOLERANCE)
-    back = with_adapter(tmp_path / "adapter", lm, lambda: base, method)()
-    for path, leaf in tree.flatten(params).items():
-        np.testing.assert_array_equal(tree.at(back, path), leaf, err_msg=path)
+    if variant == "pissa":  # comes back as the plain adapter of twice the rank that it is in the files
+        again = read_adapter(tmp_path / "adapter").method
+        assert (again.r, again.init_lora_weights) == (6, True)
+        back = with_adapter(tmp_path / "adapter", lm, lambda: base, again)()
+        np.testing.assert_allclose(logits(again.add(lm), back), ours, atol=TOLERANCE)
+    else:
+        back = with_adapter(tmp_path / "adapter", lm, lambda: base, method)()
+        for path, leaf in tree.flatten(params).items():
+            np.testing.assert_array_equal(tree.at(back, path), leaf, err_msg=path)
     np.testing.assert_allclose(logits(lm, merge(params)), ours, atol=TOLERANCE)
 
 
@@ -143,6 +135,18 @@ def test_files_of_hf_peft_load_and_merge(variant, tmp_path, shared):
     np.testing.assert_allclose(logits(again, params), wanted, atol=TOLERANCE)
 
 
+def test_pissa_starts_as_in_hf_peft(tmp_path):
+    """The matrices are those of peft's, but for the signs of singular vectors."""
+    lm, base = model()
+    settings = dict(r=3, lora_alpha=12, target_modules=("q_proj",), init_lora_weights="pissa")
+    leaves = tree.flatten(Lora(type="lora", **settings).add(lm).with_extra(base, jax.random.key(0)))
+    theirs = peft.get_peft_model(
+        transformers_model(lm.config, base, tmp_path), peft.LoraConfig(**{**settings, "target_modules": ["q_proj"]})
+    )
+    a = theirs.base_model.model.model.layers[1].self_attn.q_proj.lora_A["default"].weight.detach().numpy().T
+    np.testing.assert_allclose(np.abs(leaves["layers/attn/q/lora_a"][1]), np.abs(a), atol=1e-5)
+
+
 @pytest.fixture
 def adapter(tmp_path: Path) -> tuple[LM, Params, Path]:
     """A model, and the folder of an adapter of its."""
@@ -158,8 +162,8 @@ def adapter(tmp_path: Path) -> tuple[LM, Params, Path]:
         (dict(alora_invocation_tokens=[1]), "alora_invocation_tokens is .1., which is not implemented"),
         (dict(some_new_key=3), "some_new_key is 3, which is not implemented"),
         (dict(init_lora_weights="pissa"), "also changes the base model"),
-        (dict(peft_type="IA3"), "peft_type is 'IA3'"),
-        (dict(r=0), "r: Input should be greater than 0"),
+        (dict(peft_type="VERA"), "peft_type is 'VERA', which is not implemented; .*LORA"),
+        (dict(r=0), "r: .*a rank of 0 adds nothing; set it to 1 or more"),
         (dict(r=4), r"lora_A.weight has the shape \[2, .*\], and for this model it is \[4,"),
         (dict(target_modules=["q_proj", "k_proj"]), "lacks .*k_proj.lora_A.weight"),
         (dict(target_modules=["k_proj"], layers_to_transform=[0]), "lacks .*k_proj.lora_A.weight"),
@@ -194,7 +198,9 @@ def test_an_adapter_of_a_wider_model(adapter):
         (dict(rank_pattern={"c_attn": 2}), "rank_pattern has 'c_attn', which matches none"),
         (dict(bias="all"), "has no such bias"),
         (dict(bias="lora_only", layers_to_transform=(0,)), "has an adapter in some layers only"),
-        (dict(r=0), "greater than 0"),
+        (dict(r=0), "a rank of 0 adds nothing; set it to 1 or more"),
+        (dict(rank_pattern={"q_proj": 0}), "a rank of 0 adds nothing"),
+        (dict(r=50, init_lora_weights="pissa"), "the rank 50 of q_proj is above .*, that of the matrix"),
         (dict(target_modules="(q_proj"), "no regular expression"),
     ],
 )

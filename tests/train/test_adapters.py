@@ -14,6 +14,7 @@ from jaxllm.models.stack import scan
 from jaxllm.optim.build import AdaLomo, AdamW
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.freeze import BitFit
+from jaxllm.peft.ia3 import Ia3
 from jaxllm.peft.lora import Lora
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
@@ -35,6 +36,8 @@ METHODS = {
             bias="lora_only",
         ),
     ),
+    "pissa": (dict(), Lora(type="lora", r=3, init_lora_weights="pissa", target_modules=("k_proj", "down_proj"))),
+    "ia3": (BIASED, Ia3(type="ia3", target_modules=r".*(1\..*v|o|up|down)_proj")),
     "bitfit": (BIASED, BitFit(type="bitfit")),
 }
 OPTIMIZERS = {

@@ -1,0 +1,148 @@
+"""Methods whose result is an adapter in the files of HF PEFT: which tensor is which part of their leaves."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+import jax
+import numpy as np
+
+from jaxllm.core import tree
+from jaxllm.core.registry import Registry
+from jaxllm.core.tree import Params
+from jaxllm.hf.export import gather, replacing, write_json, write_tensors
+from jaxllm.hf.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from jaxllm.hf.weights import weight_table
+from jaxllm.models.base import LM
+from jaxllm.peft.base import PeftConfig
+
+# What HF PEFT puts before a module's name.
+PREFIX = "base_model.model."
+
+Take = Callable[[str, tuple[int, ...]], np.ndarray]
+"""The tensor of a name, which must have the shape."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tensor `name` of `shape` in the file: of the leaf at `path` the part at `place`.
+
+    turned: whether the file has the matrix the other way round.
+    """
+
+    path: str
+    place: tuple[int | slice, ...]
+    name: str
+    shape: tuple[int, ...]
+    turned: bool = False
+
+    def read(self, tensor: np.ndarray, leaf: np.ndarray) -> None:
+        """Writes the file's tensor into the leaf."""
+        part = leaf[self.place]
+        part[...] = (tensor.T if self.turned else tensor).reshape(part.shape)
+
+    def write(self, leaf: np.ndarray) -> np.ndarray:
+        """The file's tensor."""
+        part = leaf[self.place]
+        return np.ascontiguousarray(part.T if self.turned else part).reshape(self.shape)
+
+
+class AdapterConfig(PeftConfig):
+    """What the methods have whose result is an adapter."""
+
+    exported_to: ClassVar[str] = "export/adapter"
+    exported_for: ClassVar[str] = "HF peft"
+
+    peft_type: ClassVar[str]
+    """What HF PEFT calls the method."""
+    described: ClassVar[tuple[str, ...]]
+    """The fields of adapter_config.json that say what an adapter computes, which are those of the section."""
+    inert: ClassVar[tuple[str, ...]] = ()
+    """The fields that change nothing of what a finished adapter computes."""
+
+    @classmethod
+    def section(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The section that describes the adapter of an adapter_config.json."""
+        values = {name: raw[name] for name in cls.described if raw.get(name) is not None}
+        # The order of lists is HF PEFT's chance.
+        values = {name: tuple(sorted(value)) if isinstance(value, list) else value for name, value in values.items()}
+        return {"type": get_args(cls.model_fields["type"].annotation)[0], **values}
+
+    def parts(self, lm: LM) -> list[Part]:
+        """Every tensor of the files but those of `whole`, for `lm`, a result of `add`."""
+        raise NotImplementedError
+
+    def computes(self, lm: LM) -> Any:
+        """What two sections that describe the same adapter of `lm` have in common."""
+        raise NotImplementedError
+
+    def whole(self, lm: LM) -> set[str]:
+        """The paths of the model's own parameters that train, and are in the files."""
+        del lm
+        return set()
+
+    def saved(self, lm: LM) -> tuple[str, ...]:
+        """The modules that the files hold as a whole."""
+        del lm
+        return ()
+
+    def adapted(self, lm: LM) -> set[str]:
+        """The names of the modules with an adapter."""
+        del lm
+        return set()
+
+    def mask(self, lm: LM) -> Any:
+        chosen = self.whole(lm)
+        return tree.map_with_path(
+            lambda path, _: path in chosen or (path in lm.extra and not lm.extra[path].frozen), lm.abstract()
+        )
+
+    def tensors(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The tensors of the files, of the leaves that the method adds, by their paths."""
+        return {part.name: part.write(leaves[part.path]) for part in self.parts(lm)}
+
+    def leaves(self, lm: LM, take: Take) -> dict[str, np.ndarray]:
+        """The leaves that the files hold, by their paths; `lm` is a result of `add`."""
+        shapes, found = tree.flatten(lm.abstract()), dict[str, np.ndarray]()
+        for part in self.parts(lm):
+            shape = shapes[part.path]
+            leaf = found.setdefault(part.path, np.zeros(shape.shape, shape.dtype))
+            part.read(take(part.name, part.shape), leaf)
+        return found
+
+    def description(self, lm: LM) -> dict[str, Any]:
+        """adapter_config.json, but for what every adapter has there."""
+        del lm
+        return self.model_dump(mode="json", include={*self.described})
+
+    def export(self, lm: LM, params: Params, folder: Path, *, model_folder: Path, base: str | None) -> None:
+        """Writes the adapter in the files of HF PEFT; an older one in `folder` is replaced."""
+        leaves, whole, adapted = tree.flatten(params), self.whole(lm), self.adapted(lm)
+        tensors = self.tensors(lm, {path: on_host(lm, leaves[path]) for path in lm.extra})
+        for entry in weight_table(lm):
+            if entry.path in whole:
+                tensor = gather(lm, leaves[entry.path], entry)
+                for name in entry.names:
+                    module, _, kind = name.rpartition(".")
+                    tensors[f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{kind}"] = tensor
+        content = {
+            "peft_type": self.peft_type,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            **self.description(lm),
+        }
+        with replacing(folder.absolute(), sum(tensor.nbytes for tensor in tensors.values())) as new:
+            write_tensors(tensors, new / ADAPTER_WEIGHTS)
+            if jax.process_index() == 0:
+                write_json(new / ADAPTER_CONFIG, content)
+
+
+def on_host(lm: LM, leaf: jax.Array) -> np.ndarray:
+    """The whole of a leaf. A collective operation of all processes."""
+    return np.asarray(jax.device_put(leaf, lm.layout.replicated).addressable_data(0))
+
+
+ADAPTERS = Registry[type[AdapterConfig]]("peft_type")
+"""By what HF PEFT calls it, the method that an adapter is of."""

@@ -1,0 +1,104 @@
+"""IA³: vectors by which the inputs or outputs of matrices are multiplied (Liu et al., arXiv 2205.05638)."""
+
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+from pydantic import Field, model_validator
+
+from jaxllm.core import tree
+from jaxllm.core.dtypes import at_least_float32
+from jaxllm.core.errors import UserError
+from jaxllm.models.base import LM, ExtraLeaf
+from jaxllm.peft.base import METHODS
+from jaxllm.peft.files import ADAPTERS, PREFIX, Part
+from jaxllm.peft.modules import Module
+from jaxllm.peft.targets import Targeted, check_each, check_expression, is_chosen, shown
+
+
+class Ia3(Targeted):
+    """Vectors beside the matrices of the layers. Names and meanings are those of HF PEFT's IA3Config."""
+
+    type: Literal["ia3"]
+    target_modules: str | tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
+    """the matrices that get them: all-linear (all of the layers), a list of names such as [k_proj, v_proj], or a
+    regular expression of the whole name"""
+    feedforward_modules: str | tuple[str, ...] = Field(default=("down_proj",))
+    """those of them whose input is multiplied, in place of their output: names, or a regular expression"""
+
+    peft_type: ClassVar[str] = "IA3"
+    described: ClassVar[tuple[str, ...]] = ("target_modules", "feedforward_modules", "modules_to_save")
+    inert: ClassVar[tuple[str, ...]] = ("init_ia3_weights",)
+
+    @model_validator(mode="after")
+    def _feedforward_is_targeted(self) -> "Ia3":
+        check_expression("feedforward_modules", self.feedforward_modules)
+        if isinstance(self.feedforward_modules, tuple) and isinstance(self.target_modules, tuple):
+            others = [one for one in self.feedforward_modules if one not in self.target_modules]
+            if others:
+                raise ValueError(
+                    f"feedforward_modules has {others[0]!r}, which target_modules has not; add it there, or remove it"
+                )
+        return self
+
+    def add(self, lm: LM) -> LM:
+        extra: dict[str, ExtraLeaf] = {}
+        for module, layers in self.target_layers(lm):
+            kernel = tree.at(lm.abstract(), module.path)
+            axes = tree.at(lm.axes(), module.path)
+            dtype, on_input = at_least_float32(kernel.dtype), self._on_input(module, layers)
+            size, axis = (kernel.shape[1], axes[1]) if on_input else (kernel.shape[2], axes[2])
+
+            def ones(*_: Any, shape: tuple[int, int] = (len(layers), size), dtype: Any = dtype) -> Any:
+                return jnp.ones(shape, dtype)
+
+            extra[_path(module, on_input)] = ExtraLeaf((axes[0], axis), ones)
+            if not all(layers):
+
+                def on(*_: Any, layers: tuple[bool, ...] = layers) -> Any:
+                    return jnp.array(layers, jnp.float32)
+
+                extra[f"{module.folder}/ia3_on"] = ExtraLeaf((axes[0],), on, frozen=True)
+        return replace(lm, extra={**lm.extra, **extra})
+
+    def parts(self, lm: LM) -> list[Part]:
+        shapes, found = tree.flatten(lm.abstract()), list[Part]()
+        for module, layers in self.target_layers(lm):
+            on_input = self._on_input(module, layers)
+            path = _path(module, on_input)
+            size = shapes[path].shape[1]
+            for i, name in enumerate(module.names):
+                if layers[i]:
+                    shape = (1, size) if on_input else (size, 1)
+                    found.append(Part(path, (i,), f"{PREFIX}{name}.ia3_l", shape))
+        return found
+
+    def computes(self, lm: LM) -> Any:
+        targets = self.target_layers(lm)
+        return [(*target, self._on_input(*target)) for target in targets], self.whole(lm)
+
+    def _on_input(self, module: Module, layers: tuple[bool, ...]) -> bool:
+        """Whether the inputs of the matrix are multiplied. Raises UserError if some layers' are and others' not."""
+        names = [name for name, chosen in zip(module.names, layers, strict=True) if chosen]
+        found = {is_chosen(name, self.feedforward_modules) for name in names}
+        if len(found) > 1:
+            raise UserError(
+                f"peft.feedforward_modules {shown(self.feedforward_modules)} means {module.short} in some of its "
+                "layers only, which is not implemented; let it mean all of them, or none"
+            )
+        return found.pop()
+
+    def description(self, lm: LM) -> dict[str, Any]:
+        if isinstance(self.feedforward_modules, tuple):
+            targets = self.target_layers(lm)
+            names = {name: module.short for module, _ in targets for name in module.names}
+            check_each("feedforward_modules", self.feedforward_modules, names, set(names.values()))
+        return super().description(lm)
+
+
+def _path(module: Module, on_input: bool) -> str:
+    return f"{module.folder}/{'ia3_in' if on_input else 'ia3_out'}"
+
+
+METHODS.add("ia3", Ia3)
+ADAPTERS.add("IA3", Ia3)

@@ -1,0 +1,28 @@
+"""A model without the leaves of an adapter, and with weights that do what both did."""
+
+from collections.abc import Mapping
+
+import jax
+
+from jaxllm.core import tree
+from jaxllm.core.tree import Params
+from jaxllm.nn.linear import ADAPTER, merged_bias, merged_kernel
+
+
+def merge(params: Params) -> Params:
+    """`params` without the leaves of adapters, and with matrices that do what they did."""
+    leaves = tree.flatten(params)
+    plain = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] not in ADAPTER}
+    for path in plain:
+        folder, _, kind = path.rpartition("/")
+        adapter = {name: leaves[f"{folder}/{name}"] for name in ADAPTER if f"{folder}/{name}" in leaves}
+        if adapter and kind in ("kernel", "bias"):
+            plain[path] = _merged(plain[path], adapter, kind)
+    return tree.insert({}, plain)
+
+
+def _merged(leaf: jax.Array, adapter: Mapping[str, jax.Array], kind: str) -> jax.Array:
+    """`merged_kernel` or `merged_bias` of a stack of layers, one after the other."""
+    of_layer = merged_kernel if kind == "kernel" else merged_bias
+    merge = jax.jit(lambda *stacks: jax.lax.map(lambda one: of_layer(*one), stacks), out_shardings=leaf.sharding)
+    return merge(leaf, dict(adapter))
