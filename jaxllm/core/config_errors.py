@@ -102,6 +102,7 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "save_total_limit": ("checkpoint.keep",),
     "scan_unroll": ("train.unroll",),
     "sequence_len": ("data.seq_len",),
+    "sequence_parallel": ("mesh.rules",),
     "tensor_parallel_size": ("mesh.tensor",),
     "text_column": ("data.sources.0.fields",),
     "text_field": ("data.sources.0.fields",),

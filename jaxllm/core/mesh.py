@@ -41,7 +41,8 @@ DEFAULT_RULES: Rules = {
     "vocab_embed": (),
     "micro": (),
     "batch": ("data", "fsdp"),
-    "act_length": (),
+    "act_length": (),  # between the products of matrices
+    "act_inner_length": (),  # within attention and the feed-forward layer, which split their width
     "act_embed": (),
     "act_heads": ("tensor",),
     "act_kv_heads": ("tensor",),
@@ -63,7 +64,8 @@ class MeshConfig(Section):
     tensor: int = 1
     """devices that share the matrices of a layer, and its sequences"""
     rules: dict[str, list[str]] = Field(default_factory=dict)
-    """where single array axes lie instead, for example {embed: [fsdp, tensor], mlp: []}"""
+    """where single array axes lie instead: {act_length: [tensor]} is sequence parallelism, which splits what is
+    between the products of matrices too; {embed: [fsdp, tensor], mlp: []} splits other axes of the parameters"""
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshConfig":
@@ -209,7 +211,8 @@ class Layout:
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """`x`, laid out by `axes` at this point of a jitted computation."""
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(axes, x.shape)))
+        spec = self.spec(axes, x.shape, "the activations")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     def __str__(self) -> str:
         devices = self.mesh.devices

@@ -36,7 +36,7 @@ class Attention(nn.Module):
         def heads(count: int, axis: str, name: str) -> jax.Array:
             y = linear(count * self.head_dim, ("embed", axis), name)(x, ctx)
             y = y.reshape(batch, length, count, self.head_dim)
-            return ctx.layout.constrain(y, "batch", "act_length", f"act_{axis}", None)
+            return ctx.layout.constrain(y, "batch", "act_inner_length", f"act_{axis}", None)
 
         q = named(apply_rope(heads(self.heads, "heads", "q"), ctx.rope), "attn_q")
         k = named(apply_rope(heads(self.kv_heads, "kv_heads", "k"), ctx.rope), "attn_k")
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         else:
             cache = cache.write(k, v, ctx)
             y = attend(q, cache.k, cache.v, cache_mask(ctx, length))
-        y = named(ctx.layout.constrain(y, "batch", "act_length", "act_heads", None), "attn_context")
+        y = named(ctx.layout.constrain(y, "batch", "act_inner_length", "act_heads", None), "attn_context")
         y = y.reshape(batch, length, self.heads * self.head_dim)
         return named(linear(width, ("heads", "embed"), "o")(y, ctx), "attn_out"), cache
 

@@ -38,5 +38,5 @@ class GatedMLP(nn.Module):
 
         gate = named(linear(self.features, ("embed", "mlp"), "gate")(x, ctx), "mlp_gate")
         up = named(linear(self.features, ("embed", "mlp"), "up")(x, ctx), "mlp_up")
-        hidden = ctx.layout.constrain(ACTIVATIONS[self.activation](gate) * up, "batch", "act_length", "act_mlp")
+        hidden = ctx.layout.constrain(ACTIVATIONS[self.activation](gate) * up, "batch", "act_inner_length", "act_mlp")
         return named(linear(x.shape[-1], ("mlp", "embed"), "down")(named(hidden, "mlp_hidden"), ctx), "mlp_out")

@@ -28,7 +28,7 @@ Metrics = Mapping[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 # The dimensions of every array of a batch: micro-batches, sequences, tokens.
-BATCH_AXES = ("micro", "batch", "act_length")
+BATCH_AXES = ("micro", "batch", "act_inner_length")
 
 # What a step draws random numbers for.
 DROPOUT, ROUNDING, TARGETS, LAYERS = range(4)
