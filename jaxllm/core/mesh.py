@@ -28,7 +28,8 @@ Axes = tuple[str | None, ...]
 Rules = Mapping[str, tuple[str, ...]]
 
 # The vocabulary is split over fsdp as well, and the width of the two vocabulary matrices is not: a head split on
-# its width would be gathered whole, and its gradient scattered whole, in every chunk of the loss.
+# its width would be gathered whole, and its gradient scattered whole, in every chunk of the loss. The stages of a
+# pipeline share it too: none idles while the last one has its loss, and a tied matrix needs no sum across stages.
 DEFAULT_RULES: Rules = {
     "layers": ("pipeline",),
     "embed": ("fsdp",),
@@ -37,9 +38,10 @@ DEFAULT_RULES: Rules = {
     "mlp": ("tensor",),
     "norm": (),
     "rank": (),
-    "vocab": ("fsdp", "tensor"),
+    "vocab": ("pipeline", "fsdp", "tensor"),
     "vocab_embed": (),
     "micro": (),
+    "act_stages": ("pipeline",),
     "batch": ("data", "fsdp"),
     "act_length": (),  # between the products of matrices
     "act_inner_length": (),  # within attention and the feed-forward layer, which split their width
@@ -47,7 +49,7 @@ DEFAULT_RULES: Rules = {
     "act_heads": ("tensor",),
     "act_kv_heads": ("tensor",),
     "act_mlp": ("tensor",),
-    "act_vocab": ("fsdp", "tensor"),
+    "act_vocab": ("pipeline", "fsdp", "tensor"),
     "act_vocab_batch": ("data",),
 }
 
@@ -56,7 +58,7 @@ class MeshConfig(Section):
     """How many devices each mesh axis has; one axis may be -1, which means the rest of them."""
 
     pipeline: int = 1
-    """devices that hold different layers"""
+    """stages that hold different layers, and work on different micro-batches at a time"""
     data: int = 1
     """groups of devices that train on different sequences, each with all parameters"""
     fsdp: int = -1
@@ -142,6 +144,11 @@ class Layout:
         """How many ways the array axis `name` is split."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules[name])
 
+    @property
+    def stages(self) -> int:
+        """How many devices, one behind the other, the layers of a model are split over."""
+        return self.mesh.shape["pipeline"] if "pipeline" in self.rules["layers"] else 1
+
     def spec(self, axes: Axes, shape: Sequence[int] | None = None, leaf: str = "array") -> PartitionSpec:
         """The partition of an array with named `axes`, and `shape` where it is known.
 
@@ -209,9 +216,14 @@ class Layout:
             axes,
         )
 
-    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """`x`, laid out by `axes` at this point of a jitted computation."""
-        spec = self.spec(axes, x.shape, "the activations")
+    def constrain(self, x: jax.Array, *axes: str | None, rest_free: bool = False) -> jax.Array:
+        """`x`, laid out by `axes` at this point of a jitted computation.
+
+        rest_free: whether `axes` are of the first dimensions alone, and the compiler lays out the others.
+        """
+        free = x.ndim - len(axes) if rest_free else 0
+        spec = self.spec(axes, x.shape[: x.ndim - free], "the activations")
+        spec = PartitionSpec(*spec, *[PartitionSpec.UNCONSTRAINED] * free)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     def __str__(self) -> str:

@@ -19,6 +19,7 @@ from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
 from jaxllm.kernels.attention import AttentionForm
 from jaxllm.kernels.attention_choice import AttentionNeeds
+from jaxllm.models.pipeline import pipeline
 from jaxllm.models.rules import Rule
 from jaxllm.models.stack import Stack, scan
 from jaxllm.nn.cache import LayerCache
@@ -284,14 +285,17 @@ class LM:
         stack: Stack | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """What the head reads, `[B, T, D]`: the embedding walked through every block by `stack` (default: scan)."""
-        walk = stack or scan()
+        """What the head reads, `[B, T, D]`: the embedding walked through every block by `stack`.
+
+        stack: by default a scan, or the pipeline that the layout has.
+        """
+        walk = stack or (scan() if self.layout.stages == 1 else pipeline(self.layout))
         x = self.embed(params, tokens, ctx)
 
-        def block(layer: tuple[Params, jax.Array], x: jax.Array, cache: LayerCache | None):
+        def block(layer: tuple[Params, jax.Array], x: jax.Array, ctx: Context, cache: LayerCache | None):
             return self.block(layer[0], x, ctx.of_layer(layer[1]), cache)
 
-        return walk(block, (params["layers"], jnp.arange(self.config.num_hidden_layers)), x, cache)
+        return walk(block, (params["layers"], jnp.arange(self.config.num_hidden_layers)), x, ctx, cache)
 
     def logits(
         self,

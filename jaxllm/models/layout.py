@@ -1,4 +1,4 @@
-"""Fitting a layout to the heads of a model."""
+"""Fitting a layout to the heads and layers of a model."""
 
 import logging
 
@@ -12,18 +12,29 @@ log = logging.getLogger(__name__)
 def fit_layout(config: FamilyConfig, layout: Layout) -> Layout:
     """`layout`, with the key and value heads replicated where they do not divide over the tensor axis.
 
-    Raises UserError if the query heads do not: a head is never cut in two.
+    Raises UserError if the query heads do not, for a head is never cut in two; and if the layers do not divide over the
+    stages of a pipeline, which all have equally many.
     """
+    if (layers := config.num_hidden_layers) % layout.stages:
+        raise UserError(
+            f"the {layers} layers of the model do not divide over mesh.pipeline = {layout.stages}; the nearest sizes "
+            f"that work: {_nearest_divisors(layers, layout.stages)}"
+        )
     ways, heads = layout.size("act_heads"), config.num_attention_heads
     if heads % ways:
-        below = max(n for n in range(1, ways) if heads % n == 0)
-        above = next((n for n in range(ways + 1, heads + 1) if heads % n == 0), None)
         raise UserError(
             f"the {heads} attention heads of the model do not divide over mesh.tensor = {ways}; the nearest "
-            f"sizes that work: {below}{'' if above is None else f' and {above}'}"
+            f"sizes that work: {_nearest_divisors(heads, ways)}"
         )
     kv_heads, kv_ways = config.num_key_value_heads, layout.size("act_kv_heads")
     if kv_heads % kv_ways == 0:
         return layout
     log.info("%d key-value heads over mesh.tensor = %d: every device holds all of them", kv_heads, kv_ways)
     return layout.replace(kv_heads=(), act_kv_heads=())
+
+
+def _nearest_divisors(number: int, ways: int) -> str:
+    """Those next to `ways`, which is none."""
+    below = max(n for n in range(1, ways) if number % n == 0)
+    above = next((n for n in range(ways + 1, number + 1) if number % n == 0), None)
+    return f"{below}{'' if above is None else f' and {above}'}"

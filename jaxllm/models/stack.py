@@ -9,6 +9,7 @@ from pydantic import Discriminator, Tag, model_validator
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
 from jaxllm.nn.cache import LayerCache
+from jaxllm.nn.context import Context
 from jaxllm.nn.named import TensorName
 
 # Where what the device has no room for waits for the backward pass.
@@ -64,18 +65,23 @@ def check_offload(remat: Remat, device: Any) -> None:
         )
 
 
-Block = Callable[[Any, jax.Array, LayerCache | None], tuple[jax.Array, LayerCache | None]]
+Walked = tuple[jax.Array, LayerCache | None]
+
+Block = Callable[[Any, jax.Array, Context, LayerCache | None], Walked]
 
 
 class Stack(Protocol):
-    """A forward walk: applies `block` with each layer's slice of `stacked`, a tree of `[L, …]`, first to last."""
+    """A forward walk: applies `block` with each layer's slice of `stacked`, a tree of `[L, …]`, first to last.
+
+    ctx: of the batch x `[B, T, D]`; a walk may give it to `block` in parts, with the rows of x that it belongs to.
+    """
 
     def __call__(
-        self, block: Block, stacked: Any, x: jax.Array, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]: ...
+        self, block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None
+    ) -> Walked: ...
 
 
-def _rematerialised(block: Block, remat: Remat) -> Block:
+def _rematerialised(block: Callable[..., Walked], remat: Remat) -> Callable[..., Walked]:
     if remat == "none":
         return block
     if isinstance(remat, NamedTensors):
@@ -92,10 +98,8 @@ def scan(remat: Remat = "none", unroll: int | Literal["all"] = 1) -> Stack:
     unroll: how many blocks the body of the loop has, at the compile time of as many; "all" leaves no loop.
     """
 
-    def walk(
-        block: Block, stacked: Any, x: jax.Array, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        step = _rematerialised(block, remat)
+    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Walked:
+        step = _rematerialised(lambda layer, x, cache: block(layer, x, ctx, cache), remat)
 
         def body(x: jax.Array, layer: tuple[Any, LayerCache | None]):
             return step(layer[0], x, layer[1])
@@ -108,10 +112,8 @@ def scan(remat: Remat = "none", unroll: int | Literal["all"] = 1) -> Stack:
 def loop(remat: Remat = "none") -> Stack:
     """The blocks written out one after the other: the plain meaning of a stack, for tests and for debugging."""
 
-    def walk(
-        block: Block, stacked: Any, x: jax.Array, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        step = _rematerialised(block, remat)
+    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Walked:
+        step = _rematerialised(lambda layer, x, cache: block(layer, x, ctx, cache), remat)
         caches = []
         for i in range(jax.tree.leaves(stacked)[0].shape[0]):
             layer = jax.tree.map(lambda a, i=i: a[i], (stacked, cache))

@@ -1,6 +1,6 @@
 """What every block of a model sees besides its parameters and its input."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 
@@ -9,9 +9,10 @@ from jaxllm.kernels.attention import AttentionForm
 from jaxllm.nn.dropout import Dropout
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """One batch's side of a forward pass.
+    """One batch's side of a forward pass: a tree whose arrays begin with B, apart from `cache`.
 
     layout: where activations live.
     rope: cosines and sines of the rotation angles, `[B, T, head_dim / 2]` each.
@@ -23,10 +24,10 @@ class Context:
     adapter_dropout: of what the low-rank part of an adapter is given.
     """
 
-    layout: Layout
+    layout: Layout = field(metadata={"static": True})
     rope: tuple[jax.Array, jax.Array]
     segments: jax.Array | None = None
-    attention: AttentionForm = "xla"
+    attention: AttentionForm = field(default="xla", metadata={"static": True})
     cache: "CachePosition | None" = None
     dropout: Dropout | None = None
     adapter_dropout: Dropout | None = None
@@ -44,6 +45,7 @@ class Context:
         return x if self.dropout is None else self.dropout.at(place)(x)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CachePosition:
     """Where the T tokens of this pass stand in a cache of S slots.

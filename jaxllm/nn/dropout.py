@@ -1,11 +1,12 @@
 """Dropout whose masks do not depend on the mesh, nor on how a batch is cut into micro-batches."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dropout:
     """Zeroes entries with probability `rate` and divides the others by 1 − rate (Srivastava et al., JMLR 15, 2014).
@@ -13,7 +14,7 @@ class Dropout:
     keys: `[B]` random keys, one for each sequence.
     """
 
-    rate: float
+    rate: float = field(metadata={"static": True})
     keys: jax.Array
 
     def at(self, place: int | jax.Array) -> "Dropout":

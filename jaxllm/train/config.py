@@ -30,7 +30,8 @@ from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.lisa import LisaOptimizer, make_lisa_step
 from jaxllm.train.metrics import MetricsConfig
-from jaxllm.train.step import Step, make_step
+from jaxllm.train.pipeline import pipelined
+from jaxllm.train.step import Step, accumulated, make_step
 
 
 class PretrainedModel(Section):
@@ -90,14 +91,15 @@ class TrainConfig(Section):
     batch_size: PositiveInt
     """sequences in an update, over all devices"""
     micro_batch_size: PositiveInt | None = None
-    """sequences on one data-parallel device at a time; default: its whole share of the batch. The rest of the batch
-    is accumulated"""
+    """sequences on one data-parallel device at a time; default: its whole share of the batch, or with a pipeline so
+    few that there is a micro-batch for each stage. The rest of the batch is accumulated"""
     update: Literal["ordinary", "fused"] = "ordinary"
     """fused: each layer is updated inside the backward pass, so that the gradient of one layer exists at a time; it
     computes each layer again, and with max_grad_norm walks back twice"""
     remat: RematConfig = "none"
     """what the backward pass computes again to save memory: none, dots (all but matrix products), offload_dots (the
-    same, and the products wait in the host's memory) or full; or all but {save: [...], offload: [...]}"""
+    same, and the products wait in the host's memory) or full; or all but {save: [...], offload: [...]}. With a pipeline
+    none computes each layer again from its input, and full each stage from its own as well"""
     unroll: PositiveInt | Literal["auto", "all"] = "auto"
     """layers that the loop over them does at once: more may be faster, and compile longer; auto: all on a CPU, 1
     elsewhere"""
@@ -137,10 +139,12 @@ class TrainConfig(Section):
     def accumulation(self, layout: Layout) -> tuple[int, int]:
         """`(micro-batches, sequences in each)` of a batch, over all devices.
 
-        Raises UserError with the nearest batch sizes that work.
+        Raises UserError with the nearest batch sizes that work, or if a pipeline has fewer micro-batches than stages.
         """
-        ways = layout.size("batch")
-        micro = self.micro_batch_size or max(1, self.batch_size // ways)
+        ways, stages = layout.size("batch"), layout.stages
+        most = max(1, self.batch_size // (ways * stages))
+        fitting = next(n for n in range(most, 0, -1) if self.batch_size // ways % n == 0)
+        micro = self.micro_batch_size or fitting
         together = micro * ways
         if self.batch_size % together:
             below, above = self.batch_size // together * together, -(-self.batch_size // together) * together
@@ -149,6 +153,13 @@ class TrainConfig(Section):
                 f"train.batch_size {self.batch_size} is not a multiple of {together} = train.micro_batch_size "
                 f"{micro} × {ways} data-parallel devices (mesh data × fsdp); set train.batch_size to {nearest}, "
                 "or change train.micro_batch_size or the mesh"
+            )
+        if (count := self.batch_size // together) < stages:
+            smaller = f"train.micro_batch_size to {fitting} or " if fitting * ways * stages <= self.batch_size else ""
+            raise UserError(
+                f"train.batch_size {self.batch_size} is {count} micro-batch{'es' if count > 1 else ''} of {together} "
+                f"sequences, fewer than the {stages} stages of mesh.pipeline, some of which would always wait; set "
+                f"{smaller}train.batch_size to {together * stages} or more"
             )
         return self.batch_size // together, together
 
@@ -191,10 +202,14 @@ class TrainConfig(Section):
             return make_lisa_step(tx, schedule, **options)
         if self.update == "fused":
             return make_fused_step(lm, tx, schedule, **options)
+        if lm.layout.stages > 1:
+            kept = "stages" if self.remat == "full" else "layers"
+            return make_step(lm, tx, schedule, gradient=pipelined(kept), curvature=curvature, **options)
         unroll = self.unroll
         if unroll == "auto":
             unroll = "all" if lm.layout.platform == "cpu" else 1
-        return make_step(lm, tx, schedule, stack=scan(self.remat, unroll), curvature=curvature, **options)
+        gradient = accumulated(scan(self.remat, unroll))
+        return make_step(lm, tx, schedule, gradient=gradient, curvature=curvature, **options)
 
 
 class EvalConfig(RecordsConfig):
@@ -293,11 +308,7 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
             "set update to ordinary, or choose another optimizer, such as adamw",
         ),
         *_lisa_conflicts(config),
-        (
-            config.mesh.pipeline != 1,
-            f"mesh.pipeline is {config.mesh.pipeline}, and the layers are walked by one scan",
-            "set it to 1 and use mesh.fsdp or mesh.tensor",
-        ),
+        *_pipeline_conflicts(config),
         (
             bool(share) and not config.data.eval_fraction,
             f"evals {share} have no path, and data.eval_fraction holds nothing out",
@@ -344,6 +355,32 @@ def _lisa_conflicts(config: Config) -> list[tuple[bool, str, str]]:
             bool(alone),
             f"peft.type is lisa, which gives each layer an optimizer of its own, and optim.type {optim.type} {alone}",
             "choose another optimizer, such as adamw",
+        ),
+    ]
+
+
+def _pipeline_conflicts(config: Config) -> list[tuple[bool, str, str]]:
+    """Of `mesh.pipeline`, whose stages compute in step, each on its own layers."""
+    if config.mesh.pipeline == 1:
+        return []
+    train, pipeline = config.train, f"mesh.pipeline is {config.mesh.pipeline}"
+    return [
+        (
+            train.update == "fused",
+            f"{pipeline}, whose micro-batches pass each layer at different times, and train.update is fused, which "
+            "updates a layer after the last of them, with the others waiting",
+            "set update to ordinary (a device has the gradients of its own stage alone), or pipeline to 1",
+        ),
+        (
+            isinstance(config.peft, Lisa),
+            f"{pipeline}, and peft.type is lisa, which draws the layers that train from all stages: each would hold "
+            "gradients for as many as could fall to it, and the others would wait for the one with most",
+            "set pipeline to 1 and use mesh.fsdp, or choose another method, such as lora",
+        ),
+        (
+            train.remat not in ("none", "full") or train.unroll != "auto",
+            f"{pipeline}, which computes each layer again in its own way, and train.remat or unroll is set",
+            "set remat to none or full, and remove unroll",
         ),
     ]
 

@@ -149,10 +149,11 @@ def training_loader(rows: Rows, layout: Layout, **options: Any) -> Loader[Mappin
     return Loader(*rows, place=partial(_place, layout, BATCH_AXES), row_slice=here, **options)
 
 
-def evaluation_sets(
-    config: Config, held_out: Mapping[str, Rows], layout: Layout, batch_size: int
-) -> list[EvaluationSet]:
-    """The held-out sets of the config, in batches of `batch_size` rows over all devices."""
+def evaluation_sets(config: Config, held_out: Mapping[str, Rows], layout: Layout) -> list[EvaluationSet]:
+    """The held-out sets of the config, in batches of a micro-batch, or of some for the stages of a pipeline."""
+    micro_batches, batch_size = config.train.accumulation(layout)
+    if layout.stages > 1:  # no more than wait for their backward pass in training
+        batch_size *= min(micro_batches, 2 * layout.stages - 1)
     return [
         EvaluationSet(chosen.name, partial(_batches, held_out[chosen.name], layout, batch_size), chosen.every)
         for chosen in config.evals

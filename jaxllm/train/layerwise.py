@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxllm.models.base import LM
 from jaxllm.nn.loss import Losses, Objective
-from jaxllm.train.step import Batch
+from jaxllm.train.step import Batch, trained_tokens
 from jaxllm.train.sweep import sum_micro
 
 Leaves = dict[str, Any]
@@ -57,7 +56,7 @@ class Layerwise:
         """The mean losses, the gradients of all that the head reads, and that of the last layer's output."""
         tied = self.lm.config.tie_word_embeddings
         chosen = {name: self.rest[name] for name in self.trainable if tied or not in_embedding(name)}
-        trained = jnp.maximum(jnp.sum(self.batch["loss_mask"]), 1)
+        trained = trained_tokens(self.batch)
 
         def of_micro(x: jax.Array, micro: Batch) -> Any:
             def loss(leaves: Leaves, x: jax.Array) -> tuple[jax.Array, Losses]:

@@ -37,6 +37,7 @@ from jaxllm.train.lock import owned
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
 from jaxllm.train.metrics import flops_per_token, peak_flops
+from jaxllm.train.pipeline import Schedule
 from jaxllm.train.program import Program
 from jaxllm.train.resume import Facts, find_resume
 
@@ -64,6 +65,9 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     micro_batches, micro_batch = config.train.accumulation(layout)
     check_offload(config.train.remat, layout.mesh.local_devices[0])
     say("devices", layout)
+    ticks = Schedule(layout.stages, micro_batches)
+    if layout.stages > 1:
+        say("pipeline", ticks)
 
     model = open_chosen_model(config, layout)
     lm, tokenizer = model.lm, model.tokenizer()
@@ -85,7 +89,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     store, plan = inputs.train
     seen = (resume.facts.step, resume.facts.epoch, resume.facts.position) if resume else (0, 0, 0)
     steps = config.train.last_step(len(plan.order), *seen)
-    sets = evaluation_sets(config, inputs.held_out, lm.layout, micro_batch)
+    sets = evaluation_sets(config, inputs.held_out, lm.layout)
     if resume:
         for note in resume.check(config, lm, store.folder.name, steps):
             say("note", note)
@@ -153,7 +157,8 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
             tokens_through=tokens_through,
             flops=flops_per_token(program.lm, config.data.seq_len, config.peft.trained_at_a_time(program.lm)),
             peak=peak_flops(lm.layout),
-            first={"perf/compile_s": compiled.compile_s, "mem/planned_gib": compiled.peak_bytes / 2**30},
+            first={"perf/compile_s": compiled.compile_s, "mem/planned_gib": compiled.peak_bytes / 2**30}
+            | ticks.metrics,
             records=lambda done: records_of(loader, done - start - 1),
             max_bad_steps=config.train.max_bad_steps,
         )

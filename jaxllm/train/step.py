@@ -27,6 +27,10 @@ Batch = Mapping[str, jax.Array]
 Metrics = Mapping[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
+Gradient = Callable[[LM, TrainState, Batch, Objective], tuple[Losses, Params]]
+"""The mean losses of a batch over its trained tokens, and the gradient of the objective for the trainable half, in at
+least float32; where the state has a loss scale, the gradient is multiplied by it."""
+
 # The dimensions of every array of a batch: micro-batches, sequences, tokens.
 BATCH_AXES = ("micro", "batch", "act_inner_length")
 
@@ -39,7 +43,7 @@ def make_step(
     tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,
-    stack: Stack,
+    gradient: Gradient,
     objective: Objective = CROSS_ENTROPY,
     max_grad_norm: float | None = None,
     max_grad_value: float | None = None,
@@ -50,7 +54,7 @@ def make_step(
     """A step over batches of arrays `[micro-batches, sequences, T]`.
 
     The objective is the mean over all trained tokens of the whole batch, so that the result does not depend on how
-    the batch is cut into micro-batches; their gradients are summed in at least float32. With `max_grad_norm`, the
+    the batch is cut into micro-batches, nor on how `gradient` walks through them. With `max_grad_norm`, the
     gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters. With
     `max_grad_value`, its entries are clamped to ±max_grad_value before that (the norm is of the unclamped ones).
     A loss or gradient that is not finite leaves parameters, optimizer state and the schedule's step as they are.
@@ -73,30 +77,8 @@ def make_step(
     with `curvature`: the share of entries that were not clipped.
     """
 
-    def gradient(state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
-        trained = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
-        factor = 1 if state.loss_scale is None else state.loss_scale.scale
-
-        def loss(params: Params, micro: Batch) -> tuple[jax.Array, Losses]:
-            sums = lm.losses(tree.combine(params, state.frozen), micro, stack, objective)
-            means = jax.tree.map(lambda total: total / trained, sums)
-            return means.objective * factor, means
-
-        def of_micro(micro: Batch) -> tuple[Losses, Params]:
-            (_, means), grads = jax.value_and_grad(loss, has_aux=True)(state.params, micro)
-            return means, jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
-
-        def add(total: tuple[Losses, Params], micro: Batch):
-            return jax.tree.map(jnp.add, total, of_micro(micro)), None
-
-        if batch["tokens"].shape[0] == 1:
-            return of_micro({name: array[0] for name, array in batch.items()})
-        first = {name: array[0] for name, array in batch.items()}
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_micro, first))
-        return jax.lax.scan(add, zeros, dict(batch))[0]
-
     def unscaled_gradient(state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
-        losses, grads = gradient(state, batch, objective)
+        losses, grads = gradient(lm, state, batch, objective)
         if state.loss_scale is not None:
             grads = optax.tree.scale(1 / state.loss_scale.scale, grads)
         return losses, grads
@@ -153,6 +135,39 @@ def make_step(
         return TrainState(state.step + good, params, state.frozen, opt_state, loss_scale), metrics
 
     return step
+
+
+def accumulated(stack: Stack) -> Gradient:
+    """The gradients of one micro-batch after the other, by walks of `stack`, summed in at least float32."""
+
+    def gradient(lm: LM, state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
+        trained = trained_tokens(batch)
+        factor = 1 if state.loss_scale is None else state.loss_scale.scale
+
+        def loss(params: Params, micro: Batch) -> tuple[jax.Array, Losses]:
+            sums = lm.losses(tree.combine(params, state.frozen), micro, stack, objective)
+            means = jax.tree.map(lambda total: total / trained, sums)
+            return means.objective * factor, means
+
+        def of_micro(micro: Batch) -> tuple[Losses, Params]:
+            (_, means), grads = jax.value_and_grad(loss, has_aux=True)(state.params, micro)
+            return means, jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
+
+        def add(total: tuple[Losses, Params], micro: Batch):
+            return jax.tree.map(jnp.add, total, of_micro(micro)), None
+
+        if batch["tokens"].shape[0] == 1:
+            return of_micro({name: array[0] for name, array in batch.items()})
+        first = {name: array[0] for name, array in batch.items()}
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_micro, first))
+        return jax.lax.scan(add, zeros, dict(batch))[0]
+
+    return gradient
+
+
+def trained_tokens(batch: Batch) -> jax.Array:
+    """What the sums of losses are divided by: the trained tokens of all micro-batches, or 1 where there are none."""
+    return jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
 
 
 def step_key(seed: int, step: jax.Array, purpose: int) -> jax.Array:

@@ -40,7 +40,7 @@ def main() -> None:
     from jaxllm.optim.build import OPTIMIZERS, build
     from jaxllm.train.fused import make_fused_step
     from jaxllm.train.state import abstract_state, new_state
-    from jaxllm.train.step import batch_shapes, compile_step, make_step
+    from jaxllm.train.step import accumulated, batch_shapes, compile_step, make_step
 
     family, size = FAMILIES["llama"], SIZES[asked.size]
     bf16 = jnp.bfloat16
@@ -54,7 +54,7 @@ def main() -> None:
     if asked.update == "fused":
         step = make_fused_step(lm, tx, schedule, **clip)
     else:
-        step = make_step(lm, tx, schedule, stack=scan("full"), **clip)
+        step = make_step(lm, tx, schedule, gradient=accumulated(scan("full")), **clip)
     state = abstract_state(lm.abstract(), everything, tx, lm.layout)
     compiled = compile_step(step, state, batch_shapes((1, 1, asked.tokens), lm.layout), lm.layout)
     current = jax.jit(lambda params: new_state(params, everything, tx), donate_argnums=0)(lm.init(jax.random.key(0)))

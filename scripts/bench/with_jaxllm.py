@@ -17,7 +17,7 @@ from jaxllm.optim.build import AdamW, build
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.state import abstract_state, new_state
-from jaxllm.train.step import BATCH_AXES, batch_shapes, compile_step, make_step
+from jaxllm.train.step import BATCH_AXES, accumulated, batch_shapes, compile_step, make_step
 
 
 class WithJaxllm(Engine):
@@ -42,7 +42,7 @@ class WithJaxllm(Engine):
         everything = jax.tree.map(lambda _: True, params)
         shapes = abstract_state(lm.abstract(), everything, tx, lm.layout)
         stack = scan(unroll="all" if lm.layout.platform == "cpu" else 1)
-        step = make_step(lm, tx, schedule, stack=stack, max_grad_norm=job.max_grad_norm)
+        step = make_step(lm, tx, schedule, gradient=accumulated(stack), max_grad_norm=job.max_grad_norm)
         _, rows, ids = batches.shape
         compiled = compile_step(step, shapes, batch_shapes((1, rows, ids - 1), lm.layout), lm.layout)
         self._run = compiled.run

@@ -14,6 +14,7 @@ from jaxllm.hf.export import save
 from jaxllm.hf.weights import weight_table
 from jaxllm.models import FAMILIES
 from jaxllm.models.layout import fit_layout
+from jaxllm.models.pipeline import pipeline
 from jaxllm.models.stack import loop, scan
 from jaxllm.nn.context import CachePosition
 from jaxllm.nn.rope import LinearRope
@@ -197,10 +198,44 @@ def test_scan_is_the_loop_in_value_and_gradient(name, stack, double):
     assert_same(scanned, looped)
 
 
+STAGES = [dict(pipeline=2, data=2, tensor=2), dict(pipeline=4, fsdp=2), dict(pipeline=2, fsdp=4), dict(pipeline=4)]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prefill_and_decode_are_the_full_forward_pass(name, double):
+@pytest.mark.parametrize(
+    "sizes", [STAGES[0], *(pytest.param(sizes, marks=pytest.mark.full) for sizes in STAGES[1:])], ids=str
+)
+def test_a_pipeline_is_the_loop_in_value_and_gradient(name, sizes, double):
+    """Of a vocabulary that its stages pad; also the logits, which need no stack to be named."""
+    lm, params = double_lm(name, 0, num_hidden_layers=4, vocab_size=61, num_attention_heads=4, num_key_value_heads=2)
+    tokens = tokens_of(lm.config, batch=8, length=6)
+    staged, placed = on_layout(lm, mesh_layout(**sizes), params)
+
+    def loss_and_logits(lm, stack):
+        def loss(params, tokens):
+            logits = lm.logits(params, tokens)
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            x, _ = lm.hidden(params, tokens, lm.context(positions), stack)
+            return jnp.mean(jnp.square(lm.head(params, x)[..., : lm.config.vocab_size])), logits
+
+        return jax.value_and_grad(loss, has_aux=True)
+
+    ours = jax.jit(loss_and_logits(staged, pipeline(staged.layout, "full")))(placed, tokens)
+    theirs = jax.jit(loss_and_logits(lm, loop()))(params, tokens)
+    (values, grads), (wanted, wanted_grads) = ours, theirs
+    assert_same(values, wanted)
+    assert_same(jax.tree.map(lambda g, w: g[tuple(map(slice, w.shape))], grads, wanted_grads), wanted_grads)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "sizes", [dict(), pytest.param(dict(pipeline=2, tensor=2), marks=pytest.mark.full)], ids=["alone", "pipeline"]
+)
+def test_prefill_and_decode_are_the_full_forward_pass(name, sizes, double):
     """Two rows of different lengths, padded in front, prefilled at once and decoded token by token."""
     lm, params = double_lm(name, 1)
+    if sizes:
+        lm, params = on_layout(lm, mesh_layout(**sizes), params)
     tokens = tokens_of(lm.config, length=8)
     prompt, slots, padding = 5, 10, np.array([0, 2])
     segments = (np.arange(slots) >= padding[:, None]).astype(np.int32)
@@ -209,7 +244,7 @@ def test_prefill_and_decode_are_the_full_forward_pass(name, double):
     def part(params, tokens, positions, offset, segments, cache):
         ctx = lm.context(positions, cache=CachePosition(offset, segments))
         x, cache = lm.hidden(params, tokens, ctx, cache=cache)
-        return lm.head(params, x), cache
+        return lm.head(params, x)[..., : lm.config.vocab_size], cache
 
     shifted = np.stack([np.roll(row, pad) for row, pad in zip(tokens, padding, strict=True)])
     positions = np.maximum(np.arange(8) - padding[:, None], 0)

@@ -1,4 +1,4 @@
-"""Fitting heads to the tensor axis."""
+"""Fitting heads to the tensor axis, and layers to the stages of a pipeline."""
 
 import pytest
 from families import draw_config, mesh_layout
@@ -34,6 +34,15 @@ def test_query_heads_that_do_not_divide_are_refused_with_the_nearest_sizes(heads
         fit_layout(config(heads, 1), mesh_layout(tensor=ways))
     assert f"{heads} attention heads" in str(error.value)
     assert f"mesh.tensor = {ways}" in str(error.value)
+    assert str(error.value).endswith(f"that work: {nearest}")
+
+
+@pytest.mark.parametrize(("layers", "stages", "nearest"), [(6, 4, "3 and 6"), (4, 8, "4"), (9, 2, "1 and 3")])
+def test_layers_that_do_not_divide_over_a_pipeline_are_refused_with_the_nearest_sizes(layers, stages, nearest):
+    with pytest.raises(UserError) as error:
+        fit_layout(draw_config("llama", 0, num_hidden_layers=layers), mesh_layout(pipeline=stages))
+    assert f"{layers} layers" in str(error.value)
+    assert f"mesh.pipeline = {stages}" in str(error.value)
     assert str(error.value).endswith(f"that work: {nearest}")
 
 

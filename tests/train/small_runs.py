@@ -26,8 +26,9 @@ from jaxllm.peft import PeftConfig
 from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.lisa import Draws, LisaOptimizer, make_lisa_step
+from jaxllm.train.pipeline import Kept, pipelined
 from jaxllm.train.state import TrainState, abstract_state, new_state
-from jaxllm.train.step import BATCH_AXES, CompiledStep, Step, batch_shapes, compile_step, make_step
+from jaxllm.train.step import BATCH_AXES, CompiledStep, Step, accumulated, batch_shapes, compile_step, make_step
 
 VOCAB = 101  # no mesh divides it
 ROWS, LENGTH = 32, 12
@@ -103,6 +104,7 @@ def program(
     method: PeftConfig | None = None,
     micro_batches: int = 1,
     stack: Stack | None = None,
+    kept: Kept = "layers",
     max_grad_norm: float | None = MAX_GRAD_NORM,
     max_grad_value: float | None = None,
     dtype: str = "float32",
@@ -116,9 +118,9 @@ def program(
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
 
     tx, schedule: in place of those of `optimizer`. frozen: patterns of the parameters that do not train. method: of
-    fine-tuning, whose leaves are drawn at random all of them. dtype: of
-    parameters, and of the computation where no other is given; float16 scales the loss. shape: sequences in a whole
-    batch, and tokens in each.
+    fine-tuning, whose leaves are drawn at random all of them. dtype: of parameters, and of the computation where no
+    other is given; float16 scales the loss. stack, kept: of the ordinary step on a mesh without a pipeline, and with
+    one. shape: sequences in a whole batch, and tokens in each.
     """
     lm = replace(small_lm(config, dtype=dtype), compute_dtype=jnp.dtype(compute_dtype or dtype), dropout=dropout)
     scale_loss = compute_dtype == "float16"
@@ -139,7 +141,8 @@ def program(
     if lisa is not None:
         step = make_lisa_step(tx, schedule, **options)
     else:
-        make = make_fused_step if fused else partial(make_step, stack=stack or scan(), curvature=curvature)
+        gradient = pipelined(kept) if layout.stages > 1 else accumulated(stack or scan())
+        make = make_fused_step if fused else partial(make_step, gradient=gradient, curvature=curvature)
         step = make(moved, tx, schedule, **options)
     rows, length = shape
     batch = batch_shapes((micro_batches, rows // micro_batches, length), layout)

@@ -25,7 +25,7 @@ from jaxllm.optim.schedule_config import Constant
 from jaxllm.train.config import Config
 from jaxllm.train.fused import LeafUpdate, make_fused_step
 from jaxllm.train.state import abstract_state
-from jaxllm.train.step import CompiledStep, batch_shapes, compile_step, make_step
+from jaxllm.train.step import CompiledStep, accumulated, batch_shapes, compile_step, make_step
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10
@@ -202,7 +202,7 @@ def compiled(
     if fused:
         step = make_fused_step(lm, tx, schedule, max_grad_norm=max_grad_norm)
     else:
-        step = make_step(lm, tx, schedule, stack=scan("full"), max_grad_norm=max_grad_norm)
+        step = make_step(lm, tx, schedule, gradient=accumulated(scan("full")), max_grad_norm=max_grad_norm)
     return compile_step(step, state, batch_shapes((micro_batches, lm.layout.size("batch"), 64), lm.layout), lm.layout)
 
 

@@ -20,7 +20,7 @@ from jaxllm.nn.loss import Losses
 from jaxllm.optim.build import build
 from jaxllm.train import state as state_module
 from jaxllm.train.state import SMALLEST_LOSS_SCALE, LossScale, TrainState, new_state
-from jaxllm.train.step import make_step
+from jaxllm.train.step import accumulated, make_step
 
 # A transform whose state after one step is the gradient that it got.
 RECORD = optax.trace(0.9)
@@ -70,7 +70,7 @@ class Slope:
 def slope_step(tx: Any) -> Any:
     # Else XLA computes neighbouring float16 operations in float32, where nothing overflows.
     exact = {"xla_allow_excess_precision": False}
-    return jax.jit(make_step(Slope(), tx, lambda step: 1.0, stack=scan()), compiler_options=exact)
+    return jax.jit(make_step(Slope(), tx, lambda step: 1.0, gradient=accumulated(scan())), compiler_options=exact)
 
 
 def slope_batch(x: Any) -> dict[str, np.ndarray]:

@@ -34,7 +34,7 @@ from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.nn.named import TENSOR_NAMES
 from jaxllm.optim.build import build
 from jaxllm.train.state import TrainState, new_state
-from jaxllm.train.step import CompiledStep, batch_shapes, compile_steps, make_step
+from jaxllm.train.step import CompiledStep, accumulated, batch_shapes, compile_steps, make_step
 
 # A transform whose state after one step is the gradient that it got.
 RECORD = optax.trace(0.9)
@@ -229,7 +229,7 @@ def one_line(
     trainable: Any = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """One step on such a loss."""
-    step = make_step(OneLine(loss), tx, schedule, stack=scan(), max_grad_norm=max_grad_norm)
+    step = make_step(OneLine(loss), tx, schedule, gradient=accumulated(scan()), max_grad_norm=max_grad_norm)
     chosen = jax.tree.map(lambda _: True, params) if trainable is None else trainable
     state, metrics = jax.jit(step)(new_state(params, chosen, tx), batch)
     return state, jax.tree.map(float, metrics)
