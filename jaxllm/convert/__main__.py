@@ -65,6 +65,7 @@ def _to_hf(src: str, dst: Path, dtype: str | None, adapter: Path | None = None) 
     from jaxllm.peft.adapter import with_adapter
 
     model = open_model(src, Layout.single(), dtype)
+    model.check_whole()
     check_replaceable(dst, model.lm.source)
     load = model.load if adapter is None else with_adapter(adapter, model.lm, model.load)
     save(model.lm, load(), dst, model_folder=model.folder)

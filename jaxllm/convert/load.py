@@ -24,9 +24,10 @@ from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
 from jaxllm.models.layout import fit_layout
-from jaxllm.nn.linear import ADAPTER
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.optim.config import OptimizerConfig
+from jaxllm.peft import METHODS, Full, PeftConfig
+from jaxllm.peft.files import AdapterConfig
 from jaxllm.peft.merge import merge
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ class OpenModel:
     lm: LM
     folder: Path
     load: Callable[[], Params]
+
+    def check_whole(self) -> None:
+        """Raises UserError for a run's model that has leaves of an adapter, which cannot be merged into it."""
+        if self.lm.extra:
+            run = self.folder.parent
+            raise UserError(
+                f"{run}: has trained virtual tokens, which cannot be merged into the weights of a model; they are in "
+                f"{run / AdapterConfig.exported_to}, which HF peft loads, and model.adapter takes"
+            )
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer in `folder`. Raises UserError if it has a token that the model has no row for."""
@@ -116,39 +126,49 @@ def _from_checkpoint(
     raw = read_config(run / RUN_MODEL)
     family, config = parse_config(raw, run / RUN_MODEL / "config.json")
     on_gpu = layout.platform == "gpu"
-    lm = LM(
+    plain = LM(
         family,
         config,
         fit_layout(config, layout),
         param_dtype or raw.get("torch_dtype") or raw["dtype"],
         compute_dtype or ("bfloat16" if on_gpu else "float32"),
     )
+    method = _method(run)
+    adapted = method.add(plain)
 
     def load() -> Params:
         chosen = checkpoint or next(reversed(checkpoints(run / RUN_CHECKPOINTS)), None)
         if chosen is None:
             raise UserError(f"{run}: the run has no complete checkpoint yet")
         chosen.verify()
-        params, optimizer = _parameters(chosen, lm), _averaging_optimizer(run)
-        return merge(params if optimizer is None else _averaged(chosen, params, optimizer))
+        state = chosen.restore(_where_they_are(chosen, adapted.abstract()), partial=True)
+        leaves = {path: leaf for half in state.values() for path, leaf in tree.flatten(half).items()}
+        params, optimizer = tree.insert({}, leaves), _averaging_optimizer(run)
+        params = params if optimizer is None else _averaged(chosen, params, optimizer)
+        return merge(params) if method.merges else params
 
-    return OpenModel(lm, run / RUN_MODEL, load)
+    return OpenModel(plain if method.merges else adapted, run / RUN_MODEL, load)
 
 
-def _parameters(checkpoint: Checkpoint, lm: LM) -> Params:
-    """The parameters of a checkpoint, from the half that trained and the one that did not, with those of an adapter."""
-    halves, shapes = ("params", "frozen"), tree.flatten(lm.abstract())
+def _where_they_are(checkpoint: Checkpoint, shapes: Params) -> Params:
+    """`shapes` of parameters, each below the half of the checkpoint that has it: the one that trained, or the other."""
+    halves = ("params", "frozen")
     there = {path: half for half in halves for path in checkpoint.leaves(half)}
-    adapter = {path: f"{half}/{path}" for path, half in there.items() if path.rpartition("/")[2] in ADAPTER}
-    for path, shape in checkpoint.shapes(adapter.values()).items() if adapter else ():
-        shapes[path.partition("/")[2]] = jax.ShapeDtypeStruct(*shape, sharding=lm.layout.replicated)
-    wanted = {f"{there.get(path, halves[0])}/{path}": shape for path, shape in shapes.items()}
-    state = checkpoint.restore(tree.insert({}, wanted), partial=True)
-    return tree.insert({}, {path: leaf for half in state.values() for path, leaf in tree.flatten(half).items()})
+    wanted = {f"{there.get(path, halves[0])}/{path}": shape for path, shape in tree.flatten(shapes).items()}
+    return tree.insert({}, wanted)
 
 
 class _OfRun(Section, extra="ignore"):
     optim: Annotated[OptimizerConfig, ByType(OPTIMIZERS)]
+
+
+class _MethodOfRun(Section, extra="ignore"):
+    peft: Annotated[PeftConfig, ByType(METHODS)] = Full(type="full")
+
+
+def _method(run: Path) -> PeftConfig:
+    """The method of fine-tuning of a run."""
+    return load_config(run / RESOLVED, [], _MethodOfRun).peft
 
 
 def _averaging_optimizer(run: Path) -> OptimizerConfig | None:

@@ -12,6 +12,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
 from jaxllm.generate.sample import Sampling, draw
 from jaxllm.models.base import LM
+from jaxllm.nn.attention import VIRTUAL
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition
 
@@ -19,7 +20,8 @@ from jaxllm.nn.context import CachePosition
 class Rows(NamedTuple):
     """What does not change while prompts are decoded together.
 
-    segments: `[B, S]` int32, 0 in the slots of the padding in front of a prompt. padding: `[B, 1]` int32, how many
+    segments: `[B, S]` int32, 0 in the slots of the padding in front of a prompt, VIRTUAL in those of an adapter's
+    virtual tokens, in front of all. padding: `[B, 1]` int32, how many
     those are. keys: `[B]`, of each row's draws.
     """
 
@@ -50,7 +52,8 @@ class Decoder:
 
     def __init__(self, lm: LM) -> None:
         self._lm = lm
-        self.advance = jax.jit(partial(_advance, lm), static_argnames="sampling", donate_argnames="progress")
+        static = ("sampling", "begins")
+        self.advance = jax.jit(partial(_advance, lm), static_argnames=static, donate_argnames="progress")
 
     def room(self, prompt: Sequence[int], max_new_tokens: int) -> int:
         """How many of `max_new_tokens` fit behind `prompt` into the model's positions.
@@ -59,7 +62,7 @@ class Decoder:
         """
         if not prompt:
             raise UserError("a prompt has no token; give it some text, or use a tokenizer that begins texts with one")
-        left = self._lm.config.longest - len(prompt)
+        left = self._lm.config.longest - self._lm.prompt_tokens - self._lm.prefix_tokens - len(prompt)
         if left < 1:
             raise UserError(
                 f"a prompt has {len(prompt):,} tokens, and the model's {self._lm.config.longest:,} positions leave no "
@@ -111,13 +114,15 @@ class Decoder:
         """
         sampling = sampling or Sampling()
         longest = bucket(max(len(prompt) for prompt in prompts))
-        slots = bucket(longest + max_new_tokens)
+        front = self._lm.prompt_tokens
+        slots = front + bucket(longest + max_new_tokens)
         tokens = np.zeros((len(prompts), longest), np.int32)
         # Prompts end together: padding stands on the left, in a segment of its own that no token looks at.
         segments = np.ones((len(prompts), slots), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt) :] = prompt
-            segments[row, : longest - len(prompt)] = 0
+            segments[row, front : front + longest - len(prompt)] = 0
+        segments[:, :front] = VIRTUAL
         padding = np.array([[longest - len(prompt)] for prompt in prompts], np.int32)
         copies = np.array([prompts[:row].count(prompt) for row, prompt in enumerate(prompts)])
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(copies)
@@ -126,7 +131,7 @@ class Decoder:
         seen = jnp.zeros((len(prompts), self._lm.vocab_padded), bool) if sampling.repetition_penalty != 1 else None
         progress = Progress(cache, none, none + 0, seen)
 
-        new, progress = self.advance(params, jnp.asarray(tokens), rows, progress, sampling=sampling)
+        new, progress = self.advance(params, jnp.asarray(tokens), rows, progress, sampling=sampling, begins=True)
         for _ in range(max_new_tokens - 1):
             # The device computes the next token while this one is read.
             following, progress = self.advance(params, new[:, None], rows, progress, sampling=sampling)
@@ -142,13 +147,24 @@ def bucket(length: int) -> int:
 
 
 def _advance(
-    lm: LM, params: Params, tokens: jax.Array, rows: Rows, progress: Progress, *, sampling: Sampling
+    lm: LM,
+    params: Params,
+    tokens: jax.Array,
+    rows: Rows,
+    progress: Progress,
+    *,
+    sampling: Sampling,
+    begins: bool = False,
 ) -> tuple[jax.Array, Progress]:
-    """The token after `tokens` `[B, T]`, which go into the cache behind those that are there."""
-    length = tokens.shape[1]
-    slots = progress.offset + jnp.arange(length, dtype=jnp.int32)[None, :]
+    """The token after `tokens` `[B, T]`, which go into the cache behind those that are there.
+
+    begins: whether they are the first, and stand behind the virtual tokens of a prompt where there are any.
+    """
+    written = tokens.shape[1] + (lm.prompt_tokens if begins else 0)
+    ahead = progress.offset + (written - tokens.shape[1]) - lm.prompt_tokens
+    slots = ahead + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.maximum(slots - rows.padding, 0)
-    ctx = lm.context(positions, cache=CachePosition(progress.offset, rows.segments))
+    ctx = lm.context(positions, cache=CachePosition(progress.offset, rows.segments), begins=begins)
     x, cache = lm.hidden(params, tokens, ctx, cache=progress.cache)
     assert cache is not None
     seen = progress.seen
@@ -156,4 +172,4 @@ def _advance(
         seen = seen.at[jnp.arange(len(tokens))[:, None], tokens].max(slots >= rows.padding)
     keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, progress.drawn)
     new = draw(lm.head(params, x[:, -1:])[:, 0], keys, sampling, seen)
-    return new, Progress(cache, progress.offset + length, progress.drawn + 1, seen)
+    return new, Progress(cache, progress.offset + written, progress.drawn + 1, seen)

@@ -20,17 +20,27 @@ QUERIES_AT_ONCE, MOST_PARTS = 128, 8
 
 
 def causal_attention(
-    form: AttentionForm, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, layout: Layout
+    form: AttentionForm,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    layout: Layout,
+    shared: int = 0,
 ) -> jax.Array:
     """`softmax(q kᵀ / sqrt(d)) v` over the earlier keys of each query's segment: `[B, T, H, d]`, as `q`.
 
-    q: `[B, T, H, d]`; k, v: `[B, T, K, d]`; query head h reads key head h // (H / K). segments: `[B, T]` int32, None
-    = one a row. All are laid out by `layout`, the length and the width of a head whole.
+    q: `[B, T, H, d]`; k, v: `[B, S, K, d]`, the last T of them where the queries are; query head h reads key head
+    h // (H / K). segments: `[B, S]` int32, None = one a row. shared: so many of the first keys are seen by every query
+    behind them, whatever its segment. All are laid out by `layout`, the length and the width of a head whole.
     "xla": plain JAX, on any device, in any precision. "cudnn": NVIDIA's kernel, which cannot tell segments apart: it
-    wants None. "flash": a kernel of our own that can (interpreted on a CPU, for tests).
+    wants None. "flash": a kernel of our own that can (interpreted on a CPU, for tests). These two have as many keys as
+    queries, and flash none that are shared.
     """
     if form == "xla":
-        return plain_attention(q, k, v, segments)
+        return plain_attention(q, k, v, segments, shared)
+    if k.shape[1] != q.shape[1] or (shared and form == "flash"):
+        raise ValueError(f"the attention {form!r} cannot have keys of virtual tokens in front; choose 'xla'")
     if form == "flash":
         interpret = layout.platform == "cpu"
         return _on_each_device(partial(flash_attention, interpret=interpret), q, k, v, segments, layout)
@@ -39,25 +49,29 @@ def causal_attention(
     return _on_each_device(lambda q, k, v, _: cudnn_attention(q, k, v), q, k, v, None, layout)
 
 
-def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+def plain_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, shared: int = 0
+) -> jax.Array:
     """The plain form of `causal_attention`."""
     length = q.shape[1]
+    front = k.shape[1] - length
     at_once = max(QUERIES_AT_ONCE, -(-length // MOST_PARTS))
 
     def part(start: int) -> jax.Array:
         stop = min(start + at_once, length)
-        mask = causal_mask(segments, start, stop)
-        return attend(q[:, start:stop], k[:, :stop], v[:, :stop], mask)
+        mask = causal_mask(segments, front + start, front + stop, shared)
+        return attend(q[:, start:stop], k[:, : front + stop], v[:, : front + stop], mask)
 
     return jnp.concatenate([part(start) for start in range(0, length, at_once)], axis=1)
 
 
-def causal_mask(segments: jax.Array | None, start: int, stop: int) -> jax.Array:
-    """`[B or 1, stop - start, stop]`: True where a query of `start … stop` is the key or a later one of its segment."""
+def causal_mask(segments: jax.Array | None, start: int, stop: int, shared: int = 0) -> jax.Array:
+    """`[B or 1, stop - start, stop]`: True where a query of `start … stop` is the key or a later one of its segment, or
+    of the `shared` first keys."""
     earlier = jnp.arange(start, stop)[None, :, None] >= jnp.arange(stop)[None, None, :]
     if segments is None:
         return earlier
-    return earlier & (segments[:, start:stop, None] == segments[:, None, :stop])
+    return earlier & ((segments[:, start:stop, None] == segments[:, None, :stop]) | (jnp.arange(stop) < shared))
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

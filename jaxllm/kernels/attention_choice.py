@@ -29,7 +29,11 @@ TEST_TOLERANCE = 2.0**-5
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """What attention is to be computed for. packed: whether a row may hold several documents."""
+    """What attention is to be computed for.
+
+    packed: whether a row may hold several documents. virtual: what stands in front of all of them, virtual tokens
+    ("prompt") or their keys and values alone ("prefix").
+    """
 
     layout: Layout
     heads: int
@@ -37,6 +41,7 @@ class AttentionNeeds:
     head_dim: int
     dtype: DTypeLike
     packed: bool
+    virtual: Literal["none", "prompt", "prefix"] = "none"
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,8 @@ def obstacle(form: AttentionForm, needs: AttentionNeeds) -> str | None:
         return f"needs a GPU since Ampere (compute capability 8.0), and this one has {device.compute_capability}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"computes in bfloat16 or float16, and train.compute_dtype is {dtype}"
+    if needs.virtual == "prefix" or (needs.virtual == "prompt" and form == "flash"):
+        return f"has no keys in front that all documents see, as the {needs.virtual} of peft needs them"
     if form == "flash":
         return f"has no tiles for heads wider than 256, and these are {width}" if width > 256 else None
     if needs.packed:

@@ -22,6 +22,7 @@ from jaxllm.kernels.attention_choice import AttentionNeeds
 from jaxllm.models.pipeline import pipeline
 from jaxllm.models.rules import Rule
 from jaxllm.models.stack import Stack, scan
+from jaxllm.nn.attention import VIRTUAL
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition, Context
 from jaxllm.nn.dropout import Dropout
@@ -29,6 +30,7 @@ from jaxllm.nn.embed import Embed
 from jaxllm.nn.linear import Head, project
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective, loss_chunks, token_losses
 from jaxllm.nn.norm import RMSNorm
+from jaxllm.nn.prefix import FOLDER, projected_prefix
 from jaxllm.nn.rope import ROPES, DefaultRope, Rope, Rotation, rope_tables
 
 
@@ -122,6 +124,8 @@ class LM:
     attention: the form of attention outside decoding. "cudnn" is for batches with one document a row.
     dropout: the share that is dropped of the embedding and of each sublayer's output, in batches with `dropout_keys`.
     adapter_dropout: the share that is dropped of what the low-rank part of an adapter is given, in such batches.
+    prompt_tokens, prefix_tokens: virtual tokens in front of every document, which an adapter has embeddings of, or keys
+        and values in each layer. Positions count them.
     extra: by their paths, the parameters that an adapter adds (`jaxllm.peft`).
     source: where a converted model came from, for the way back (`jaxllm.hf`); None for a new one.
     """
@@ -134,6 +138,8 @@ class LM:
     attention: AttentionForm = "xla"
     dropout: float = 0.0
     adapter_dropout: float = 0.0
+    prompt_tokens: int = 0
+    prefix_tokens: int = 0
     extra: Mapping[str, ExtraLeaf] = field(default_factory=dict)
     source: Any = None
 
@@ -184,7 +190,7 @@ class LM:
         c = self.config
         embed_key, layers_key, norm_key, head_key = jax.random.split(key, 4)
         x = jnp.zeros((1, 1, c.hidden_size), self.compute_dtype)
-        ctx = replace(self.context(jnp.zeros((1, 1), jnp.int32)), layout=Layout.single(), attention="xla")
+        ctx = replace(self.context(jnp.zeros((1, 1), jnp.int32), begins=False), layout=Layout.single(), attention="xla")
         params = {
             "embed": Embed(c.vocab_size, c.hidden_size, self.compute_dtype, c.initializer_range).init(
                 embed_key, jnp.zeros((1, 1), jnp.int32), ctx.layout
@@ -231,15 +237,30 @@ class LM:
         """What the form of attention is chosen for. packed: whether a row may hold several documents."""
         c = self.config
         heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-        return AttentionNeeds(self.layout, *heads, self.compute_dtype, packed)
+        virtual = "prefix" if self.prefix_tokens else "prompt" if self.prompt_tokens else "none"
+        return AttentionNeeds(self.layout, *heads, self.compute_dtype, packed, virtual)
 
     def context(
-        self, positions: jax.Array, segments: jax.Array | None = None, cache: CachePosition | None = None
+        self,
+        positions: jax.Array,
+        segments: jax.Array | None = None,
+        cache: CachePosition | None = None,
+        begins: bool = True,
     ) -> Context:
-        """The context of a batch with `positions` `[B, T]` int32 and `segments` `[B, T]` int32."""
-        c = self.config
+        """The context of a batch with `positions` `[B, T]` int32 and `segments` `[B, T]` int32.
+
+        begins: whether its rows begin here, with the virtual tokens of a prompt where there are any; else those are in
+        the `cache`.
+        """
+        c, front = self.config, self.prompt_tokens if begins else 0
+        positions = positions + (self.prompt_tokens + self.prefix_tokens)
+        if front:
+            virtual = jnp.broadcast_to(jnp.arange(front, dtype=positions.dtype), (len(positions), front))
+            positions = jnp.concatenate([virtual, positions], axis=1)
+            if segments is not None:
+                segments = jnp.pad(segments, ((0, 0), (front, 0)), constant_values=VIRTUAL)
         tables = rope_tables(positions, c.rotation, self.compute_dtype, c.rope, segments)
-        return Context(self.layout, tables, segments, self.attention, cache)
+        return Context(self.layout, tables, segments, self.attention, cache, shared=self.prompt_tokens, begins=begins)
 
     def batch_context(self, batch: Mapping[str, jax.Array]) -> Context:
         """The context of a batch to train on: `positions`, `segments`, and `dropout_keys` where there is dropout."""
@@ -254,10 +275,10 @@ class LM:
         return ctx
 
     def embed(self, params: Params, tokens: jax.Array, ctx: Context) -> jax.Array:
-        """`[B, T]` int32 → `[B, T, D]` in the compute dtype."""
+        """`[B, T]` int32 → `[B, T, D]` in the compute dtype; behind a prompt's virtual tokens, where `ctx` begins."""
         c = self.config
         module = Embed(self.vocab_padded, c.hidden_size, self.compute_dtype, c.initializer_range)
-        return ctx.drop(_apply(module, params["embed"], tokens, self.layout))
+        return ctx.drop(_apply(module, params["embed"], tokens, self.layout, ctx.begins))
 
     def block(
         self, layer: Params, x: jax.Array, ctx: Context, cache: LayerCache | None = None
@@ -295,7 +316,12 @@ class LM:
         def block(layer: tuple[Params, jax.Array], x: jax.Array, ctx: Context, cache: LayerCache | None):
             return self.block(layer[0], x, ctx.of_layer(layer[1]), cache)
 
-        return walk(block, (params["layers"], jnp.arange(self.config.num_hidden_layers)), x, ctx, cache)
+        layers = params["layers"]
+        if FOLDER in params:
+            k, v = projected_prefix(params[FOLDER])
+            layers = tree.insert(layers, {"attn/prefix_k": k, "attn/prefix_v": v})
+        x, cache = walk(block, (layers, jnp.arange(self.config.num_hidden_layers)), x, ctx, cache)
+        return _behind_prompt(x, tokens), cache
 
     def logits(
         self,
@@ -348,6 +374,7 @@ class LM:
         objective: Objective = CROSS_ENTROPY,
     ) -> Losses:
         """`losses` from what the head reads, `[B, T, D]`; of `params`, what is not the head's may be missing."""
+        x = _behind_prompt(x, batch["targets"])
         batch_size, length, _ = x.shape
         chunks = loss_chunks(batch_size, length, self.vocab_padded, self.layout)
         return token_losses(
@@ -373,6 +400,11 @@ class LM:
         matrices = 1 if self.config.tie_word_embeddings else 2
         whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()))
         return whole - matrices * padding * self.config.hidden_size
+
+
+def _behind_prompt(x: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`x` `[B, n + T, D]` without the n virtual tokens in front of `tokens` `[B, T]`."""
+    return x[:, x.shape[1] - tokens.shape[1] :]
 
 
 def _apply(module: nn.Module, params: Params, *inputs: Any) -> Any:

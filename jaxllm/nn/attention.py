@@ -14,7 +14,11 @@ from jaxllm.nn.rope import apply_rope
 
 
 class Attention(nn.Module):
-    """Multi-head attention with `heads` query heads and `kv_heads` key and value heads of `head_dim` each."""
+    """Multi-head attention with `heads` query heads and `kv_heads` key and value heads of `head_dim` each.
+
+    Of an adapter it applies the leaves that it finds, and makes none: `prefix_k` and `prefix_v`, `[n, kv_heads ·
+    head_dim]`, keys (as after their rotation) and values in front of every row, which all of its tokens see.
+    """
 
     heads: int
     kv_heads: int
@@ -42,22 +46,47 @@ class Attention(nn.Module):
         k = named(apply_rope(heads(self.kv_heads, "kv_heads", "k"), ctx.rope), "attn_k")
         v = named(heads(self.kv_heads, "kv_heads", "v"), "attn_v")
         if cache is None:
-            y = causal_attention(ctx.attention, q, k, v, ctx.segments, ctx.layout)
+            segments, (k, v) = ctx.segments, self._behind_prefix(k, v, ctx)
+            front = k.shape[1] - length
+            if segments is not None:
+                segments = jnp.pad(segments, ((0, 0), (front, 0)), constant_values=VIRTUAL)
+            y = causal_attention(ctx.attention, q, k, v, segments, ctx.layout, ctx.shared + front)
         else:
             cache = cache.write(k, v, ctx)
-            y = attend(q, cache.k, cache.v, cache_mask(ctx, length))
+            k, v = self._behind_prefix(cache.k, cache.v, ctx)
+            y = attend(q, k, v, cache_mask(ctx, length, k.shape[1] - cache.k.shape[1]))
         y = named(ctx.layout.constrain(y, "batch", "act_inner_length", "act_heads", None), "attn_context")
         y = y.reshape(batch, length, self.heads * self.head_dim)
         return named(linear(width, ("heads", "embed"), "o")(y, ctx), "attn_out"), cache
 
+    def _behind_prefix(self, k: jax.Array, v: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
+        """Keys and values `[B, S, kv_heads, head_dim]`, behind those of the prefix where there is one."""
+        if not self.has_variable("params", "prefix_k"):
+            return k, v
 
-def cache_mask(ctx: Context, length: int) -> jax.Array:
-    """`[B, length, S]`: True where one of `length` queries at the cache position of `ctx` may look at a slot: one of
-    its own segment, and no later one."""
+        def behind(x: jax.Array, name: str) -> jax.Array:
+            prefix = self.get_variable("params", name).astype(x.dtype).reshape(-1, *x.shape[2:])
+            x = jnp.concatenate([jnp.broadcast_to(prefix, (len(x), *prefix.shape)), x], axis=1)
+            return ctx.layout.constrain(x, "batch", "act_inner_length", "act_kv_heads", None)
+
+        return behind(k, "prefix_k"), behind(v, "prefix_v")
+
+
+# The segment of virtual tokens, which is no document's.
+VIRTUAL = -1
+
+
+def cache_mask(ctx: Context, length: int, front: int = 0) -> jax.Array:
+    """`[B, length, front + S]`: True where one of `length` queries at the cache position of `ctx` may look at a slot.
+
+    That is one of its own segment, and no later one, or one of a virtual token. front: keys before the first slot,
+    which all see.
+    """
     assert ctx.cache is not None
     offset, segments = ctx.cache.offset, ctx.cache.segments
     query_slots = offset + jnp.arange(length)
     query_segments = jax.lax.dynamic_slice_in_dim(segments, offset, length, axis=1)
     same = query_segments[:, :, None] == segments[:, None, :]
     earlier = query_slots[:, None] >= jnp.arange(segments.shape[1])[None, :]
-    return same & earlier
+    mask = (same | (jnp.arange(segments.shape[1]) < ctx.shared)) & earlier
+    return jnp.pad(mask, ((0, 0), (0, 0), (front, 0)), constant_values=True)

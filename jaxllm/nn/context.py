@@ -22,6 +22,8 @@ class Context:
     cache: where a decoding pass stands in the key-value cache; None outside decoding.
     dropout: of the embedding and of what each sublayer adds to the residual stream; None = nothing is dropped.
     adapter_dropout: of what the low-rank part of an adapter is given.
+    shared: how many keys in front of a row are those of virtual tokens, which every later query sees, whatever its
+        segment. begins: whether this pass has their queries; false where they are in the cache already.
     """
 
     layout: Layout = field(metadata={"static": True})
@@ -31,6 +33,8 @@ class Context:
     cache: "CachePosition | None" = None
     dropout: Dropout | None = None
     adapter_dropout: Dropout | None = None
+    shared: int = field(default=0, metadata={"static": True})
+    begins: bool = field(default=True, metadata={"static": True})
 
     def of_layer(self, index: jax.Array) -> "Context":
         """The context of one layer, whose dropout is its own. index: scalar int32."""

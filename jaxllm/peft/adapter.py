@@ -110,6 +110,11 @@ def with_adapter(
     """
     adapter = read_adapter(folder)
     goes_on = isinstance(method, AdapterConfig)
+    if not goes_on and not adapter.method.merges:
+        raise UserError(
+            f"{adapter.folder}: its virtual tokens cannot be merged into the weights of a model; give it a peft "
+            f"section, {{type: {adapter.method.type}, num_virtual_tokens: …}}, to train it on"
+        )
     leaves = adapter.leaves(lm)
     if goes_on:
         adapter.check_same(method, lm)

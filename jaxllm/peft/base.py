@@ -4,7 +4,7 @@ The leaves that a method adds are found by the layer that they stand beside (`nn
 is the same model with more leaves. What trains gets gradients and optimizer state; what does not has neither.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +29,9 @@ class PeftConfig(Section):
     exported_for: ClassVar[str] = "transformers"
     """What loads it."""
 
+    merges: ClassVar[bool] = True
+    """Whether what it adds can be merged into the model's own parameters."""
+
     def add(self, lm: LM) -> LM:
         """`lm` with the leaves that the method adds. Raises UserError where it does not fit the model."""
         return lm
@@ -36,6 +39,14 @@ class PeftConfig(Section):
     def mask(self, lm: LM) -> Any:
         """For each leaf of `lm`, a result of `add`, whether it trains. Raises UserError if none does."""
         return tree.match(lm.abstract(), "*")
+
+    def begun(self, lm: LM, load: Callable[[], Params], tokenize: Callable[[str], list[int]]) -> Callable[[], Params]:
+        """What loads the parameters of `lm` by `load`, with those leaves of the method that start from a text.
+
+        Raises UserError for a text without tokens.
+        """
+        del lm, tokenize
+        return load
 
     def trained_at_a_time(self, lm: LM) -> int:
         """How many parameters of `lm`, a result of `add`, train in a step. Raises UserError as `mask` does."""

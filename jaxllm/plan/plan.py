@@ -67,7 +67,7 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
         check_offload(config.train.remat, devices[0])
     lm = model_without_weights(config, layout)
     attention = plan_attention(
-        config.train.attention, lm.attention_needs(config.data.packing in ("best_fit", "concat"))
+        config.train.attention, config.peft.add(lm).attention_needs(config.data.packing in ("best_fit", "concat"))
     )
     lm = replace(lm, attention=attention.form)
     program = Program.of(config, lm, _steps(config))

@@ -26,6 +26,7 @@ from jaxllm.optim.config import OptimizerConfig
 from jaxllm.peft import METHODS, Full, PeftConfig
 from jaxllm.peft.files import AdapterConfig
 from jaxllm.peft.lisa import Lisa
+from jaxllm.peft.prefix import PrefixTuning
 from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.lisa import LisaOptimizer, make_lisa_step
@@ -276,6 +277,12 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
             "set loraplus_lr_ratio to 1, or choose another optimizer",
         ),
         (
+            train.update == "fused" and isinstance(config.peft, PrefixTuning) and config.peft.prefix_projection,
+            "train.update is fused, which sees one layer at a time, and peft.prefix_projection has an encoder that all "
+            "layers share",
+            "set update to ordinary, or prefix_projection to false",
+        ),
+        (
             train.param_dtype == "float16",
             "train.param_dtype is float16, in which small updates vanish and moments overflow",
             "set it to float32, and train.compute_dtype to float16",
@@ -376,6 +383,12 @@ def _pipeline_conflicts(config: Config) -> list[tuple[bool, str, str]]:
             f"{pipeline}, and peft.type is lisa, which draws the layers that train from all stages: each would hold "
             "gradients for as many as could fall to it, and the others would wait for the one with most",
             "set pipeline to 1 and use mesh.fsdp, or choose another method, such as lora",
+        ),
+        (
+            isinstance(config.peft, PrefixTuning) and config.peft.prefix_projection,
+            f"{pipeline}, whose stages see their own layers alone, and peft.prefix_projection has an encoder that all "
+            "layers share",
+            "set prefix_projection to false, or pipeline to 1",
         ),
         (
             train.remat not in ("none", "full") or train.unroll != "auto",

@@ -46,11 +46,16 @@ def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
         lm = model_without_weights(config, layout)
         return OpenModel(lm, _tokenizer_folder(config), lambda: lm.init(jax.random.key(config.seed)))
     model = open_model(chosen.path, layout, config.train.param_dtype, config.train.computes_in(layout))
+    model.check_whole()
     if chosen.adapter is not None:
         model = replace(model, load=with_adapter(chosen.adapter, model.lm, model.load, config.peft))
-    if chosen.tokenizer is None:
-        return model
-    return replace(model, folder=hub.model_folder(chosen.tokenizer, "tokenizer"))
+    if chosen.tokenizer is not None:
+        model = replace(model, folder=hub.model_folder(chosen.tokenizer, "tokenizer"))
+
+    def tokenize(text: str) -> list[int]:
+        return list(model.tokenizer()(text)["input_ids"])
+
+    return replace(model, load=config.peft.begun(model.lm, model.load, tokenize))
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerFast:

@@ -95,7 +95,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
             say("note", note)
 
     attention = choose_attention(
-        config.train.attention, lm.attention_needs(config.data.packing in ("best_fit", "concat"))
+        config.train.attention, config.peft.add(lm).attention_needs(config.data.packing in ("best_fit", "concat"))
     )
     lm = replace(lm, attention=attention.form)
     say("attention", attention)
@@ -146,7 +146,9 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         metrics = open_things.enter_context(closing(MetricsFile(folder / METRICS, resumed_at, chosen)))
         checkpoints = CheckpointWriter(folder / RUN_CHECKPOINTS, config.checkpoint)
         save = open_things.enter_context(closing(Save(checkpoints, config.checkpoint, facts_at, metrics)))
-        evaluate = Evaluate(Perplexity(lm), program.weights, sets, metrics, console, last=steps, stop=interrupt.stopped)
+        evaluate = Evaluate(
+            Perplexity(program.lm), program.weights, sets, metrics, console, last=steps, stop=interrupt.stopped
+        )
         evaluate.before(state, start)
         log = Log(
             metrics,

@@ -8,7 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters import TOLERANCE, logits, model, torch_logits
+from adapters import TOLERANCE, dear, logits, model, torch_logits
 from families import transformers_model
 from whole_runs import train, workplace
 
@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", dear(VARIANTS, "some layers"))
 def test_its_files_load_in_hf_peft_and_come_back(variant, tmp_path):
     lm, base = model(num_attention_heads=8, num_key_value_heads=2)
     method, rng = Ia3(type="ia3", **VARIANTS[variant]), np.random.default_rng(1)

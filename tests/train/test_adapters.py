@@ -16,6 +16,8 @@ from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.freeze import BitFit
 from jaxllm.peft.ia3 import Ia3
 from jaxllm.peft.lora import Lora
+from jaxllm.peft.prefix import PrefixTuning
+from jaxllm.peft.prompt import PromptTuning, PTuning
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10
@@ -38,6 +40,19 @@ METHODS = {
     ),
     "pissa": (dict(), Lora(type="lora", r=3, init_lora_weights="pissa", target_modules=("k_proj", "down_proj"))),
     "ia3": (BIASED, Ia3(type="ia3", target_modules=r".*(1\..*v|o|up|down)_proj")),
+    "prompt_tuning": (dict(tie_word_embeddings=True), PromptTuning(type="prompt_tuning", num_virtual_tokens=3)),
+    "p_tuning": (
+        dict(),
+        PTuning(type="p_tuning", num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=12),
+    ),
+    "prefix_tuning": (
+        dict(num_key_value_heads=2, rope_theta=100.0),
+        PrefixTuning(type="prefix_tuning", num_virtual_tokens=3),
+    ),
+    "prefix_projection": (
+        dict(),
+        PrefixTuning(type="prefix_tuning", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=12),
+    ),
     "bitfit": (BIASED, BitFit(type="bitfit")),
 }
 OPTIMIZERS = {
@@ -65,6 +80,8 @@ FUSED = dict(fused=True)
 PAIRS = [
     ("dora", "adamw", dict(data=2, tensor=4), 4, dict(stack=scan("dots"))),
     ("dora", "adamw", dict(fsdp=2, tensor=2), 4, FUSED),
+    pytest.param("prompt_tuning", "adamw", dict(pipeline=2, data=2, tensor=2), 4, {}, marks=pytest.mark.full),
+    pytest.param("prefix_tuning", "adamw", dict(pipeline=2, data=2, tensor=2), 4, {}, marks=pytest.mark.full),
 ]
 
 
@@ -73,10 +90,17 @@ def test_one_device_equals_a_mesh(name, optimizer, sizes, micro_batches, how):
     check(name, optimizer, sizes, micro_batches, **how)
 
 
+# A prefix that is projected is not layer-local, which the config says.
+TABLE = [
+    pytest.param(name, optimizer, how, id=f"{name}-{optimizer}-{'fused' if how else 'ordinary'}")
+    for name in METHODS
+    for optimizer in (OPTIMIZERS if name in ("lora", "dora", "ia3", "bitfit") else ("adamw",))
+    for how in ([{}] if name == "prefix_projection" else [{}, FUSED])
+]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("how", [{}, FUSED], ids=["ordinary", "fused"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "optimizer", "how"), TABLE)
 def test_every_method_on_a_mixed_mesh(name, optimizer, how):
     check(name, optimizer, dict(data=2, fsdp=2, tensor=2), 2, **how)
 
