@@ -17,7 +17,7 @@ from jaxllm.hf.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_weights
 from jaxllm.hf.weights import weight_table
 from jaxllm.models.base import LM
 from jaxllm.peft.base import PeftConfig
-from jaxllm.peft.files import ADAPTERS, PREFIX, AdapterConfig
+from jaxllm.peft.files import ADAPTERS, PREFIX, AdapterConfig, StoredAdapter
 from jaxllm.peft.merge import merge
 
 # Fields of adapter_config.json that change nothing of what a finished adapter computes, whatever its method.
@@ -35,7 +35,7 @@ class Adapter:
     """
 
     folder: Path
-    method: AdapterConfig
+    method: StoredAdapter
     ties: bool
     tensors: Mapping[str, np.ndarray]
 

@@ -1,5 +1,6 @@
 """Methods whose result is an adapter in the files of HF PEFT: which tensor is which part of their leaves."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +70,13 @@ class AdapterConfig(PeftConfig):
         values = {name: tuple(sorted(value)) if isinstance(value, list) else value for name, value in values.items()}
         return {"type": get_args(cls.model_fields["type"].annotation)[0], **values}
 
-    def parts(self, lm: LM) -> list[Part]:
-        """Every tensor of the files but those of `whole`, for `lm`, a result of `add`."""
-        raise NotImplementedError
-
+    @abstractmethod
     def computes(self, lm: LM) -> Any:
         """What two sections that describe the same adapter of `lm` have in common."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def tensors(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The tensors of the files but those of `whole`, of the leaves that the method adds to `lm`, by their paths."""
 
     def whole(self, lm: LM) -> set[str]:
         """The paths of the model's own parameters that train, and are in the files."""
@@ -97,19 +98,6 @@ class AdapterConfig(PeftConfig):
         return tree.map_with_path(
             lambda path, _: path in chosen or (path in lm.extra and not lm.extra[path].frozen), lm.abstract()
         )
-
-    def tensors(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The tensors of the files, of the leaves that the method adds, by their paths."""
-        return {part.name: part.write(leaves[part.path]) for part in self.parts(lm)}
-
-    def leaves(self, lm: LM, take: Take) -> dict[str, np.ndarray]:
-        """The leaves that the files hold, by their paths; `lm` is a result of `add`."""
-        shapes, found = tree.flatten(lm.abstract()), dict[str, np.ndarray]()
-        for part in self.parts(lm):
-            shape = shapes[part.path]
-            leaf = found.setdefault(part.path, np.zeros(shape.shape, shape.dtype))
-            part.read(take(part.name, part.shape), leaf)
-        return found
 
     def description(self, lm: LM) -> dict[str, Any]:
         """adapter_config.json, but for what every adapter has there."""
@@ -139,10 +127,37 @@ class AdapterConfig(PeftConfig):
                 write_json(new / ADAPTER_CONFIG, content)
 
 
+class StoredAdapter(AdapterConfig):
+    """A method whose files hold all of what it has trained."""
+
+    @abstractmethod
+    def leaves(self, lm: LM, take: Take) -> dict[str, np.ndarray]:
+        """The leaves that the files hold, by their paths; `lm` is a result of `add`."""
+
+
+class AdapterOfParts(StoredAdapter):
+    """A method whose leaves are in the files as they are, in parts."""
+
+    @abstractmethod
+    def parts(self, lm: LM) -> list[Part]:
+        """Every tensor of the files but those of `whole`, for `lm`, a result of `add`."""
+
+    def tensors(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {part.name: part.write(leaves[part.path]) for part in self.parts(lm)}
+
+    def leaves(self, lm: LM, take: Take) -> dict[str, np.ndarray]:
+        shapes, found = tree.flatten(lm.abstract()), dict[str, np.ndarray]()
+        for part in self.parts(lm):
+            shape = shapes[part.path]
+            leaf = found.setdefault(part.path, np.zeros(shape.shape, shape.dtype))
+            part.read(take(part.name, part.shape), leaf)
+        return found
+
+
 def on_host(lm: LM, leaf: jax.Array) -> np.ndarray:
     """The whole of a leaf. A collective operation of all processes."""
     return np.asarray(jax.device_put(leaf, lm.layout.replicated).addressable_data(0))
 
 
-ADAPTERS = Registry[type[AdapterConfig]]("peft_type")
+ADAPTERS = Registry[type[StoredAdapter]]("peft_type")
 """By what HF PEFT calls it, the method that an adapter is of."""

@@ -14,13 +14,13 @@ from jaxllm.core.dtypes import at_least_float32
 from jaxllm.models.base import LM, ExtraLeaf
 from jaxllm.nn.prefix import FOLDER, projected_prefix
 from jaxllm.peft.base import METHODS
-from jaxllm.peft.files import ADAPTERS, Take
+from jaxllm.peft.files import ADAPTERS, StoredAdapter, Take
 from jaxllm.peft.prompt import TENSOR, VirtualTokens, uniform
 
 KEYS, VALUES = "layers/attn/prefix_k", "layers/attn/prefix_v"
 
 
-class PrefixTuning(VirtualTokens):
+class PrefixTuning(VirtualTokens, StoredAdapter):
     """Keys and values of virtual tokens train. Names and meanings are those of HF PEFT's PrefixTuningConfig."""
 
     type: Literal["prefix_tuning"]

@@ -19,7 +19,7 @@ from jaxllm.core.tree import Params
 from jaxllm.models.base import LM, ExtraLeaf
 from jaxllm.nn.prompt import virtual_tokens
 from jaxllm.peft.base import METHODS
-from jaxllm.peft.files import ADAPTERS, AdapterConfig, Part
+from jaxllm.peft.files import ADAPTERS, AdapterConfig, AdapterOfParts, Part
 
 PROMPT, ENCODER = "embed/prompt", "embed/prompt_encoder"
 TENSOR = "prompt_embeddings"
@@ -68,7 +68,7 @@ class VirtualTokens(AdapterConfig):
         }
 
 
-class PromptTuning(VirtualTokens):
+class PromptTuning(VirtualTokens, AdapterOfParts):
     """Embeddings of virtual tokens train. Names and meanings are those of HF PEFT's PromptTuningConfig."""
 
     type: Literal["prompt_tuning"]

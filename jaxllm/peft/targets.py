@@ -8,13 +8,13 @@ from pydantic import model_validator
 
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.models.base import LM
-from jaxllm.peft.files import AdapterConfig
+from jaxllm.peft.files import AdapterOfParts
 from jaxllm.peft.modules import Module, is_named, modules
 
 ALL_LINEAR = "all-linear"
 
 
-class Targeted(AdapterConfig):
+class Targeted(AdapterOfParts):
     """What the methods have that put leaves beside the matrices of the layers."""
 
     target_modules: str | tuple[str, ...] = ALL_LINEAR

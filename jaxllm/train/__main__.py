@@ -4,7 +4,7 @@ import os
 import sys
 
 from jaxllm.core.cache import keep_programs
-from jaxllm.core.errors import UserError
+from jaxllm.core.command import exit_status
 from jaxllm.core.process import GPU_MEMORY_SHARE, without_idle_cuda, without_torch
 
 USAGE = """usage: python -m jaxllm.train CONFIG.yaml [section.key=value ...]
@@ -23,20 +23,20 @@ def main(arguments: list[str]) -> int:
         print(USAGE + reference(Config), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
 
-    try:
-        from rich.console import Console
+    return exit_status(lambda: _train(arguments), interrupted="interrupted before the run began")
 
-        from jaxllm.core.config import load
-        from jaxllm.train.config import Config
-        from jaxllm.train.interrupt import Interrupt
-        from jaxllm.train.run import run
 
-        console = Console()
-        with Interrupt(console) as interrupt:
-            return run(load(arguments[0], arguments[1:], Config), console, interrupt=interrupt)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _train(arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from jaxllm.core.config import load
+    from jaxllm.train.config import Config
+    from jaxllm.train.interrupt import Interrupt
+    from jaxllm.train.run import run
+
+    console = Console()
+    with Interrupt(console) as interrupt:
+        return run(load(arguments[0], arguments[1:], Config), console, interrupt=interrupt)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from jaxllm.core.process import installed, quiet_libraries
 
 PROGRAM = """
@@ -15,6 +17,7 @@ print(jax.devices()[0].platform)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA's compiler is for Linux alone")
 def test_the_compiler_of_cuda_does_not_disturb_a_cpu():
     """JAX finds the plugin at each start, and would say with a traceback that there is no driver."""
     assert installed("jax-cuda12-plugin")

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from test_build import PARAMS
+from transformers.optimization import Adafactor
 
 from jaxllm.optim.build import OPTIMIZERS, build
 from jaxllm.optim.schedule_config import Constant
-
-torch = pytest.importorskip("torch")
 
 STEPS = 20
 RATE, DECAY = 1e-2, 0.1
@@ -89,9 +89,8 @@ def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], rto
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_adafactor_equals_that_of_transformers(scaled: bool) -> None:
-    optimization = pytest.importorskip("transformers.optimization")
     settings = dict(relative_step=False, warmup_init=False, scale_parameter=scaled)
-    theirs = by_torch(optimization.Adafactor, weight_decay=0.0, **settings)
+    theirs = by_torch(Adafactor, weight_decay=0.0, **settings)
     config = section("adafactor", weight_decay=0.0, min_dim_size_to_factor=1, multiply_by_parameter_scale=scaled)
     # optax computes the decay of the moment in float32.
     assert_close(ours(config), theirs, rtol=1e-5)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from gpu_plans import HEADS, LLAMA_1B, LLAMA_8B, config_of, gpu_plans, needs_wheels
+from gpu_plans import HEADS, LLAMA_1B, LLAMA_8B, config_of, gpu_plans, needs_compiler
 from whole_runs import train, workplace
 
 from jaxllm.core.config import load
@@ -149,7 +149,7 @@ def test_help_names_every_gpu(capsys):
     assert "jaxllm[plan]" in said
 
 
-@needs_wheels
+@needs_compiler
 def test_the_command_plans_for_a_gpu_that_is_not_here(tmp_path):
     """In bfloat16 with the flash kernel, as a run there would; and says nothing else."""
     config = config_of(tmp_path, TINY | dict(head_dim=16), micro_batch_size=1, batch_size=8)
@@ -166,7 +166,7 @@ def test_the_command_plans_for_a_gpu_that_is_not_here(tmp_path):
 
 
 @pytest.mark.full
-@needs_wheels
+@needs_compiler
 def test_8b_in_the_memory_of_its_weights(tmp_path):
     """Llama 3 8B at 1 × 2048 on one H100: 15.0 GiB of weights, and less than 5 besides."""
     config = config_of(tmp_path, LLAMA_8B | HEADS["8B"])
@@ -179,7 +179,7 @@ def test_8b_in_the_memory_of_its_weights(tmp_path):
 
 
 @pytest.mark.full
-@needs_wheels
+@needs_compiler
 def test_sharded_over_8_one_layer_is_whole_at_a_time(tmp_path):
     """Llama 3 8B with a row of 2048 on each of 8 H100s: beside its eighth of the weights, a card has room for the
     inputs of the 32 layers, and for three whole layers."""
@@ -192,7 +192,7 @@ def test_sharded_over_8_one_layer_is_whole_at_a_time(tmp_path):
 
 
 @pytest.mark.full
-@needs_wheels
+@needs_compiler
 def test_a_fused_update_saves_the_gradients_of_the_layers(tmp_path):
     """AdamW of a 1B model; the embedding's and the head's gradients are whole in both."""
     config = config_of(tmp_path, LLAMA_1B | HEADS["1B"])
@@ -205,7 +205,7 @@ def test_a_fused_update_saves_the_gradients_of_the_layers(tmp_path):
 
 
 @pytest.mark.full
-@needs_wheels
+@needs_compiler
 def test_bytes_per_parameter(tmp_path):
     """Of a 7B model: 4 of weights, 8 of moments and 4 of gradients in mixed precision, 2, 8 and 2 in bfloat16."""
     script = Path(__file__).parents[2] / "scripts" / "bench" / "optimizer_memory.py"
