@@ -36,7 +36,7 @@ class Lora(Targeted):
     """share of their input that is dropped in training"""
     init_lora_weights: Literal[True, "pissa"] = True
     """what they are at the start: true (nothing is added), or pissa, the largest singular values and vectors of the
-    matrix, whose part of it then trains (PiSSA: Meng et al., arXiv 2404.02948)"""
+    matrix, whose part of it then trains, at a lower learning rate (PiSSA: Meng et al., arXiv 2404.02948)"""
     layers_to_transform: tuple[NonNegativeInt, ...] | None = None
     """the layers that get them, counted from 0; default: all"""
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
