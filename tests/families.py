@@ -14,6 +14,7 @@ from jaxllm.core.mesh import Layout, MeshConfig
 from jaxllm.hf.export import save
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.base import FamilyConfig
+from jaxllm.nn.quantized import STORED, dequantized
 
 
 def draw_config(name: str, seed: int, **fixed: Any) -> FamilyConfig:
@@ -53,6 +54,8 @@ def draw_params(lm: LM, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
 
     def draw(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.integer):  # which tokens an adapter has rows of
+            return lm.extra[path].draw(jax.random.key(0), {})
         x = rng.standard_normal(leaf.shape)
         *_, parent, kind = path.split("/")
         if kind == "kernel":
@@ -92,6 +95,30 @@ def transformers_model(config: FamilyConfig, params: dict[str, Any], folder: Pat
 def mesh_layout(**sizes: int) -> Layout:
     """A layout over all devices of the tests, one where no size is given."""
     return Layout.of(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def quantized(lm: LM, params: dict[str, Any]) -> dict[str, Any]:
+    """The same parameters as `lm` stores them."""
+    wanted, stored = tree.flatten(lm.abstract()), dict[str, Any]()
+    for path, leaf in tree.flatten(params).items():
+        folder = path.rpartition("/")[0]
+        if path in wanted:
+            stored[path] = leaf
+        else:
+            shapes = {name: wanted[f"{folder}/{name}"] for name in lm.quantization.stored(path, leaf.shape)}
+            stored |= {f"{folder}/{name}": x for name, x in lm.quantization.quantized(leaf, shapes).items()}
+    return tree.insert({}, stored)
+
+
+def read_back(lm: LM, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of `lm.plain` that have the matrices which `lm` computes with when it stores `params`."""
+    leaves, stored = tree.flatten(params), quantized(lm, params)
+    for path in leaves:
+        if lm.quantization.replaces(path):
+            folder = tree.at(stored, path.rpartition("/")[0])
+            matrices = jax.vmap(dequantized)({name: leaf for name, leaf in folder.items() if name in STORED})
+            leaves[path] = matrices.astype(leaves[path].dtype)
+    return tree.insert({}, leaves)
 
 
 def on_layout(lm: LM, layout: Layout, params: dict[str, Any]) -> tuple[LM, dict[str, Any]]:

@@ -8,13 +8,15 @@ import pytest
 
 from jaxllm.core.config import load
 from jaxllm.core.config_reference import keys
+from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.hf import read_model
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.layout import fit_layout
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.train.changes import rule_of
-from jaxllm.train.config import Config, NewModel
+from jaxllm.train.config import Config
+from jaxllm.train.model_config import NewModel
 from jaxllm.train.program import Program
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +45,11 @@ def test_recipe_builds_abstractly_and_shards(recipe: Path, shared: Path) -> None
 def test_every_optimizer_has_a_recipe() -> None:
     recipes = {path.stem: load(path, [], Config) for path in RECIPES if path.parent.name == "optimizers"}
     assert {name: config.optim.type for name, config in recipes.items()} == {name: name for name in OPTIMIZERS}
+
+
+def test_a_misspelt_optimizer_is_answered_with_the_one_that_begins_alike() -> None:
+    with pytest.raises(UserError, match=r"Did you mean 'adamw'\?"):
+        load(ROOT / "configs/finetune.yaml", ["optim.type=adamv"], Config)
 
 
 def test_every_key_is_read() -> None:

@@ -26,13 +26,13 @@ REACHED = {
     "lomo": 4.06,
     "muon": 3.96,
     "nadamw": 3.89,
-    "prodigy": 4.46,
+    "prodigy": 3.97,
     "radam": 3.97,
     "rmsprop": 3.84,
-    "schedule_free_adamw": 4.36,
+    "schedule_free_adamw": 3.88,
     "schedule_free_sgd": 4.06,
     "sgd": 3.98,
-    "sophia_g": 4.54,
+    "sophia_g": 4.07,
 }
 MARGIN = 0.1
 

@@ -33,6 +33,8 @@ OF = {
     "configs/chat.yaml": SHORT,
     "configs/lisa.yaml": SHORT,
     "configs/lora.yaml": SHORT,
+    "configs/dora.yaml": SHORT,
+    "configs/qlora.yaml": [*SHORT, "model.quantize=int8"],  # the small model has rows that NF4's blocks do not divide
 }
 
 

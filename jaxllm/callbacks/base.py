@@ -24,7 +24,7 @@ class Callback:
 
 
 class CallbackConfig(Section):
-    """An item of `callbacks:`."""
+    """An item of `callbacks:`. Of a run of several processes, process 0 alone opens it."""
 
     type: Any
     """The name of the callback, as each section narrows it."""

@@ -4,9 +4,9 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from jaxllm.callbacks.base import Callback
+from jaxllm.core.distributed import gather, is_first
 from jaxllm.core.errors import UserError
 from jaxllm.train.state import Event
 
@@ -32,29 +33,33 @@ NORMS = ("grad_norm/", "param_norm/")
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, each with its `step`. Each line goes to the `listeners` too."""
+    """`metrics.jsonl`: one JSON object a line, each with its `step`. Each line goes to the `listeners` too.
+
+    Of several processes, all of which hold it, process 0 writes.
+    """
 
     def __init__(self, path: Path, resumed_at: int | None, listeners: Sequence[Callback] = ()) -> None:
         """Opens the file to append.
 
         What a killed run wrote after step `resumed_at` is dropped; all of it, if None: the run begins anew.
         """
-        lines = path.read_text().splitlines() if path.exists() and resumed_at is not None else []
-        kept = [line for line in lines if _step_of(line) <= (resumed_at or 0)]
+        kept: list[str] = []
+        if is_first() and path.exists() and resumed_at is not None:
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_at]
+        evaluated = gather("\n".join(line for line in kept if '"eval/' in line))[0]
         self._evaluated: dict[str, dict[int, float]] = {}
-        for line in map(json.loads, kept):
+        for line in map(json.loads, evaluated.splitlines()):
             self._note(line["step"], line)
-        new = path.with_name(f".{path.name}.new")
-        new.write_text("".join(line + "\n" for line in kept))
-        new.replace(path)
-        self._file = path.open("a")
+        self._file = _replaced(path, kept) if is_first() else None
         self._listeners = listeners
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line, and hands it to the operating system at once."""
         self._note(step, values)
-        self._file.write(json.dumps({"step": step, **{name: _finite(value) for name, value in values.items()}}) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            line = {"step": step, **{name: _finite(value) for name, value in values.items()}}
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         for listener in self._listeners:
             listener.on_metrics(step, values)
 
@@ -64,12 +69,21 @@ class MetricsFile:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _note(self, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             if name.startswith("eval/"):
                 self._evaluated.setdefault(name, {})[step] = float(value)
+
+
+def _replaced(path: Path, lines: Iterable[str]) -> TextIO:
+    """The file, which holds `lines` now, open to append."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text("".join(line + "\n" for line in lines))
+    new.replace(path)
+    return path.open("a")
 
 
 def _finite(value: float) -> float | str:

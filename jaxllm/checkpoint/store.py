@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxllm.checkpoint.integrity import find_damage
 from jaxllm.core import tree
+from jaxllm.core.distributed import gather
 from jaxllm.core.errors import UserError
+from jaxllm.core.layers import rearranged
 
 STATE = "state"
 FACTS = "facts.json"
@@ -57,8 +60,12 @@ class Checkpoint:
         return str(self.folder)
 
     def verify(self) -> None:
-        """Raises UserError unless every file is as it was written, naming the file and a checkpoint that is whole."""
-        if (damage := find_damage(self.folder)) is not None:
+        """Raises UserError unless every file is as it was written, naming the file and a checkpoint that is whole.
+
+        Every process must call it: each reads a part of the files.
+        """
+        damages = gather(find_damage(self.folder, jax.process_index(), jax.process_count()) or "")
+        if damage := next(filter(None, damages), None):
             raise UserError(self._damaged(damage))
 
     def facts(self) -> dict[str, Any]:
@@ -77,7 +84,8 @@ class Checkpoint:
         return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in found.items()}
 
     def restore(self, abstract: Any, *, partial: bool = False) -> Any:
-        """The state with the shapes, dtypes and shardings of `abstract`, whatever mesh wrote it.
+        """The state with the shapes, dtypes and shardings of `abstract`, whatever mesh wrote it: its layers one behind
+        the other.
 
         A dimension that was padded differently (the vocabulary on another mesh) is cut or filled with zeros.
         With `partial`, `abstract` may name a part of the state only. Raises UserError for a state with other leaves.
@@ -93,16 +101,19 @@ class Checkpoint:
         silence_orbax()
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(self.folder / STATE, args=arguments)
+                state = checkpointer.restore(self.folder / STATE, args=arguments)
         except jax.errors.JaxRuntimeError:  # out of memory, which is no damage
             raise
         except Exception as error:  # Orbax raises nothing narrower for a file that it cannot read
             raise UserError(self._damaged(short_reason(error))) from error
+        return rearranged(state, np.argsort(self._facts()["layer_order"]))
 
     def _facts(self) -> dict[str, Any]:
         try:
             facts = json.loads((self.folder / FACTS).read_text())
-            return {name: facts[name] for name in ("run", "leaves", "jaxllm")}
+            return {name: facts[name] for name in ("run", "leaves", "jaxllm")} | {
+                "layer_order": facts.get("layer_order", [])
+            }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(self._damaged(f"{FACTS} is missing or unreadable")) from error
 

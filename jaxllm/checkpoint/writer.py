@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxllm.checkpoint.integrity import write_sums
@@ -35,14 +36,18 @@ class Saved(NamedTuple):
 
 
 class CheckpointWriter:
-    """Writes checkpoints into `folder`, which no other process writes to, and deletes those that need not stay."""
+    """Writes checkpoints into `folder`, which no other process writes to, and deletes those that need not stay.
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+    layer_order: which layer is at each place of the leaves of the layers, if they are not one behind the other.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, layer_order: np.ndarray | None = None) -> None:
         silence_orbax()
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._pass_unraisable
         self.folder = folder.absolute()
         self._config = config
+        self._layer_order = [] if layer_order is None else layer_order.tolist()
         self._writes = jax.process_index() == 0
         self._sealing: dict[str, Any] = {}
         # No compression: weights hardly shrink, and the disk is faster than zstd.
@@ -71,6 +76,7 @@ class CheckpointWriter:
         begun = time.monotonic()
         before = self.wait()
         self._sealing = {"run": dict(facts), "leaves": list(tree.flatten(state)), "jaxllm": metadata.version("jaxllm")}
+        self._sealing["layer_order"] = self._layer_order
         with self._write_errors():
             arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(_on_host(state)))
             self._orbax.save(self.folder / str(step), args=arguments)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxllm.core.command import exit_status
@@ -30,13 +31,14 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.set_defaults(run=lambda options: _to_hf(options.src, options.dst, options.dtype))
     merge = commands.add_parser(
         "merge",
-        help="write a model and its adapter as one",
-        description="Merges the adapter in ADAPTER into its model BASE, and writes the result into the folder "
-        "DST, which transformers loads.",
+        help="write a model and its adapters as one",
+        description="Merges the adapters into their model BASE, one after the other, and writes the result into the "
+        "folder DST, which transformers loads.",
     )
     merge.add_argument("base", help=SOURCES)
-    merge.add_argument("adapter", type=Path, help="a folder of HF peft's files, or of a run that has trained one")
-    merge.set_defaults(run=lambda options: _to_hf(options.base, options.dst, options.dtype, options.adapter))
+    adapter = "a folder of HF peft's files, or of a run that has trained one"
+    merge.add_argument("adapters", metavar="adapter", nargs="+", type=Path, help=adapter)
+    merge.set_defaults(run=lambda options: _to_hf(options.base, options.dst, options.dtype, options.adapters))
     for writes in (to_hf, merge):
         writes.add_argument("dst", type=Path, help="the folder to write")
         writes.add_argument(
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> int:
     return exit_status(lambda: options.run(options), interrupted="interrupted; nothing was written")
 
 
-def _to_hf(src: str, dst: Path, dtype: str | None, adapter: Path | None = None) -> None:
+def _to_hf(src: str, dst: Path, dtype: str | None, adapters: Sequence[Path] = ()) -> None:
     from jaxllm.convert.load import open_model
     from jaxllm.core.mesh import Layout
     from jaxllm.hf.export import check_replaceable, save
@@ -67,7 +69,9 @@ def _to_hf(src: str, dst: Path, dtype: str | None, adapter: Path | None = None) 
     model = open_model(src, Layout.single(), dtype)
     model.check_whole()
     check_replaceable(dst, model.lm.source)
-    load = model.load if adapter is None else with_adapter(adapter, model.lm, model.load)
+    load = model.load
+    for adapter in adapters:
+        load = with_adapter(adapter, model.lm, load)
     save(model.lm, load(), dst, model_folder=model.folder)
     print(f"{dst}: {model.lm.parameter_count():,} parameters, for transformers")
 

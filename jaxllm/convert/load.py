@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +24,7 @@ from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
 from jaxllm.models.layout import fit_layout
+from jaxllm.models.quantized import Quantizable
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.peft import METHODS, Full, PeftConfig
@@ -49,6 +50,13 @@ class OpenModel:
 
     def check_whole(self) -> None:
         """Raises UserError for a run's model that has leaves of an adapter, which cannot be merged into it."""
+        if self.lm.quantization is not None:
+            run = self.folder.parent
+            raise UserError(
+                f"{run}: its base is stored in {self.lm.quantization}, into which nothing is merged; merge its adapter "
+                f"into the model that it was trained on: python -m jaxllm.convert merge MODEL "
+                f"{run / AdapterConfig.exported_to} FOLDER"
+            )
         if self.lm.extra:
             run = self.folder.parent
             raise UserError(
@@ -134,7 +142,9 @@ def _from_checkpoint(
         compute_dtype or ("bfloat16" if on_gpu else "float32"),
     )
     method = _method(run)
-    adapted = method.add(plain)
+    quantization = load_config(run / RESOLVED, [], _ModelOfRun).model.quantization
+    adapted = replace(method.add(plain), quantization=quantization)
+    merges = method.merges and quantization is None
 
     def load() -> Params:
         chosen = checkpoint or next(reversed(checkpoints(run / RUN_CHECKPOINTS)), None)
@@ -145,9 +155,9 @@ def _from_checkpoint(
         leaves = {path: leaf for half in state.values() for path, leaf in tree.flatten(half).items()}
         params, optimizer = tree.insert({}, leaves), _averaging_optimizer(run)
         params = params if optimizer is None else _averaged(chosen, params, optimizer)
-        return merge(params) if method.merges else params
+        return merge(params) if merges else params
 
-    return OpenModel(plain if method.merges else adapted, run / RUN_MODEL, load)
+    return OpenModel(plain if merges else adapted, run / RUN_MODEL, load)
 
 
 def _where_they_are(checkpoint: Checkpoint, shapes: Params) -> Params:
@@ -160,6 +170,14 @@ def _where_they_are(checkpoint: Checkpoint, shapes: Params) -> Params:
 
 class _OfRun(Section, extra="ignore"):
     optim: Annotated[OptimizerConfig, ByType(OPTIMIZERS)]
+
+
+class _StoredModel(Quantizable, extra="ignore"):
+    pass
+
+
+class _ModelOfRun(Section, extra="ignore"):
+    model: _StoredModel
 
 
 class _MethodOfRun(Section, extra="ignore"):

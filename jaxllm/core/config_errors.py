@@ -1,6 +1,5 @@
 """What is wrong with a config: pydantic's problems as lines that name place, key and remedy."""
 
-import difflib
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, cast
@@ -9,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from jaxllm.core.config_file import ConfigFile, Loc, dotted, is_list, is_mapping, shown
-from jaxllm.core.errors import did_you_mean
+from jaxllm.core.errors import did_you_mean, nearest
 
 Node = dict[str, Any]  # a node of pydantic's core schema
 
@@ -22,6 +21,10 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "assistant_only_loss": ("data.sources.0.train_on",),
     "attn_implementation": ("train.attention",),
     "base_model": ("model.path",),
+    "bnb_4bit_quant_type": ("model.quantize",),
+    "bnb_4bit_use_double_quant": ("model.double_quant",),
+    "beta1": ("optim.b1",),
+    "beta2": ("optim.b2",),
     "bf16": ("train.compute_dtype",),
     "block_size": ("data.seq_len",),
     "clip_grad_norm": ("train.max_grad_norm",),
@@ -37,6 +40,7 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "dataset_text_field": ("data.sources.0.fields",),
     "dataset_train_split": ("data.sources.0.split",),
     "datasets": ("data.sources",),
+    "double_quantization": ("model.double_quant",),
     "dtype": ("train.compute_dtype",),
     "eval_steps": ("evals.0.every",),
     "excess_length_strategy": ("data.long_samples",),
@@ -58,6 +62,8 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "lisa_interval_steps": ("peft.interval",),
     "lisa_n_layers": ("peft.active_layers",),
     "lisa_step_interval": ("peft.interval",),
+    "load_in_4bit": ("model.quantize",),
+    "load_in_8bit": ("model.quantize",),
     "load_best_model_at_end": ("checkpoint.best",),
     "lora_modules_to_save": ("peft.modules_to_save",),
     "lora_r": ("peft.r",),
@@ -87,6 +93,9 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "pissa_init": ("peft.init_lora_weights",),
     "precision": ("train.compute_dtype",),
     "probabilities": ("data.sources.0.weight",),
+    "quantization": ("model.quantize",),
+    "quantization_bit": ("model.quantize",),
+    "quantization_config": ("model.quantize",),
     "recompute": ("train.remat",),
     "remat_policy": ("train.remat",),
     "report_to": ("callbacks.0.type",),
@@ -103,12 +112,14 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "scan_unroll": ("train.unroll",),
     "sequence_len": ("data.seq_len",),
     "sequence_parallel": ("mesh.rules",),
+    "sync_each_batch": ("train.reduce",),
     "tensor_parallel_size": ("mesh.tensor",),
     "text_column": ("data.sources.0.fields",),
     "text_field": ("data.sources.0.fields",),
     "tokenizer_name": ("model.tokenizer",),
     "tokenizer_name_or_path": ("model.tokenizer",),
     "torch_dtype": ("train.compute_dtype",),
+    "total_step": ("train.steps",),
     "train_batch_size": ("train.batch_size",),
     "train_file": ("data.sources.0.path",),
     "train_on_inputs": ("data.sources.0.train_on",),
@@ -119,6 +130,7 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "use_peft": ("peft.type",),
     "val_set_size": ("data.eval_fraction",),
     "validation_file": ("evals.0.path",),
+    "virtual_pipeline_model_parallel_size": ("train.virtual_stages",),
     "warmup_ratio": ("optim.schedule.warmup",),
     "warmup_steps": ("optim.schedule.warmup",),
     "z_loss_multiplier": ("train.z_loss",),
@@ -222,10 +234,10 @@ def _unknown_key(loc: Loc, section: Node, known: "_Schema", data: Any) -> str:
         meant = list(targets)
     elif name in last.values():
         meant = [key for key in keys if last[key] == name]
-    elif beside := difflib.get_close_matches(name, _fields(section), n=1):
-        meant = [".".join((*outer, beside[0]))]
-    elif elsewhere := difflib.get_close_matches(name, last.values(), n=1, cutoff=0.75):
-        meant = [key for key in keys if last[key] == elsewhere[0]]
+    elif beside := nearest(name, _fields(section)):
+        meant = [".".join((*outer, beside))]
+    elif elsewhere := nearest(name, last.values(), cutoff=0.75):
+        meant = [key for key in keys if last[key] == elsewhere]
     else:
         return f"{what}. Known here: {', '.join(_fields(section))}."
     return f"{what}. Did you mean {' or '.join(repr(key) for key in meant[:3])}?"

@@ -22,7 +22,7 @@ from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError, did_you_mean
 
 # The fastest links serve the innermost axis.
-AXES = ("pipeline", "data", "fsdp", "tensor")
+AXES = ("pipeline", "data", "fsdp", "context", "tensor")
 
 Axes = tuple[str | None, ...]
 Rules = Mapping[str, tuple[str, ...]]
@@ -30,26 +30,28 @@ Rules = Mapping[str, tuple[str, ...]]
 # The vocabulary is split over fsdp as well, and the width of the two vocabulary matrices is not: a head split on
 # its width would be gathered whole, and its gradient scattered whole, in every chunk of the loss. The stages of a
 # pipeline share it too: none idles while the last one has its loss, and a tied matrix needs no sum across stages.
+# Devices that share the length of sequences share the parameters too, as those of fsdp do.
 DEFAULT_RULES: Rules = {
     "layers": ("pipeline",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "norm": (),
     "rank": (),
-    "vocab": ("pipeline", "fsdp", "tensor"),
+    "vocab": ("pipeline", "fsdp", "context", "tensor"),
     "vocab_embed": (),
     "micro": (),
+    "replicas": ("data",),
     "act_stages": ("pipeline",),
     "batch": ("data", "fsdp"),
-    "act_length": (),  # between the products of matrices
-    "act_inner_length": (),  # within attention and the feed-forward layer, which split their width
+    "act_length": ("context",),  # between the products of matrices
+    "act_inner_length": ("context",),  # within attention and the feed-forward layer, which split their width
     "act_embed": (),
     "act_heads": ("tensor",),
     "act_kv_heads": ("tensor",),
     "act_mlp": ("tensor",),
-    "act_vocab": ("pipeline", "fsdp", "tensor"),
+    "act_vocab": ("pipeline", "fsdp", "context", "tensor"),
     "act_vocab_batch": ("data",),
 }
 
@@ -63,11 +65,15 @@ class MeshConfig(Section):
     """groups of devices that train on different sequences, each with all parameters"""
     fsdp: int = -1
     """devices that train on different sequences and hold different parts of the parameters"""
+    context: int = 1
+    """devices that train on different parts of the same long sequences, of which each must be able to hold the keys
+    and values of one layer, and hold different parts of the parameters"""
     tensor: int = 1
     """devices that share the matrices of a layer, and its sequences"""
     rules: dict[str, list[str]] = Field(default_factory=dict)
-    """where single array axes lie instead: {act_length: [tensor]} is sequence parallelism, which splits what is
-    between the products of matrices too; {embed: [fsdp, tensor], mlp: []} splits other axes of the parameters"""
+    """where single array axes lie instead: {act_length: [tensor]} is sequence parallelism, which splits what is between
+    the products of matrices too (beside context it is [context, tensor]); {embed: [fsdp, tensor], mlp: []} splits
+    other axes of the parameters"""
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshConfig":
@@ -85,6 +91,11 @@ class MeshConfig(Section):
                     raise ValueError(
                         f"mesh.rules.{name}: unknown mesh axis {axis!r}.{did_you_mean(axis, AXES)} Known: {AXES}"
                     )
+            if self.context != 1 and name in ("act_length", "act_inner_length") and axes[:1] != ["context"]:
+                raise ValueError(
+                    f"mesh.rules.{name} is {axes}, and mesh.context splits the length over that axis first; set it to "
+                    f"{['context', *(axis for axis in axes if axis != 'context')]}"
+                )
         return self
 
     @property
@@ -139,6 +150,10 @@ class Layout:
     def replace(self, **rules: tuple[str, ...]) -> "Layout":
         """The same mesh under changed rules."""
         return Layout(self.mesh, {**self.rules, **rules})
+
+    def without(self, axis: str) -> "Layout":
+        """The same mesh with nothing on `axis`, for what is mapped over that."""
+        return self.replace(**{name: tuple(a for a in axes if a != axis) for name, axes in self.rules.items()})
 
     def size(self, name: str) -> int:
         """How many ways the array axis `name` is split."""

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
 import numpy as np
 from numpy.typing import ArrayLike
 from rich.console import Console
@@ -133,8 +134,8 @@ def open_or_build(
 
     Its key covers the content of the files, their options, the tokenizer with its chat template, and the
     first record of each source as its format renders it. A store is built beside its place and renamed into
-    it when whole, so that a killed build leaves no store and of two builders one wins. Memory does not grow
-    with the number of records. Raises UserError for bad data, when nothing is
+    it when whole, so that a killed build leaves no store; of two builders the second waits for the first. Memory does
+    not grow with the number of records. Raises UserError for bad data, when nothing is
     trained, and when the cache folder cannot be written or is full.
     """
     root = cache or cache_root()
@@ -144,7 +145,9 @@ def open_or_build(
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _build(folder, sources, renderers, tokenizer, progress)
+            with _one_builder(root / "locks" / f"{key}.lock"):
+                if not folder.is_dir():
+                    _build(folder, sources, renderers, tokenizer, progress)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise
@@ -153,6 +156,16 @@ def open_or_build(
                 "Free some space there or set JAXLLM_CACHE to another folder"
             ) from error
     return Store(folder)
+
+
+@contextlib.contextmanager
+def _one_builder(lock: Path) -> Iterator[None]:
+    """Of several processes that want the same store one builds it, and the others wait for it."""
+    lock.parent.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(NotImplementedError):  # a network disk without locks: each builds, and one wins
+            held.enter_context(filelock.FileLock(lock))
+        yield
 
 
 def _renderer(config: SourceConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Renderer, list[object]]:

@@ -4,7 +4,6 @@ transformers 4 writes `rope_theta`, `rope_scaling` and `torch_dtype`, transforme
 `dtype`. Both are read. What came in is what goes out, except what training changed.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jaxllm.core.errors import UserError, did_you_mean
+from jaxllm.core.errors import UserError, did_you_mean, nearest
 from jaxllm.hf.rope import FIELDS as ROPE_FIELDS
 from jaxllm.hf.rope import read_rope, shown, write_rope, write_theta
 from jaxllm.models import FAMILIES
@@ -173,10 +172,10 @@ def _family(raw: RawConfig, file: str | Path) -> Family:
     else:
         raise UserError(f"{file}: names neither `architectures` nor a `model_type`: which model is this?")
     if not isinstance(given, str) or given not in known:
-        nearest = difflib.get_close_matches(str(given), known, n=1, cutoff=0)[0]
         raise UserError(
-            f"{file}: the {what} {shown(given)} is not implemented; the nearest that is: {nearest} (all: "
-            f"{', '.join(sorted(known))}). The README says how to add one, under “Adding a model family”."
+            f"{file}: the {what} {shown(given)} is not implemented; the nearest that is: "
+            f"{nearest(str(given), known, 0)} (all: {', '.join(sorted(known))}). "
+            "The README says how to add one, under “Adding a model family”."
         )
     family = known[given]
     if model_type is not None and model_type != family.model_type:

@@ -1,6 +1,7 @@
 """Tensors of a checkpoint, read into sharded parameters."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxllm.core import tree
@@ -71,7 +73,7 @@ class Entry:
 
 def weight_table(lm: LM) -> list[Entry]:
     """Every tensor that the files of `lm` hold: layer by layer between the embedding and the last norm."""
-    leaves = tree.flatten(lm.abstract())
+    leaves = tree.flatten(lm.plain.abstract())
     rules = lm.family.rules(lm.config)
     entries = []
     for rule in rules:
@@ -141,7 +143,7 @@ def load_params(lm: LM) -> Params:
 
     Each process reads the slices of its own devices alone, one tensor at a time: its host holds at most its
     shards (where the host is no device, those of one parameter) and one tensor. Rows that pad the vocabulary
-    are zeros.
+    are zeros. Of matrices that are to be quantised, the device holds one at a time as it is in the files.
     """
     entries: dict[str, list[Entry]] = {}
     for entry in weight_table(lm):
@@ -160,7 +162,33 @@ def load_params(lm: LM) -> Params:
 
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard, dtype=leaf.dtype)
 
-    return tree.map_with_path(read, lm.abstract())
+    wanted, plain = tree.flatten(lm.abstract()), tree.flatten(lm.plain.abstract())
+    leaves = {path: read(path, leaf) for path, leaf in plain.items() if path in wanted}
+    if lm.quantization is not None:
+        for path in plain.keys() - wanted.keys():
+            folder = path.rpartition("/")[0]
+            stored = {name: wanted[f"{folder}/{name}"] for name in lm.quantization.stored(path, plain[path].shape)}
+            matrices = _layers(lm, entries[path], plain[path])
+            of_path = lm.quantization.quantized(matrices, stored)
+            leaves |= {f"{folder}/{name}": leaf for name, leaf in of_path.items()}
+    return tree.insert({}, leaves)
+
+
+def _layers(lm: LM, entries: list[Entry], stack: jax.ShapeDtypeStruct) -> Iterator[jax.Array]:
+    """The matrices of a stack, one after the other, each laid out as it is in the stack."""
+    shape, sharding = stack.shape[1:], stack.sharding
+    assert isinstance(sharding, NamedSharding)
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    for entry in entries:
+
+        def shard(index: Index | None, entry: Entry = entry) -> np.ndarray:
+            assert index is not None
+            bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+            out = _aligned_empty(tuple(stop - start for start, stop in bounds), np.dtype(stack.dtype))
+            _fill(out, lm, entry, bounds)
+            return out
+
+        yield jax.make_array_from_callback(shape, sharding, shard, dtype=stack.dtype)
 
 
 def _read_shard(lm: LM, entries: list[Entry], bounds: Bounds, dtype: np.dtype) -> np.ndarray:

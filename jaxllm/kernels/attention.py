@@ -1,4 +1,10 @@
-"""Causal self-attention of a batch, in three forms that mean the same."""
+"""Causal self-attention of a batch, in three forms that mean the same.
+
+Where the length is split over devices (context parallelism), each has its own queries and gathers the keys and values
+of all, which with grouped queries are much less, and which any mask of packed documents works on (Llama Team, arXiv
+2407.21783, section 3.3.2). What is gathered lives while one layer is computed, and is gathered again for its gradient,
+which each device hands back in parts.
+"""
 
 import math
 from collections.abc import Callable
@@ -32,20 +38,31 @@ def causal_attention(
 
     q: `[B, T, H, d]`; k, v: `[B, S, K, d]`, the last T of them where the queries are; query head h reads key head
     h // (H / K). segments: `[B, S]` int32, None = one a row. shared: so many of the first keys are seen by every query
-    behind them, whatever its segment. All are laid out by `layout`, the length and the width of a head whole.
+    behind them, whatever its segment. All are laid out by `layout`, the width of a head whole.
     "xla": plain JAX, on any device, in any precision. "cudnn": NVIDIA's kernel, which cannot tell segments apart: it
     wants None. "flash": a kernel of our own that can (interpreted on a CPU, for tests). These two have as many keys as
     queries, and flash none that are shared.
+
+    Where the layout splits the length, S is T and none are shared. "xla" then has each device compute its queries'
+    scores of all keys, the masked ones too. "flash" leaves those out, and evens out what remains: the queries of an
+    early part of the sequence see few keys, so half of them are computed by a device of a late part, and the other way
+    round. "cudnn" cannot: its queries begin at the first key.
     """
+    apart = layout.size("act_inner_length") > 1
+    if (apart or form != "xla") and (k.shape[1] != q.shape[1] or (shared and form != "cudnn")):
+        splits = f"the mesh {layout}, which splits the length," if apart else f"the attention {form!r}"
+        raise ValueError(f"{splits} cannot have keys of virtual tokens in front")
     if form == "xla":
-        return plain_attention(q, k, v, segments, shared)
-    if k.shape[1] != q.shape[1] or (shared and form == "flash"):
-        raise ValueError(f"the attention {form!r} cannot have keys of virtual tokens in front; choose 'xla'")
+        if not apart:
+            return plain_attention(q, k, v, segments, shared)
+        return _on_each_device(attention_from, q, k, v, segments, layout)
     if form == "flash":
-        interpret = layout.platform == "cpu"
-        return _on_each_device(partial(flash_attention, interpret=interpret), q, k, v, segments, layout)
+        kernel = partial(flash_attention, interpret=layout.platform == "cpu")
+        return _on_each_device(partial(_evened, kernel, layout=layout) if apart else kernel, q, k, v, segments, layout)
     if segments is not None:
         raise ValueError("cuDNN's attention does not keep documents apart; pass segments=None or choose another form")
+    if apart:
+        raise ValueError("cuDNN's attention has no queries that begin behind the first key; choose another form")
     return _on_each_device(lambda q, k, v, _: cudnn_attention(q, k, v), q, k, v, None, layout)
 
 
@@ -63,6 +80,29 @@ def plain_attention(
         return attend(q[:, start:stop], k[:, : front + stop], v[:, : front + stop], mask)
 
     return jnp.concatenate([part(start) for start in range(0, length, at_once)], axis=1)
+
+
+def attention_from(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, first: jax.Array) -> jax.Array:
+    """The plain form for the queries `[B, t, H, d]` of a part of the row that begins at `first`, a scalar int32.
+
+    The scores of some of them exist at a time, and are computed again in the backward pass.
+    """
+    batch, length, heads, width = q.shape
+    at_once = min(QUERIES_AT_ONCE, length)
+
+    @jax.checkpoint
+    def part(queries: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, first = queries
+        places = first + jnp.arange(at_once)
+        mask = (places[:, None] >= jnp.arange(k.shape[1])[None, :])[None]
+        if segments is not None:
+            mask &= jnp.take(segments, places, axis=1, mode="clip")[:, :, None] == segments[:, None, :]
+        return attend(q, k, v, mask)
+
+    q = jnp.pad(q, ((0, 0), (0, -length % at_once), (0, 0), (0, 0)))
+    parts = q.reshape(batch, -1, at_once, heads, width).swapaxes(0, 1)
+    y = jax.lax.map(part, (parts, first + at_once * jnp.arange(len(parts))))
+    return y.swapaxes(0, 1).reshape(q.shape)[:, :length]
 
 
 def causal_mask(segments: jax.Array | None, start: int, stop: int, shared: int = 0) -> jax.Array:
@@ -112,10 +152,16 @@ def _on_each_device(
     segments: jax.Array | None,
     layout: Layout,
 ) -> jax.Array:
-    """`kernel(q, k, v, segments)`, run by each device on its own sequences and heads: the compiler cannot split it."""
+    """`kernel(q, k, v, segments)`, run by each device on its own sequences and heads: the compiler cannot split it.
+
+    Where the layout splits the length it is `kernel(q, k, v, segments, first)`, with all keys of a sequence, and the
+    queries that begin at its place `first`.
+    """
     heads, kv_heads = q.shape[2], k.shape[2]
-    of_q = layout.spec(("batch", None, "act_heads", None), q.shape, "queries")
-    of_kv = layout.spec(("batch", None, "act_kv_heads", None), k.shape, "keys and values")
+    of_q = layout.spec(("batch", "act_inner_length", "act_heads", None), q.shape, "queries")
+    of_kv = layout.spec(("batch", "act_inner_length", "act_kv_heads", None), k.shape, "keys and values")
+    splits = layout.rules["act_inner_length"]
+    apart = layout.size("act_inner_length") > 1
     # Where the key heads do not divide over the devices, each device has all of them and reads those of its queries.
     select = layout.size("act_kv_heads") != layout.size("act_heads")
 
@@ -126,9 +172,40 @@ def _on_each_device(
             first = jax.lax.axis_index(layout.rules["act_heads"]) * here
             read = (first + jnp.arange(0, here, together)) // group
             k, v = (jnp.take(x, read, axis=2) for x in (k, v))
-        return kernel(q, k, v, segments)
+        if not apart:
+            return kernel(q, k, v, segments)
+        k, v, segments = jax.tree.map(lambda x: jax.lax.all_gather(x, splits, axis=1, tiled=True), (k, v, segments))
+        return kernel(q, k, v, segments, jax.lax.axis_index(splits) * q.shape[1])
 
-    of_segments = layout.spec(("batch", None))
+    if apart:  # what was gathered is not kept for the backward pass, nor the scores of the plain form
+        local = jax.checkpoint(local, policy=jax.checkpoint_policies.save_only_these_names("attn_context"))
+    of_segments = layout.spec(("batch", "act_inner_length"))
     in_specs = (of_q, of_kv, of_kv, of_segments)
     mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=of_q, check_vma=False)
     return mapped(q, k, v, segments)
+
+
+def _evened(
+    kernel: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    first: jax.Array,
+    *,
+    layout: Layout,
+) -> jax.Array:
+    """`kernel(q, k, v, segments, first)`, which takes as long on each of the n devices that share a sequence.
+
+    In halves of a device's queries, device i computes its own number 2i and, of device n − 1 − i, number 2n − 1 − 2i.
+    """
+    splits = layout.rules["act_inner_length"]
+    ways, half = layout.size("act_inner_length"), q.shape[1] // 2
+
+    def exchanged(x: jax.Array) -> jax.Array:
+        return jax.lax.ppermute(x, splits, [(i, ways - 1 - i) for i in range(ways)])
+
+    of_other = (ways - 1) * q.shape[1] - first + half
+    own = kernel(q[:, :half], k, v, segments, first)
+    other = kernel(exchanged(q[:, half:]), k, v, segments, of_other)
+    return jnp.concatenate([own, exchanged(other)], axis=1)

@@ -52,86 +52,104 @@ def tiles_of(head_dim: int) -> tuple[Tiles, Tiles, Tiles]:
 
 
 def flash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    first: jax.Array | int = 0,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
     """`softmax(q kᵀ / sqrt(d)) v` over the earlier keys of each query's segment: `[B, T, H, d]`, as `q`.
 
-    q: `[B, T, H, d]`; k, v: `[B, T, K, d]`; query head h reads key head h // (H / K). segments: `[B, T]` int32, None
+    q: `[B, T, H, d]`; k, v: `[B, S, K, d]`; query head h reads key head h // (H / K). segments: `[B, S]` int32, None
     = one a row. Any numbering is right; tiles are left out where a row's segments ascend, 0 (padding) at the end.
+    first: the key at which the first query stands, from 0 to S − T; it may be traced.
     Scores, softmax and all sums are in float32. interpret: run the kernels in plain JAX, for tests.
     """
-    batch, length, _, width = q.shape
+    (batch, length, _, width), keys = q.shape, k.shape[1]
     if segments is None:
-        segments = jnp.ones((batch, length), jnp.int32)
+        segments = jnp.ones((batch, keys), jnp.int32)
     # Only equality matters to the result, and padding that is numbered last keeps tiles apart.
     segments = jnp.where(segments == 0, PADDING, segments)
+    of_queries = jax.lax.dynamic_slice_in_dim(segments, first, length, axis=1)
     # No earlier token sees what is added at the end of the row; zeros added to the width add nothing to a product.
-    rows, columns = -length % TILE, pl.next_power_of_2(max(width, 16)) - width
-    q, k, v = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, columns))) for x in (q, k, v))
-    segments = jnp.pad(segments, ((0, 0), (0, rows)), constant_values=PADDING)
-    y: Any = _attention(q, k, v, segments, 1 / math.sqrt(width), interpret)
+    columns = pl.next_power_of_2(max(width, 16)) - width
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE), (0, 0), (0, columns))) for x in (q, k, v))
+    of_queries, segments = (
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE)), constant_values=PADDING) for x in (of_queries, segments)
+    )
+    places = Places(jnp.reshape(first, 1).astype(jnp.int32), of_queries, segments)
+    y: Any = _attention(q, k, v, places, 1 / math.sqrt(width), interpret)
     return y[:, :length, :, :width]
 
 
+class Places(NamedTuple):
+    """Where tokens stand. first: `[1]` int32, the key of the first query. queries, keys: `[B, T]` and `[B, S]` int32,
+    the segments."""
+
+    first: jax.Array
+    queries: jax.Array
+    keys: jax.Array
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float, interpret: bool
-) -> jax.Array:
-    return _forward(q, k, v, segments, scale, interpret)[0]
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, scale: float, interpret: bool) -> jax.Array:
+    return _forward(q, k, v, places, scale, interpret)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float, interpret: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    batch, length, heads, width = q.shape
+    q: jax.Array, k: jax.Array, v: jax.Array, places: Places, scale: float, interpret: bool
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    (batch, length, heads, width), keys = q.shape, k.shape[1]
     tiles, _, _ = tiles_of(width)
-    first, _ = _meeting(segments, tiles)
-    head, whole, row = _specs(tiles.queries, length, width, heads // k.shape[2])
+    first, _ = _meeting(places, tiles)
+    head, whole, row = _specs(tiles.queries, keys, width, heads // k.shape[2])
     y, lse = pl.pallas_call(
         partial(_forward_kernel, scale=scale * LOG2E, tiles=tiles),
         grid=(length // tiles.queries, batch, heads),
-        in_specs=[head, whole, whole, _row_of(length), _row_of(first.shape[1])],
+        in_specs=[head, whole, whole, *_places_of(length, keys), _row_of(first.shape[1])],
         out_specs=[head, row],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="attention_forward",
-    )(q, k, v, segments, first)
+    )(q, k, v, *places, first)
     # With both of them saved, the backward pass need not run this kernel again.
     y, lse = (checkpoint_name(x, "attn_context") for x in (y, lse))
-    return y, (q, k, v, segments, y, lse)
+    return y, (q, k, v, places, y, lse)
 
 
-def _backward(scale: float, interpret: bool, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[Any, ...]:
-    q, k, v, segments, y, lse = saved
+def _backward(scale: float, interpret: bool, saved: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
+    q, k, v, places, y, lse = saved
     batch, length, heads, width = q.shape
-    kv_heads = k.shape[2]
+    _, keys, kv_heads, _ = k.shape
     group = heads // kv_heads
     delta = jnp.einsum("bthd,bthd->bht", y.astype(jnp.float32), dy.astype(jnp.float32))
     _, for_dq, for_dkv = tiles_of(width)
 
-    first, _ = _meeting(segments, for_dq)
-    head, whole, row = _specs(for_dq.queries, length, width, group)
+    first, _ = _meeting(places, for_dq)
+    head, whole, row = _specs(for_dq.queries, keys, width, group)
     dq = pl.pallas_call(
         partial(_dq_kernel, scale=scale, tiles=for_dq),
         grid=(length // for_dq.queries, batch, heads),
-        in_specs=[head, whole, whole, _row_of(length), _row_of(first.shape[1]), head, row, row],
+        in_specs=[head, whole, whole, *_places_of(length, keys), _row_of(first.shape[1]), head, row, row],
         out_specs=head,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=triton.CompilerParams(num_warps=for_dq.warps, num_stages=for_dq.stages),
         interpret=interpret,
         name="attention_dq",
-    )(q, k, v, segments, first, dy, lse, delta)
+    )(q, k, v, *places, first, dy, lse, delta)
 
-    _, last = _meeting(segments, for_dkv)
+    _, last = _meeting(places, for_dkv)
     tile = pl.BlockSpec((None, for_dkv.keys, None, width), lambda j, b, h: (b, j, h, 0))
     of_group = pl.BlockSpec((None, length, group, width), lambda j, b, h: (b, 0, h, 0))
     rows_of_group = pl.BlockSpec((None, group, length), lambda j, b, h: (b, h, 0))
     dk, dv = pl.pallas_call(
         partial(_dkv_kernel, scale=scale, tiles=for_dkv, group=group),
-        grid=(length // for_dkv.keys, batch, kv_heads),
+        grid=(keys // for_dkv.keys, batch, kv_heads),
         in_specs=[
-            *(of_group, tile, tile, _row_of(length), _row_of(last.shape[1])),
+            *(of_group, tile, tile, *_places_of(length, keys), _row_of(last.shape[1])),
             *(of_group, rows_of_group, rows_of_group),
         ],
         out_specs=[tile, tile],
@@ -139,18 +157,18 @@ def _backward(scale: float, interpret: bool, saved: tuple[jax.Array, ...], dy: j
         compiler_params=triton.CompilerParams(num_warps=for_dkv.warps, num_stages=for_dkv.stages),
         interpret=interpret,
         name="attention_dkv",
-    )(q, k, v, segments, last, dy, lse, delta)
+    )(q, k, v, *places, last, dy, lse, delta)
     return dq, dk, dv, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _specs(queries: int, length: int, width: int, group: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+def _specs(queries: int, keys: int, width: int, group: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
     """For program (i, b, h): query tile i of head h, all keys of the head that h reads, tile i of scalars."""
     return (
         pl.BlockSpec((None, queries, None, width), lambda i, b, h: (b, i, h, 0)),
-        pl.BlockSpec((None, length, None, width), lambda i, b, h: (b, 0, h // group, 0)),
+        pl.BlockSpec((None, keys, None, width), lambda i, b, h: (b, 0, h // group, 0)),
         pl.BlockSpec((None, None, queries), lambda i, b, h: (b, h, i)),
     )
 
@@ -160,34 +178,42 @@ def _row_of(size: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, size), lambda i, b, h: (b, 0))
 
 
-def _meeting(segments: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+def _places_of(length: int, keys: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """`Places` of sequence b."""
+    return pl.BlockSpec((1,), lambda i, b, h: (0,)), _row_of(length), _row_of(keys)
+
+
+def _meeting(places: Places, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
     """The first tile of keys that each tile of queries must visit, and the last tile of queries that each tile of
-    keys must: `[B, T / tile]` int32 each.
+    keys must: `[B, T / tile]` and `[B, S / tile]` int32; one past the end, and −1, where there is none.
 
     Two tiles meet if the ranges of their segment numbers do, which every two tokens of one segment see to.
     """
 
-    def ranges(size: int) -> tuple[jax.Array, jax.Array]:
+    def ranges(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         numbers = segments.reshape(segments.shape[0], -1, size)
         return numbers.min(-1), numbers.max(-1)
 
-    (q_low, q_high), (k_low, k_high) = ranges(tiles.queries), ranges(tiles.keys)
+    (q_low, q_high), (k_low, k_high) = ranges(places.queries, tiles.queries), ranges(places.keys, tiles.keys)
     meet = (q_low[:, :, None] <= k_high[:, None, :]) & (k_low[:, None, :] <= q_high[:, :, None])
-    first = jnp.argmax(meet, axis=2).astype(jnp.int32)
-    last = meet.shape[1] - 1 - jnp.argmax(meet[:, ::-1], axis=1).astype(jnp.int32)
-    return first, last
+    queries, keys = meet.shape[1:]
+    first = jnp.where(meet.any(2), jnp.argmax(meet, axis=2), keys)
+    last = jnp.where(meet.any(1), queries - 1 - jnp.argmax(meet[:, ::-1], axis=1), -1)
+    return first.astype(jnp.int32), last.astype(jnp.int32)
 
 
-def _places(tile: Any, size: int) -> tuple[Any, jax.Array]:
-    """The slice of `tile` of `size` places, and the places."""
-    return pl.ds(tile * size, size), tile * size + jnp.arange(size, dtype=jnp.int32)
+def _tile(number: Any, size: int, first: Any = 0) -> tuple[Any, jax.Array]:
+    """The slice of the tile `number` of `size` tokens, and where these stand if the first of all does at `first`."""
+    return pl.ds(number * size, size), first + number * size + jnp.arange(size, dtype=jnp.int32)
 
 
 def _forward_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    segments_ref: Any,
+    start_ref: Any,
+    q_segments_ref: Any,
+    k_segments_ref: Any,
     first_ref: Any,
     y_ref: Any,
     lse_ref: Any,
@@ -197,13 +223,14 @@ def _forward_kernel(
 ) -> None:
     """One tile of queries of one head: over the tiles of keys, the maximum m, the sum of the weights and y run."""
     i = pl.program_id(0)
-    here, at = _places(i, tiles.queries)
-    q, q_segments = q_ref[...], segments_ref[here]
+    start = start_ref[0]
+    here, at = _tile(i, tiles.queries, start)
+    q, q_segments = q_ref[...], q_segments_ref[here]
 
     def visit(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         y, m, total = carry
-        there, key_at = _places(j, tiles.keys)
-        sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == segments_ref[there][None, :])
+        there, key_at = _tile(j, tiles.keys)
+        sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == k_segments_ref[there][None, :])
         scores = jnp.where(sees, triton.dot(q, k_ref[there, :], trans_b=True) * scale, MASKED)
         new_m = jnp.maximum(m, jnp.max(scores, axis=1))
         # A row that has seen no key yet has m = MASKED, from which a masked score is no different.
@@ -213,13 +240,15 @@ def _forward_kernel(
         y = y * shrink[:, None] + triton.dot(p.astype(v.dtype), v)
         return y, new_m, total * shrink + jnp.sum(p, axis=1)
 
-    start = (
+    nothing = (
         jnp.zeros(q.shape, jnp.float32),
         jnp.full(tiles.queries, MASKED, jnp.float32),
         jnp.zeros(tiles.queries, jnp.float32),
     )
-    past = pl.cdiv((i + 1) * tiles.queries, tiles.keys)
-    y, m, total = jax.lax.fori_loop(first_ref[i], past, visit, start)
+    past = jnp.minimum(pl.cdiv(start + (i + 1) * tiles.queries, tiles.keys), k_ref.shape[0] // tiles.keys)
+    y, m, total = jax.lax.fori_loop(first_ref[i], past, visit, nothing)
+    # The largest weight is 1. A query of padding may have seen no key at all.
+    total = jnp.maximum(total, 1.0)
     y_ref[...] = (y / total[:, None]).astype(y_ref.dtype)
     lse_ref[...] = m + jnp.log2(total)
 
@@ -228,7 +257,9 @@ def _dq_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    segments_ref: Any,
+    start_ref: Any,
+    q_segments_ref: Any,
+    k_segments_ref: Any,
     first_ref: Any,
     dy_ref: Any,
     lse_ref: Any,
@@ -240,20 +271,21 @@ def _dq_kernel(
 ) -> None:
     """One tile of queries of one head: with p the weights, `dq = Σ p ∘ (dy vᵀ − Σ y dy) k · scale` over the keys."""
     i = pl.program_id(0)
-    here, at = _places(i, tiles.queries)
-    q, dy, q_segments = q_ref[...], dy_ref[...], segments_ref[here]
+    start = start_ref[0]
+    here, at = _tile(i, tiles.queries, start)
+    q, dy, q_segments = q_ref[...], dy_ref[...], q_segments_ref[here]
     lse, delta = lse_ref[...], delta_ref[...]
 
     def visit(j: Any, dq: jax.Array) -> jax.Array:
-        there, key_at = _places(j, tiles.keys)
+        there, key_at = _tile(j, tiles.keys)
         k = k_ref[there, :]
-        sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == segments_ref[there][None, :])
+        sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == k_segments_ref[there][None, :])
         scores = triton.dot(q, k, trans_b=True) * (scale * LOG2E)
         p = jnp.where(sees, jnp.exp2(scores - lse[:, None]), 0.0)
         ds = p * (triton.dot(dy, v_ref[there, :], trans_b=True) - delta[:, None])
         return dq + triton.dot(ds.astype(k.dtype), k)
 
-    past = pl.cdiv((i + 1) * tiles.queries, tiles.keys)
+    past = jnp.minimum(pl.cdiv(start + (i + 1) * tiles.queries, tiles.keys), k_ref.shape[0] // tiles.keys)
     dq = jax.lax.fori_loop(first_ref[i], past, visit, jnp.zeros(q.shape, jnp.float32))
     dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
 
@@ -262,7 +294,9 @@ def _dkv_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    segments_ref: Any,
+    start_ref: Any,
+    q_segments_ref: Any,
+    k_segments_ref: Any,
     last_ref: Any,
     dy_ref: Any,
     lse_ref: Any,
@@ -276,15 +310,15 @@ def _dkv_kernel(
 ) -> None:
     """One tile of keys of one key head: `dv = Σ pᵀ dy`, `dk = Σ (p ∘ (dy vᵀ − Σ y dy))ᵀ q · scale` over the queries
     of every head of its group. Products are made transposed, `[keys, queries]`, as they are used."""
-    j = pl.program_id(0)
-    here, at = _places(j, tiles.keys)
-    k, v, k_segments = k_ref[...], v_ref[...], segments_ref[here]
+    j, start = pl.program_id(0), start_ref[0]
+    here, at = _tile(j, tiles.keys)
+    k, v, k_segments = k_ref[...], v_ref[...], k_segments_ref[here]
 
     def visit(head: Any, i: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dk, dv = carry
-        there, query_at = _places(i, tiles.queries)
+        there, query_at = _tile(i, tiles.queries, start)
         q, dy = q_ref[there, head, :], dy_ref[there, head, :]
-        sees = (at[:, None] <= query_at[None, :]) & (k_segments[:, None] == segments_ref[there][None, :])
+        sees = (at[:, None] <= query_at[None, :]) & (k_segments[:, None] == q_segments_ref[there][None, :])
         scores = triton.dot(k, q, trans_b=True) * (scale * LOG2E)
         p = jnp.where(sees, jnp.exp2(scores - lse_ref[head, there][None, :]), 0.0)
         dv = dv + triton.dot(p.astype(dy.dtype), dy)
@@ -292,8 +326,9 @@ def _dkv_kernel(
         return dk + triton.dot(ds.astype(q.dtype), q), dv
 
     def of_head(head: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.fori_loop(j * tiles.keys // tiles.queries, last_ref[j] + 1, partial(visit, head), carry)
+        return jax.lax.fori_loop(earliest, last_ref[j] + 1, partial(visit, head), carry)
 
+    earliest = jnp.maximum(j * tiles.keys - start, 0) // tiles.queries
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))
     dk_ref[...] = (dk * scale).astype(dk_ref.dtype)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -19,14 +20,15 @@ from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
 from jaxllm.kernels.attention import AttentionForm
 from jaxllm.kernels.attention_choice import AttentionNeeds
-from jaxllm.models.pipeline import pipeline
+from jaxllm.models.pipeline import order_of_layers, pipeline
+from jaxllm.models.quantized import Quantization
 from jaxllm.models.rules import Rule
 from jaxllm.models.stack import Stack, scan
 from jaxllm.nn.attention import VIRTUAL
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition, Context
 from jaxllm.nn.dropout import Dropout
-from jaxllm.nn.embed import Embed
+from jaxllm.nn.embed import TOKEN_IDS, TOKEN_ROWS, Embed
 from jaxllm.nn.linear import Head, project
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective, loss_chunks, token_losses
 from jaxllm.nn.norm import RMSNorm
@@ -127,6 +129,10 @@ class LM:
     prompt_tokens, prefix_tokens: virtual tokens in front of every document, which an adapter has embeddings of, or keys
         and values in each layer. Positions count them.
     extra: by their paths, the parameters that an adapter adds (`jaxllm.peft`).
+    virtual_stages: in a pipeline, the chunks of layers that each stage has. The leaves of the layers then have the
+        order of `order_of_layers`, as what trains has them; those that are loaded, drawn and exported do not.
+    quantization: how the matrices of the layers are stored where that is not in `param_dtype`; those are loaded
+        (`jaxllm.hf`), and not drawn.
     source: where a converted model came from, for the way back (`jaxllm.hf`); None for a new one.
     """
 
@@ -141,6 +147,8 @@ class LM:
     prompt_tokens: int = 0
     prefix_tokens: int = 0
     extra: Mapping[str, ExtraLeaf] = field(default_factory=dict)
+    virtual_stages: int = 1
+    quantization: Quantization | None = None
     source: Any = None
 
     # Parameters
@@ -151,26 +159,42 @@ class LM:
 
     def abstract(self) -> Params:
         """The shape, dtype and sharding of every parameter, without arrays."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        shapes, axes = self._shapes_and_axes()
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
-            self.shardings(),
+            self.layout.shardings(axes, shapes),
         )
 
     def axes(self) -> Params:
         """The logical axis names of every parameter."""
+        return self._shapes_and_axes()[1]
+
+    @property
+    def plain(self) -> "LM":
+        """The model with all its matrices as they are computed with, and its layers one behind the other."""
+        return replace(self, quantization=None, virtual_stages=1)
+
+    @property
+    def layer_order(self) -> np.ndarray:
+        """`[L]`: which layer is at each place of the leaves of the layers."""
+        return order_of_layers(self.config.num_hidden_layers, self.layout.stages, self.virtual_stages)
+
+    def _shapes_and_axes(self) -> tuple[Params, Params]:
         boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
         names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
         # Under `vmap` a box does not learn of the new leading axis.
         names["layers"] = jax.tree.map(
             lambda leaf: ("layers", *leaf), names["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple)
         )
-        return tree.insert(names, {path: leaf.axes for path, leaf in self.extra.items()})
+        names = tree.insert(names, {path: leaf.axes for path, leaf in self.extra.items()})
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        return (shapes, names) if self.quantization is None else self.quantization.replaced(shapes, names, self.layout)
 
     def shardings(self) -> Params:
         """The sharding of every parameter."""
-        return self.layout.shardings(self.axes(), jax.eval_shape(self._init, jax.random.key(0)))
+        shapes, axes = self._shapes_and_axes()
+        return self.layout.shardings(axes, shapes)
 
     @property
     def vocab_padded(self) -> int:
@@ -291,6 +315,9 @@ class LM:
         x = _apply(self._norm, params["norm"], x)
         if self.config.tie_word_embeddings:
             z = project(x, params["embed"]["table"].T)
+            if TOKEN_ROWS in params["embed"]:
+                own = project(x, params["embed"][TOKEN_ROWS].T)
+                z = z.at[..., params["embed"][TOKEN_IDS]].set(own)
         else:
             module = Head(self.vocab_padded, self.config.initializer_range)
             z = _apply(module, params["head"], x)
@@ -310,7 +337,8 @@ class LM:
 
         stack: by default a scan, or the pipeline that the layout has.
         """
-        walk = stack or (scan() if self.layout.stages == 1 else pipeline(self.layout))
+        of_layout = scan() if self.layout.stages == 1 else pipeline(self.layout, virtual=self.virtual_stages)
+        walk = stack or of_layout
         x = self.embed(params, tokens, ctx)
 
         def block(layer: tuple[Params, jax.Array], x: jax.Array, ctx: Context, cache: LayerCache | None):
@@ -320,7 +348,7 @@ class LM:
         if FOLDER in params:
             k, v = projected_prefix(params[FOLDER])
             layers = tree.insert(layers, {"attn/prefix_k": k, "attn/prefix_v": v})
-        x, cache = walk(block, (layers, jnp.arange(self.config.num_hidden_layers)), x, ctx, cache)
+        x, cache = walk(block, (layers, jnp.asarray(self.layer_order)), x, ctx, cache)
         return _behind_prompt(x, tokens), cache
 
     def logits(
@@ -398,7 +426,7 @@ class LM:
         """The number of parameters, padding not counted."""
         padding = self.vocab_padded - self.config.vocab_size
         matrices = 1 if self.config.tie_word_embeddings else 2
-        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract()))
+        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.plain.abstract()))
         return whole - matrices * padding * self.config.hidden_size
 
 

@@ -4,7 +4,7 @@ import logging
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.models.base import FamilyConfig
+from jaxllm.models.base import LM, FamilyConfig
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,16 @@ def fit_layout(config: FamilyConfig, layout: Layout) -> Layout:
         return layout
     log.info("%d key-value heads over mesh.tensor = %d: every device holds all of them", kv_heads, kv_ways)
     return layout.replace(kv_heads=(), act_kv_heads=())
+
+
+def check_chunks(lm: LM) -> None:
+    """Raises UserError if the layers of a stage do not divide over its chunks, which all have equally many."""
+    layers, chunks = lm.config.num_hidden_layers // lm.layout.stages, lm.virtual_stages
+    if layers % chunks:
+        raise UserError(
+            f"the {layers} layers of each of the {lm.layout.stages} stages do not divide over train.virtual_stages = "
+            f"{chunks}; the nearest sizes that work: {_nearest_divisors(layers, chunks)}"
+        )
 
 
 def _nearest_divisors(number: int, ways: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.core.mesh import Layout
 from jaxllm.models.stack import Block, Remat, Stack, Walked, scan
@@ -20,12 +21,27 @@ STAGE_AXES = ("act_stages", "batch", "act_length", "act_embed")
 """The dimensions of what the stages pass on."""
 
 
-def pipeline(layout: Layout, remat: Remat = "none") -> Stack:
+def order_of_layers(layers: int, stages: int, virtual: int) -> np.ndarray:
+    """`[L]`: the layer at each place of leaves that lie over `stages`, of which each has `virtual` chunks of layers:
+    chunk r of stage s is the one behind r p + s others."""
+    return np.arange(layers).reshape(virtual, stages, -1).swapaxes(0, 1).reshape(-1)
+
+
+def of_pass(u: jax.Array, stages: int, virtual: int) -> tuple[jax.Array, jax.Array]:
+    """`(chunk, micro-batch)` of a stage's pass number u: p micro-batches go through one chunk after the other."""
+    round_trip = virtual * stages
+    return u % round_trip // stages, u // round_trip * stages + u % stages
+
+
+def pipeline(layout: Layout, remat: Remat = "none", virtual: int = 1) -> Stack:
     """A walk through the stages of `layout`: GPipe (Huang et al., arXiv 1811.06965).
 
     The rows of a batch are as many micro-batches as each data-parallel device has of them, m; of m + p − 1 ticks each
-    of p stages works in m. With a cache they are one micro-batch.
+    of p stages works in m. With a cache they are one micro-batch. virtual: the chunks of layers that each stage has, in
+    the order of `order_of_layers`; above 1 micro-batches go round the stages, see `_circular`.
     """
+    if virtual > 1:
+        return _circular(layout, virtual)
 
     def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Walked:
         stages = jnp.arange(layout.stages)
@@ -52,7 +68,50 @@ def pipeline(layout: Layout, remat: Remat = "none") -> Stack:
         ticks = jnp.arange(micro_batches + layout.stages - 1)
         (_, cache), outputs = jax.lax.scan(tick, (first, cache), ticks)
         y = _whole(outputs[layout.stages - 1 :])
-        return layout.constrain(y, "batch", "act_length", "act_embed"), _joined(cache)
+        return layout.constrain(y, "batch", "act_length", "act_embed"), out_of_stages(cache)
+
+    return walk
+
+
+def _circular(layout: Layout, virtual: int) -> Stack:
+    """A walk in which m micro-batches go round p stages v = `virtual` times, p of them together. A stage works in v m
+    of v m + p − 1 ticks, each of one chunk of its layers."""
+    stages = layout.stages
+
+    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Walked:
+        if cache is not None:
+            raise ValueError("there is no cache in a pipeline of virtual stages; walk in the layers' own order")
+        layers = in_stages(stacked, layout)
+        depth = jax.tree.leaves(layers)[0].shape[1] // virtual
+        micro_batches = x.shape[0] // layout.size("batch")
+        inputs, contexts = _cut((x, ctx), micro_batches)
+
+        def stage(layers: Any, chunk: jax.Array, x: jax.Array, ctx: Context) -> jax.Array:
+            def body(x: jax.Array, k: jax.Array) -> tuple[jax.Array, None]:
+                layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, chunk * depth + k, 0, False), layers)
+                return block(layer, x, ctx, None)[0], None
+
+            return jax.lax.scan(body, x, jnp.arange(depth))[0]
+
+        def tick(carry: tuple[jax.Array, jax.Array], t: jax.Array):
+            x, outputs = carry
+            chunks, micro = of_pass(t - jnp.arange(stages), stages, virtual)
+            first = of_stage(0, x) & (chunks[0] == 0)
+            x = jnp.where(first, inputs[jnp.minimum(micro[0], micro_batches - 1)], x)
+            ctx = jax.tree.map(lambda a: a[jnp.clip(micro, 0, micro_batches - 1)], contexts)
+            y = on_stages(stage, layout)(layers, chunks, layout.constrain(x, *STAGE_AXES), ctx)
+            y = layout.constrain(y, *STAGE_AXES)
+            # What is not of the last chunk has no place, nor what no micro-batch is behind.
+            done = (chunks[-1] == virtual - 1) & (micro[-1] >= 0)
+            outputs = outputs.at[jnp.where(done, micro[-1], micro_batches)].set(y[-1], mode="drop")
+            return (jnp.roll(y, 1, 0), outputs), None
+
+        inputs = layout.constrain(inputs, "micro", *STAGE_AXES[1:])
+        first = jnp.broadcast_to(inputs[0], (stages, *inputs.shape[1:]))
+        rounds = -(-micro_batches // stages)
+        ticks = jnp.arange(rounds * stages * virtual + stages - 1)
+        (_, outputs), _ = jax.lax.scan(tick, (first, jnp.zeros_like(inputs)), ticks)
+        return layout.constrain(_whole(outputs), "batch", "act_length", "act_embed"), None
 
     return walk
 
@@ -65,6 +124,11 @@ def in_stages(stacked: Any, layout: Layout) -> Any:
         return layout.constrain(a, "act_stages", rest_free=True)
 
     return jax.tree.map(split, stacked)
+
+
+def out_of_stages(stages: Any) -> Any:
+    """The inverse of `in_stages`."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stages)
 
 
 def on_stages(f: Any, layout: Layout) -> Any:
@@ -95,7 +159,3 @@ def _cut(batch: Any, micro_batches: int) -> Any:
 def _whole(x: jax.Array) -> jax.Array:
     """The inverse of `_cut`."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-
-def _joined(stages: Any) -> Any:
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stages)

@@ -11,17 +11,20 @@ from jax.typing import DTypeLike
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.nn.context import Context
 from jaxllm.nn.parameter import parameter
+from jaxllm.nn.quantized import STORED, gathered, kernel_of
 
 
 class Linear(nn.Module):
     """`x @ kernel + bias`, with the kernel stored as the matrix `[in, out]`.
 
-    axes: the logical axes of the kernel; the bias has the last of them.
+    axes: the logical axes of the kernel; the bias has the last of them. In place of the kernel there may be the leaves
+    of one in 4 or 8 bits (`nn.quantized`), which it is read back from in each product, and which get no gradient.
 
     Of an adapter it applies the leaves that it finds, and makes none:
 
     - `lora_a` `[in, r]`, `lora_b` `[r, out]`, `lora_scale` (a scalar, s): `x @ kernel + s · x @ lora_a @ lora_b`
       (Hu et al., arXiv 2106.09685);
+    - `lora_e` `[r]` besides: the columns of lora_a multiplied by it (Zhang et al., arXiv 2303.10512, equation 3);
     - `lora_a_start`, `lora_b_start` besides: s · x @ lora_a_start @ lora_b_start is taken away, so that a part of the
       kernel itself trains where lora_a and lora_b start as they are (Meng et al., arXiv 2404.02948);
     - `lora_magnitude` `[out]` besides: the columns of kernel + s · lora_a @ lora_b, divided by their norms (which get
@@ -40,13 +43,15 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         """`[..., in]` → `[..., out]` in the compute dtype."""
         shape = (x.shape[-1], self.features)
-        kernel = parameter(self, "kernel", nn.initializers.normal(self.stddev), self.axes, shape)
+        stored = {name: self.get_variable("params", name) for name in STORED if self.has_variable("params", name)}
+        if not stored:
+            stored = {"kernel": parameter(self, "kernel", nn.initializers.normal(self.stddev), self.axes, shape)}
         adapter = {name: self.get_variable("params", name) for name in ADAPTER if self.has_variable("params", name)}
         if "ia3_in" in adapter:
             x = x * _ia3_factor("ia3_in", adapter).astype(self.dtype)
-        y = _product(ctx)(x, kernel.astype(self.dtype))
+        y = self._times_kernel(x, stored, ctx)
         if "lora_a" in adapter:
-            y += self._adapted(x, y, kernel, adapter, ctx)
+            y += self._adapted(x, y, stored, adapter, ctx)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros_init(), self.axes[1:], (self.features,))
             y += bias.astype(self.dtype)
@@ -55,7 +60,12 @@ class Linear(nn.Module):
         return y
 
     def _adapted(
-        self, x: jax.Array, y: jax.Array, kernel: jax.Array, adapter: Mapping[str, jax.Array], ctx: Context
+        self,
+        x: jax.Array,
+        y: jax.Array,
+        stored: Mapping[str, jax.Array],
+        adapter: Mapping[str, jax.Array],
+        ctx: Context,
     ) -> jax.Array:
         """What the matrices of low rank add to y = `x @ kernel`. They see x after their own dropout."""
         drop = ctx.adapter_dropout
@@ -66,13 +76,27 @@ class Linear(nn.Module):
         added = product(product(x, a), b) * adapter["lora_scale"].astype(self.dtype)
         if "lora_magnitude" not in adapter:
             return added
+        kernel = kernel_of(self._gathered(stored, ctx))
+        kernel = kernel.astype(jnp.promote_types(kernel.dtype, self.dtype))
         factor = _column_factors(kernel, adapter).astype(self.dtype)
-        seen = y if drop is None else product(x, kernel.astype(self.dtype))
+        seen = y if drop is None else self._times_kernel(x, stored, ctx)
         return (factor - 1) * seen + factor * added
+
+    def _times_kernel(self, x: jax.Array, stored: Mapping[str, jax.Array], ctx: Context) -> jax.Array:
+        """`x @ kernel` in the compute dtype."""
+
+        def product(x: jax.Array, stored: Mapping[str, jax.Array]) -> jax.Array:
+            return _product(ctx)(x, kernel_of(self._gathered(stored, ctx)).astype(self.dtype))
+
+        # What was read back is read back again for the backward pass, which would else keep that of every layer.
+        return product(x, stored) if "kernel" in stored else jax.checkpoint(product)(x, stored)
+
+    def _gathered(self, stored: Mapping[str, jax.Array], ctx: Context) -> Mapping[str, jax.Array]:
+        return stored if "kernel" in stored else gathered(stored, self.axes, ctx.layout)
 
 
 ADAPTER = (
-    *("lora_a", "lora_b", "lora_scale", "lora_magnitude", "lora_a_start", "lora_b_start"),
+    *("lora_a", "lora_b", "lora_scale", "lora_magnitude", "lora_a_start", "lora_b_start", "lora_e"),
     *("ia3_in", "ia3_out", "ia3_on"),
 )
 """The leaves of adapters that stand beside a kernel."""
@@ -100,6 +124,8 @@ def merged_bias(bias: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
 def _halves(adapter: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The matrices `[in, r]` and `[r, out]` whose product is added, of twice the rank where something is taken away."""
     a, b = adapter["lora_a"], adapter["lora_b"]
+    if "lora_e" in adapter:
+        a = a * adapter["lora_e"]
     if "lora_a_start" in adapter:
         a = jnp.concatenate([a, adapter["lora_a_start"]], axis=1)
         b = jnp.concatenate([b, -adapter["lora_b_start"]], axis=0)

@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.core.mesh import Layout
-
-# A chunk's logits take at most this much of a device; smaller chunks cost speed, larger ones the memory that
-# the chunks are there to save.
-CHUNK_BYTES = 256 * 2**20
+from jaxllm.nn.chunks import chunks_of, in_chunks
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,9 @@ class Losses(NamedTuple):
 
 
 def loss_chunks(batch: int, length: int, vocab_size: int, layout: Layout) -> int:
-    """The smallest number of equal chunks of a `[batch, length]` batch whose float32 logits fit in CHUNK_BYTES."""
+    """The chunks of a `[batch, length]` batch by what their float32 logits take (see `chunks_of`)."""
     share = layout.size("act_vocab") * layout.size("act_vocab_batch")
-    whole = 4 * batch * length * vocab_size / share
-    return next((n for n in range(1, length) if length % n == 0 and whole / n <= CHUNK_BYTES), length)
+    return chunks_of(length, 4 * batch * length * vocab_size / share, layout)
 
 
 def token_losses(
@@ -66,14 +63,14 @@ def token_losses(
 
     x: `[B, T, D]`, the input of `logits`, which gives `[b, t, V]`, of which the first `vocab_size` are tokens and the
     others −inf. targets: `[B, T]` int32; or keys, by each of which its token's target is drawn from the softmax of the
-    logits: the draw depends on neither chunks nor layout. mask: `[B, T]`, 1 where the target is trained. `chunks`
-    divides T: one chunk's logits exist at a time; where there are several, they are computed again in the backward
-    pass.
+    logits: the draw depends on neither chunks nor layout. mask: `[B, T]`, 1 where the target is trained. chunks: those
+    of `loss_chunks`. One chunk's logits exist at a time; where there are several, they are computed again in the
+    backward pass.
     """
 
     def chunk_sums(x: jax.Array, targets: jax.Array, mask: jax.Array) -> Losses:
         # The tokens are gathered over the axes that split the vocabulary, which is much less than the matrix.
-        x = layout.constrain(x, "act_vocab_batch", None, None)
+        x = _gathered(x, layout)
         z = layout.constrain(logits(x), "act_vocab_batch", None, "act_vocab")
         mask = mask.astype(z.dtype)
         vocabulary = jnp.arange(z.shape[-1])
@@ -95,13 +92,22 @@ def token_losses(
     if chunks == 1:
         return chunk_sums(x, targets, mask)
 
-    def split(a: jax.Array) -> jax.Array:
-        batch, length, *rest = a.shape
-        return jnp.moveaxis(a.reshape(batch, chunks, length // chunks, *rest), 1, 0)
-
     recomputed = jax.checkpoint(chunk_sums)
-    parts = jax.lax.map(lambda chunk: recomputed(*chunk), (split(x), split(targets), split(mask)))
+    split = tuple(in_chunks(a, chunks, layout) for a in (x, targets, mask))
+    parts = jax.lax.map(lambda chunk: recomputed(*chunk), split)
     return jax.tree.map(jnp.sum, parts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: jax.Array, layout: Layout) -> jax.Array:
+    """`x` `[B, T, D]`, whose gradient is scattered as it is summed: it would be summed whole, and then cut."""
+    return layout.constrain(x, "act_vocab_batch", None, None)
+
+
+_gathered.defvjp(
+    lambda x, layout: (_gathered(x, layout), None),
+    lambda layout, _, dx: (layout.constrain(dx, "batch", "act_length", rest_free=True),),
+)
 
 
 def _drawn(keys: jax.Array, z: jax.Array, layout: Layout) -> jax.Array:

@@ -1,5 +1,6 @@
 """The methods of parameter-efficient fine-tuning; importing this registers them."""
 
+from jaxllm.peft import adalora as adalora
 from jaxllm.peft import freeze as freeze
 from jaxllm.peft import ia3 as ia3
 from jaxllm.peft import lisa as lisa

@@ -136,9 +136,9 @@ def read_adapter(folder: str | Path) -> Adapter:
         folder /= AdapterConfig.exported_to
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
-        raise UserError(
-            f"{folder}: has no {ADAPTER_CONFIG}; give the folder of an adapter, such as <run>/export/adapter"
-        )
+        named = ", ".join(sorted(str(inner.parent) for inner in folder.glob(f"*/{ADAPTER_CONFIG}")))
+        remedy = f"it has those of {named}" if named else "give the folder of an adapter, such as <run>/export/adapter"
+        raise UserError(f"{folder}: has no {ADAPTER_CONFIG}; {remedy}")
     raw = read_json(file)
     if raw.get("peft_type") not in ADAPTERS:
         raise UserError(

@@ -16,6 +16,7 @@ from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
 from jaxllm.hf.export import save
 from jaxllm.models.base import LM
+from jaxllm.peft.draws import LayerDraws
 
 
 class PeftConfig(Section):
@@ -48,13 +49,28 @@ class PeftConfig(Section):
         del lm, tokenize
         return load
 
+    @property
+    def draws(self) -> LayerDraws | None:
+        """Which of the layers train at a time; None for all."""
+        return None
+
     def trained_at_a_time(self, lm: LM) -> int:
         """How many parameters of `lm`, a result of `add`, train in a step. Raises UserError as `mask` does."""
-        return sum(leaf.size for leaf in jax.tree.leaves(tree.partition(lm.abstract(), self.mask(lm))[0]))
+        chosen = tree.flatten(tree.partition(lm.abstract(), self.mask(lm))[0])
+        every = sum(leaf.size for leaf in chosen.values())
+        if self.draws is None:
+            return every
+        of_layers = sum(leaf.size for path, leaf in chosen.items() if path.startswith("layers/"))
+        return every - of_layers + self.draws.active_layers * of_layers // lm.config.num_hidden_layers
 
     def rates(self) -> Mapping[str, float]:
         """By a pattern of paths, what the updates of these leaves are multiplied by."""
         return {}
+
+    def penalty(self, lm: LM) -> Callable[[Params], jax.Array] | None:
+        """What is added to what is minimised: a scalar of the leaves of `lm` that train. None for nothing."""
+        del lm
+        return None
 
     def export(self, lm: LM, params: Params, folder: Path, *, model_folder: Path, base: str | None) -> None:
         """Writes the result of a run into `folder`, for the library that `exported_for` names.

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxllm.core import tree
+from jaxllm.core.errors import UserError
 from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
 from jaxllm.hf.export import gather, replacing, write_json, write_tensors
@@ -33,15 +34,14 @@ class Part:
     """
 
     path: str
-    place: tuple[int | slice, ...]
+    place: tuple[int | slice | np.ndarray, ...]
     name: str
     shape: tuple[int, ...]
     turned: bool = False
 
     def read(self, tensor: np.ndarray, leaf: np.ndarray) -> None:
         """Writes the file's tensor into the leaf."""
-        part = leaf[self.place]
-        part[...] = (tensor.T if self.turned else tensor).reshape(part.shape)
+        leaf[self.place] = (tensor.T if self.turned else tensor).reshape(leaf[self.place].shape)
 
     def write(self, leaf: np.ndarray) -> np.ndarray:
         """The file's tensor."""
@@ -95,9 +95,19 @@ class AdapterConfig(PeftConfig):
 
     def mask(self, lm: LM) -> Any:
         chosen = self.whole(lm)
+        if lm.quantization is not None and (stored := sorted(filter(lm.quantization.replaces, chosen))):
+            raise UserError(
+                f"peft.modules_to_save trains {stored[0]}, which model.quantize stores in {lm.quantization}; leave it "
+                "out, or remove quantize"
+            )
         return tree.map_with_path(
             lambda path, _: path in chosen or (path in lm.extra and not lm.extra[path].frozen), lm.abstract()
         )
+
+    def finished(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> "AdapterConfig":
+        """What describes the adapter that training has made, of which these are the leaves."""
+        del lm, leaves
+        return self
 
     def description(self, lm: LM) -> dict[str, Any]:
         """adapter_config.json, but for what every adapter has there."""
@@ -107,7 +117,9 @@ class AdapterConfig(PeftConfig):
     def export(self, lm: LM, params: Params, folder: Path, *, model_folder: Path, base: str | None) -> None:
         """Writes the adapter in the files of HF PEFT; an older one in `folder` is replaced."""
         leaves, whole, adapted = tree.flatten(params), self.whole(lm), self.adapted(lm)
-        tensors = self.tensors(lm, {path: on_host(lm, leaves[path]) for path in lm.extra})
+        extra = {path: on_host(lm, leaves[path]) for path in lm.extra}
+        finished = self.finished(lm, extra)
+        tensors = finished.tensors(lm, extra)
         for entry in weight_table(lm):
             if entry.path in whole:
                 tensor = gather(lm, leaves[entry.path], entry)
@@ -119,7 +131,7 @@ class AdapterConfig(PeftConfig):
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
             "inference_mode": True,
-            **self.description(lm),
+            **finished.description(lm),
         }
         with replacing(folder.absolute(), sum(tensor.nbytes for tensor in tensors.values())) as new:
             write_tensors(tensors, new / ADAPTER_WEIGHTS)

@@ -5,24 +5,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from jaxllm.core.errors import UserError
 from jaxllm.models.base import LM
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, Part
-from jaxllm.peft.low_rank import START, Target
-from jaxllm.peft.modules import Module, modules
-from jaxllm.peft.targets import ALL_LINEAR, Targeted
+from jaxllm.peft.low_rank import START, LowRank, Positive, Target
+from jaxllm.peft.modules import Module, is_named
+from jaxllm.peft.tokens import token_leaves, token_part
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 V = TypeVar("V")
 
 
-class Lora(Targeted):
+class Lora(LowRank):
     """Matrices of low rank beside those of the layers. Names and meanings are those of HF PEFT's LoraConfig."""
 
     type: Literal["lora"]
@@ -32,28 +31,25 @@ class Lora(Targeted):
     """what they add is multiplied by lora_alpha / r"""
     use_rslora: bool = False
     """it is multiplied by lora_alpha / √r (Kalajdzievski, arXiv 2312.03732)"""
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """share of their input that is dropped in training"""
     init_lora_weights: Literal[True, "pissa"] = True
     """what they are at the start: true (nothing is added), or pissa, the largest singular values and vectors of the
     matrix, whose part of it then trains, at a lower learning rate (PiSSA: Meng et al., arXiv 2404.02948)"""
-    layers_to_transform: tuple[NonNegativeInt, ...] | None = None
-    """the layers that get them, counted from 0; default: all"""
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     """ranks of single matrices, by a name or a regular expression of its end"""
     alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
     """the same of lora_alpha"""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """the biases that train: none, all of the model, or those of the matrices with an adapter"""
     use_dora: bool = False
     """the norms of the columns train apart from their directions (DoRA: Liu et al., arXiv 2402.09353)"""
     loraplus_lr_ratio: Positive = 1.0
     """the learning rate of lora_b over that of all others (LoRA+: Hayou et al., arXiv 2402.12354), such as 16"""
 
+    trainable_token_indices: tuple[NonNegativeInt, ...] = ()
+    """ids of tokens whose embeddings train besides, such as new ones; the rest of the embedding does not"""
+
     peft_type: ClassVar[str] = "LORA"
     described: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "use_rslora", "use_dora", "bias", "target_modules", "layers_to_transform"),
-        *("modules_to_save", "rank_pattern", "alpha_pattern"),
+        *("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
     )
     inert: ClassVar[tuple[str, ...]] = (
         *("ensure_weight_tying", "init_lora_weights", "layers_pattern", "lora_dropout", "megatron_core"),
@@ -71,30 +67,52 @@ class Lora(Targeted):
                 )
         return value
 
-    @model_validator(mode="after")
-    def _layers_of_names(self) -> "Lora":
-        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR and self.layers_to_transform:
-            raise ValueError("layers_to_transform goes with names; write the layers into the regular expression")
-        return self
+    @field_validator("trainable_token_indices", mode="before")
+    @classmethod
+    def _of_the_embedding(cls, value: Any) -> Any:
+        """HF PEFT also takes the ids by the name of the module; those of a tied head are those of the embedding."""
+        if isinstance(value, dict):
+            of_modules = {name.rpartition(".")[2]: tuple(ids) for name, ids in value.items()}
+            value = of_modules.pop("embed_tokens", ())
+            if any(ids != value for ids in of_modules.values()) or of_modules.keys() - {"lm_head"}:
+                raise ValueError(f"only tokens of embed_tokens can train; got some of {', '.join(of_modules)}")
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError(f"each id once; got {[*value]}")
+        return tuple(value) if isinstance(value, list) else () if value is None else value
 
     @classmethod
     def section(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        layers = raw.get("layers_to_transform")
-        return super().section({**raw, "layers_to_transform": [layers] if isinstance(layers, int) else layers})
+        values = super().section(raw)
+        if ids := raw.get("trainable_token_indices"):
+            values["trainable_token_indices"] = ids  # in the order of the rows in the file
+        return values
+
+    def saved(self, lm: LM) -> tuple[str, ...]:
+        saved = super().saved(lm)
+        if self.trainable_token_indices and is_named("model.embed_tokens", saved):
+            raise UserError(
+                "peft.modules_to_save trains the whole embedding, and trainable_token_indices rows of it; remove "
+                "one of them"
+            )
+        return saved
 
     def add(self, lm: LM) -> LM:
         extra = [target.leaves(lm, self.use_dora, self.init_lora_weights == "pissa") for target in self.targets(lm)]
+        if self.trainable_token_indices:
+            extra.append(token_leaves(lm, self.trainable_token_indices))
         return replace(lm, extra={**lm.extra, **reduce(dict.__or__, extra)}, adapter_dropout=self.lora_dropout)
 
     def rates(self) -> Mapping[str, float]:
         return {} if self.loraplus_lr_ratio == 1 else {"*/lora_b": self.loraplus_lr_ratio}
 
     def parts(self, lm: LM) -> list[Part]:
-        return [
+        found = [
             replace(part, name=PREFIX + part.name)
             for target in self.targets(lm)
             for part in target.parts(lm, self.use_dora, self.init_lora_weights == "pissa")
         ]
+        ids = self.trainable_token_indices
+        return [*found, token_part(lm, ids)] if ids else found
 
     def tensors(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors = super().tensors(lm, leaves)
@@ -105,18 +123,11 @@ class Lora(Targeted):
         return tensors
 
     def computes(self, lm: LM) -> Any:
-        return self.targets(lm), self.use_dora, self.init_lora_weights, self.whole(lm)
-
-    def is_target(self, name: str, layer: int) -> bool:
-        if self.layers_to_transform is not None and layer not in self.layers_to_transform:
-            return False
-        return super().is_target(name, layer)
+        how = (self.use_dora, self.init_lora_weights, self.trainable_token_indices)
+        return self.targets(lm), how, self.whole(lm)
 
     def targets(self, lm: LM) -> list[Target]:
         """The matrices that get an adapter. Raises UserError if the config names what the model does not have."""
-        count = lm.config.num_hidden_layers
-        if too_deep := [i for i in self.layers_to_transform or () if i >= count]:
-            raise UserError(f"peft.layers_to_transform names layer {too_deep[0]}, and the model has 0 to {count - 1}")
         found = [self._target(module, layers) for module, layers in self.target_layers(lm)]
         targeted = self.adapted(lm)
         for key, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
@@ -125,29 +136,9 @@ class Lora(Targeted):
                     raise UserError(f"peft.{key} has {one!r}, which matches none of the matrices with an adapter")
         return found
 
-    def whole(self, lm: LM) -> set[str]:
-        paths = super().whole(lm)
-        if self.bias != "none":
-            targets, every = self.targets(lm), modules(lm)
-            partly = [target.module.short for target in targets if not all(target.ranks)]
-            if partly and self.bias == "lora_only":
-                raise UserError(
-                    f"peft.bias is lora_only, and {partly[0]} has an adapter in some layers only, while its biases "
-                    "train in all; set bias to all or none"
-                )
-            beside = {target.module.folder for target in targets}
-            biases = {m.path for m in every if m.kind == "bias" and (self.bias == "all" or m.folder in beside)}
-            if not biases:
-                raise UserError(f"peft.bias is {self.bias}, and the model has no such bias; set it to none")
-            paths |= biases
-        return paths
-
     def description(self, lm: LM) -> dict[str, Any]:
-        content = {
-            **super().description(lm),
-            "lora_dropout": self.lora_dropout,
-            "ensure_weight_tying": lm.config.tie_word_embeddings and "embed_tokens" in self.saved(lm),
-        }
+        content = super().description(lm)
+        content["trainable_token_indices"] = [*self.trainable_token_indices] or None
         if self.init_lora_weights == "pissa":  # the files have what was taken away beside what is added, of that rank
             factor = math.sqrt(2) if self.use_rslora else 2
             content |= {

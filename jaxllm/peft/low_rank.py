@@ -1,4 +1,4 @@
-"""Matrices of low rank beside those of the layers: their leaves.
+"""Matrices of low rank beside those of the layers: what their methods have in common, and the leaves of LoRA.
 
 Beside a matrix `[in, out]` of each of L layers stand `lora_a` `[L, in, r]`, `lora_b` `[L, r, out]`, `lora_scale` `[L]`,
 for DoRA `lora_magnitude` `[L, out]`, and for PiSSA `lora_a_start` and `lora_b_start`; `nn.linear.Linear` says what they
@@ -7,22 +7,88 @@ gradients are; a layer without an adapter has the scale 0.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+from pydantic import Field, NonNegativeInt, model_validator
 
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM, ExtraLeaf
+from jaxllm.nn.quantized import STORED, kernel_of
 from jaxllm.peft.files import Part
-from jaxllm.peft.modules import Module
+from jaxllm.peft.modules import Module, modules
+from jaxllm.peft.targets import ALL_LINEAR, Targeted
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+# The leaves that a matrix may be stored in.
+MATRIX = ("kernel", *STORED)
 
 # Of what PiSSA takes away at the start, in the place of a file's own end of a name; no file has it.
 START = ".start"
+
+
+class LowRank(Targeted):
+    """What the methods have that put matrices of low rank beside those of the layers. Names are those of HF PEFT."""
+
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """share of their input that is dropped in training"""
+    layers_to_transform: tuple[NonNegativeInt, ...] | None = None
+    """the layers that get them, counted from 0; default: all"""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """the biases that train: none, all of the model, or those of the matrices with an adapter"""
+
+    @model_validator(mode="after")
+    def _layers_of_names(self) -> "LowRank":
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR and self.layers_to_transform:
+            raise ValueError("layers_to_transform goes with names; write the layers into the regular expression")
+        return self
+
+    @classmethod
+    def section(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        layers = raw.get("layers_to_transform")
+        return super().section({**raw, "layers_to_transform": [layers] if isinstance(layers, int) else layers})
+
+    def is_target(self, name: str, layer: int) -> bool:
+        if self.layers_to_transform is not None and layer not in self.layers_to_transform:
+            return False
+        return super().is_target(name, layer)
+
+    def target_layers(self, lm: LM) -> list[tuple[Module, tuple[bool, ...]]]:
+        count = lm.config.num_hidden_layers
+        if too_deep := [i for i in self.layers_to_transform or () if i >= count]:
+            raise UserError(f"peft.layers_to_transform names layer {too_deep[0]}, and the model has 0 to {count - 1}")
+        return super().target_layers(lm)
+
+    def whole(self, lm: LM) -> set[str]:
+        paths = super().whole(lm)
+        if self.bias != "none":
+            targets, every = self.target_layers(lm), modules(lm)
+            partly = [module.short for module, layers in targets if not all(layers)]
+            if partly and self.bias == "lora_only":
+                raise UserError(
+                    f"peft.bias is lora_only, and {partly[0]} has an adapter in some layers only, while its biases "
+                    "train in all; set bias to all or none"
+                )
+            beside = {module.folder for module, _ in targets}
+            biases = {m.path for m in every if m.kind == "bias" and (self.bias == "all" or m.folder in beside)}
+            if not biases:
+                raise UserError(f"peft.bias is {self.bias}, and the model has no such bias; set it to none")
+            paths |= biases
+        return paths
+
+    def description(self, lm: LM) -> dict[str, Any]:
+        return {
+            **super().description(lm),
+            "lora_dropout": self.lora_dropout,
+            "ensure_weight_tying": lm.config.tie_word_embeddings and "embed_tokens" in self.saved(lm),
+        }
 
 
 @dataclass(frozen=True)
@@ -62,7 +128,9 @@ class Target:
             return jnp.where(own[:, None], a / root, 0), jnp.where(own[..., None], b / root, 0)
 
         def norms(_: jax.Array, params: Params) -> jax.Array:
-            return jnp.where(ranks[:, None] > 0, jnp.linalg.norm(tree.at(params, path).astype(dtype), axis=1), 0)
+            stored = {name: leaf for name, leaf in tree.at(params, self.module.folder).items() if name in MATRIX}
+            of_layers = jax.lax.map(lambda one: jnp.linalg.norm(kernel_of(one).astype(dtype), axis=0), stored)
+            return jnp.where(ranks[:, None] > 0, of_layers, 0)
 
         axes_a, axes_b = (layers, of_input, "rank"), (layers, "rank", of_output)
         leaves = {

@@ -6,18 +6,24 @@ import jax
 
 from jaxllm.core import tree
 from jaxllm.core.tree import Params
+from jaxllm.nn.embed import TOKEN_IDS, TOKEN_ROWS
 from jaxllm.nn.linear import ADAPTER, merged_bias, merged_kernel
 
 
 def merge(params: Params) -> Params:
     """`params` without the leaves of adapters, and with matrices that do what they did."""
     leaves = tree.flatten(params)
-    plain = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] not in ADAPTER}
+    added = (*ADAPTER, TOKEN_ROWS, TOKEN_IDS)
+    plain = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] not in added}
     for path in plain:
         folder, _, kind = path.rpartition("/")
         adapter = {name: leaves[f"{folder}/{name}"] for name in ADAPTER if f"{folder}/{name}" in leaves}
         if adapter and kind in ("kernel", "bias"):
             plain[path] = _merged(plain[path], adapter, kind)
+    if f"embed/{TOKEN_ROWS}" in leaves:
+        table, rows, ids = (leaves[f"embed/{name}"] for name in ("table", TOKEN_ROWS, TOKEN_IDS))
+        replace = jax.jit(lambda *a: a[0].at[a[2]].set(a[1].astype(a[0].dtype)), out_shardings=table.sharding)
+        plain["embed/table"] = replace(table, rows, ids)
     return tree.insert({}, plain)
 
 

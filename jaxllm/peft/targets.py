@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.models.base import LM
+from jaxllm.peft.draws import LayerDraws
 from jaxllm.peft.files import AdapterOfParts
 from jaxllm.peft.modules import Module, is_named, modules
 
@@ -22,11 +23,28 @@ class Targeted(AdapterOfParts):
     regular expression of the whole name, such as '.*layers\\.[0-3]\\..*_proj'"""
     modules_to_save: tuple[str, ...] = ()
     """modules that train as a whole, such as [lm_head, embed_tokens], and are in the adapter's files"""
+    lisa: LayerDraws | None = None
+    """the adapters of a few layers train at a time, as with type: lisa; default: those of all layers"""
 
     @model_validator(mode="after")
     def _is_expression(self) -> "Targeted":
         check_expression("target_modules", self.target_modules)
         return self
+
+    @property
+    def draws(self) -> LayerDraws | None:
+        return self.lisa
+
+    def mask(self, lm: LM) -> Any:
+        if self.lisa is not None:
+            self.lisa.check(lm, "peft.lisa")
+            adapted = [any(layer) for layer in zip(*(layers for _, layers in self.target_layers(lm)), strict=True)]
+            if not all(adapted):
+                raise UserError(
+                    f"peft.lisa draws from all layers, and layer {adapted.index(False)} has no adapter; choose modules "
+                    "of every layer, or remove lisa"
+                )
+        return super().mask(lm)
 
     def is_target(self, name: str, layer: int) -> bool:
         """Whether the matrix of `name` in `layer` is one of target_modules."""

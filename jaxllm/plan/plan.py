@@ -8,17 +8,19 @@ from typing import Any
 
 import jax
 
+from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.kernels.attention_choice import AttentionChoice, plan_attention
 from jaxllm.models import LM
 from jaxllm.models.stack import check_offload
+from jaxllm.nn.quantized import STORED
 from jaxllm.plan.targets import Target, compile_only_devices
+from jaxllm.train.compiler import compiler_options
 from jaxllm.train.config import Config
-from jaxllm.train.determinism import deterministic_options
 from jaxllm.train.inputs import model_without_weights
 from jaxllm.train.program import Program
-from jaxllm.train.step import CompiledStep
+from jaxllm.train.step import CompiledStep, check_length
 
 # Memory does not depend on how long a run is; one of epochs alone is taken to be so long, since only data can tell.
 ASSUMED_STEPS = 10**6
@@ -63,6 +65,7 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
     """
     layout = Layout.of(config.mesh, devices)
     config.train.accumulation(layout)
+    check_length(config.data.seq_len, layout)
     if layout.platform == "cpu":
         check_offload(config.train.remat, devices[0])
     lm = model_without_weights(config, layout)
@@ -71,8 +74,7 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
     )
     lm = replace(lm, attention=attention.form)
     program = Program.of(config, lm, _steps(config))
-    options = deterministic_options(None, layout.platform) if config.train.deterministic else None
-    compiled = program.compile([config.data.seq_len], options)
+    compiled = program.compile([config.data.seq_len], compiler_options(config.train, program.lm))
     return Plan(lm, program, attention, compiled, _parts(program, compiled))
 
 
@@ -83,8 +85,11 @@ def _steps(config: Config) -> int:
 def _parts(program: Program, compiled: CompiledStep) -> dict[str, int]:
     state = program.state
     parameters, moments = bytes_on_a_device((state.params, state.frozen)), bytes_on_a_device(state.opt_state)
+    quantized = [leaf for path, leaf in tree.flatten(state.frozen).items() if path.rpartition("/")[2] in STORED]
+    in_few_bits = bytes_on_a_device(quantized)
     return {
-        "parameters": parameters,
+        **({f"matrices in {program.lm.quantization}": in_few_bits} if quantized else {}),
+        "other parameters" if quantized else "parameters": parameters - in_few_bits,
         "optimizer state": moments,
         "batch and counters": compiled.argument_bytes - parameters - moments,
         "activations, gradients and other temporaries": compiled.temp_bytes,

@@ -5,11 +5,14 @@ import sys
 
 from jaxllm.core.cache import keep_programs
 from jaxllm.core.command import exit_status
+from jaxllm.core.launch import find_place
 from jaxllm.core.process import GPU_MEMORY_SHARE, without_idle_cuda, without_torch
 
 USAGE = """usage: python -m jaxllm.train CONFIG.yaml [section.key=value ...]
 
 Trains a language model as CONFIG.yaml says; section.key=value changes a value of it. Examples are in configs/.
+Of a run of several processes, each is started with the same arguments, by srun, by mpirun, by a Job of Kubernetes or by
+scripts/launch, as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say; python -m jaxllm.doctor tests it.
 Every key, its default and its meaning ([x]: of the type x alone):
 """
 
@@ -34,6 +37,10 @@ def _train(arguments: list[str]) -> int:
     from jaxllm.train.interrupt import Interrupt
     from jaxllm.train.run import run
 
+    if (place := find_place()) is not None:
+        from jaxllm.train.together import train_together
+
+        return train_together(place, arguments)
     console = Console()
     with Interrupt(console) as interrupt:
         return run(load(arguments[0], arguments[1:], Config), console, interrupt=interrupt)

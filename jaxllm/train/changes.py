@@ -15,7 +15,7 @@ class Rule(Enum):
     REFUSED = "the state, or the order of the data, means something else"
     NEW_FOLDER = "it trains in another way: refused, but for a new run that goes on from another's checkpoint"
     SAID = "the training is the same, but for rounding"
-    FREE = "where the run is, and where it goes on from"
+    FREE = "where the run is, where it goes on from, and how its processes wait for one another"
 
 
 # Every key of the config, or the section that it is in; the longest name counts. `*` is any item of a list.
@@ -34,7 +34,11 @@ RULES = {
     "train.batch_size": Rule.NEW_FOLDER,
     "train.micro_batch_size": Rule.SAID,
     "train.update": Rule.SAID,
+    "train.reduce": Rule.SAID,
+    "train.reduce_dtype": Rule.SAID,
+    "train.shard_optimizer": Rule.SAID,
     "train.remat": Rule.SAID,
+    "train.virtual_stages": Rule.SAID,
     "train.param_dtype": Rule.REFUSED,
     "train.compute_dtype": Rule.SAID,
     "train.max_grad_norm": Rule.NEW_FOLDER,
@@ -47,6 +51,8 @@ RULES = {
     "train.unroll": Rule.SAID,
     "train.attention": Rule.SAID,
     "train.deterministic": Rule.SAID,
+    "train.xla": Rule.SAID,
+    "distributed": Rule.FREE,
     "checkpoint": Rule.SAID,
     "checkpoint.resume": Rule.FREE,
     "evals": Rule.SAID,
@@ -76,7 +82,7 @@ class Change(NamedTuple):
 
 def changes(there: Config, now: Config) -> list[Change]:
     """Every key that differs, in the order of the config."""
-    before, after = (_values(config.model_dump(mode="json")) for config in (there, now))
+    before, after = (values_of(config) for config in (there, now))
     both = {key: (before.get(key), after.get(key)) for key in (*before, *after)}
     sections = {key[:end] for key in both for end, mark in enumerate(key) if mark == "."}
     return [Change(key, *values) for key, values in both.items() if values[0] != values[1] and key not in sections]
@@ -101,8 +107,12 @@ def harmless(
     return [change for change in found if rule_of(change.key) is not Rule.FREE]
 
 
+def values_of(config: Config) -> dict[str, Any]:
+    """`{"data.sources.0.path": value}` of a config."""
+    return _values(config.model_dump(mode="json"))
+
+
 def _values(config: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"data.sources.0.path": value}` of a config as plain data."""
     if isinstance(config, list):
         config = dict(enumerate(config))
     if not isinstance(config, dict) or not config:

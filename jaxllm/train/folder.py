@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxllm.convert.load import RESOLVED, RUN_MODEL
 from jaxllm.core.config import dump
+from jaxllm.core.distributed import is_first
 from jaxllm.core.errors import UserError
 from jaxllm.core.hub import pinned
 from jaxllm.core.versions import environment
@@ -15,8 +16,8 @@ from jaxllm.data.tokenizer import copy_tokenizer
 from jaxllm.hf.config import read_json, write_config
 from jaxllm.hf.source import GENERATION_CONFIG
 from jaxllm.models.base import LM
+from jaxllm.train.compiler import AUTOTUNED
 from jaxllm.train.config import Config
-from jaxllm.train.determinism import AUTOTUNED
 from jaxllm.train.lock import LOCK
 
 METRICS = "metrics.jsonl"
@@ -36,8 +37,11 @@ def prepare(
     """Writes what describes the run: the resolved config, the machine, and the model's config and tokenizer.
 
     The tokenizer gets the chat template by which all sources are written, if they name one. keep_model: the run goes
-    on, and the model's are there. Raises UserError if the folder cannot be written.
+    on, and the model's are there. Of several processes, process 0 writes. Raises UserError if the folder cannot be
+    written.
     """
+    if not is_first():
+        return
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ does.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,12 +19,12 @@ from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.clip import clip_coefficient
-from jaxllm.train.layerwise import INDEX, Layerwise, Leaves, in_embedding, layers_and_rest
+from jaxllm.train.layerwise import INDEX, Layerwise, Leaves, layers_and_rest
 from jaxllm.train.metrics import squares
 from jaxllm.train.rounding import apply_updates
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
-from jaxllm.train.sweep import layer_inputs, layer_sweep, squares_sweep
+from jaxllm.train.walks import walk
 
 _barrier = jax.lax.optimization_barrier
 
@@ -60,50 +61,36 @@ def make_fused_step(
         model = Layerwise(lm, update.nested, {**frozen_rest, **rest}, rest.keys(), dict(drawn), objective)
         rounding = step_key(seed, state.step, ROUNDING) if stochastic_rounding else None
 
-        inputs, output = layer_inputs(model.block, {**frozen_layers, **layers}, model.embed(), model.batch)
-        walk = (model.block, layers, frozen_layers, inputs)
-        (losses, of_head), dx = model.head(output)
+        back = walk(model, layers, frozen_layers)
         param_squares = squares(state.params)
         # Every write depends on this, and so comes after the last reading of the old parameters: else XLA copies them.
-        good, coefficient = jnp.isfinite(losses.objective) & jnp.isfinite(sum(param_squares.values())), None
-        # What is updated before the walk: all but the layers if their gradients are known, else what only the head has.
-        early = {name: g for name, g in of_head.items() if not in_embedding(name)}
+        good, coefficient = jnp.isfinite(back.losses.objective) & jnp.isfinite(sum(param_squares.values())), None
+        early = back.known
         if max_grad_norm is not None:
-            bottom, of_layers = squares_sweep(*walk, dx, model.batch)
-            early = {**early, **model.embed_gradients(bottom, of_head)}
+            late, of_layers = back.squares()
+            early = {**early, **late}
             norm = jnp.sqrt(sum(squares(early).values()) + sum(of_layers.values()))
             coefficient, good = clip_coefficient(norm, max_grad_norm), good & jnp.isfinite(norm)
 
-        def visit(
-            params: Mapping[str, Any],
-            grads: Mapping[str, Any],
-            slots: Mapping[str, Any],
-            layers: jax.Array | None = None,
-        ) -> tuple[Leaves, Leaves]:
-            fine = good & jnp.isfinite(sum(squares(grads).values()))
-            grads = jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), dict(grads))
-            if max_grad_value is not None:
-                grads = optax.tree.clip(grads, -max_grad_value, max_grad_value)
-            if coefficient is not None:
-                grads = optax.tree.scale(coefficient, grads)
-            new = update(params, grads, slots, common, rounding, layers)[:2]
-            return jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, (dict(params), dict(slots)))
+        visitor = Visitor(update, good, coefficient, max_grad_value, rounding)
+
+        def visit(params: Any, grads: Any, slots: Any, index: jax.Array | None = None) -> tuple[Leaves, Leaves]:
+            return visitor(params, grads, slots, common, index)[:2]
 
         def visit_rest(grads: Leaves) -> tuple[Leaves, Leaves]:
             return visit({name: rest[name] for name in grads}, grads, {name: slots[name] for name in grads})
 
         # These gradients are dead before the walk starts.
-        new_early, dx = _barrier((visit_rest(early), dx))
-        of_layers = {name: slots[name] for name in layers}
-        layers, layer_slots, dx, layer_squares = layer_sweep(*walk, dx, model.batch, visit=visit, state=of_layers)
-        late = model.embed_gradients(dx, of_head) if max_grad_norm is None else {}
-        visited = (new_early, (layers, layer_slots), visit_rest(late))
+        new_early, dx = _barrier((visit_rest(early), back.dx))
+        *new_layers, layer_squares, bottom = back.sweep(dx, visit, {name: slots[name] for name in layers})
+        late = back.late(bottom) if max_grad_norm is None else {}
+        visited = (new_early, new_layers, visit_rest(late))
         params, slots = (
             {name: leaf for part in parts for name, leaf in part.items()} for parts in zip(*visited, strict=True)
         )
 
         grad_squares = {**squares({**early, **late}), **layer_squares}
-        metrics = step_metrics(losses, grad_squares, param_squares, batch, schedule(state.step), objective)
+        metrics = step_metrics(back.losses, grad_squares, param_squares, batch, schedule(state.step), objective)
         good &= jnp.isfinite(metrics["grad_norm"])
         counted = jax.tree.map(lambda new, old: jnp.where(good, new, old), update({}, {}, {}, common)[2], common)
         params = update.nested(params)
@@ -113,6 +100,39 @@ def make_fused_step(
         }
 
     return step
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """An update of some leaves, if their gradients are finite and `good`.
+
+    coefficient: that they are scaled by, if any. max_grad_value: that they are clamped to. rounding: see
+    `apply_updates`.
+    """
+
+    update: "LeafUpdate"
+    good: jax.Array
+    coefficient: jax.Array | None
+    max_grad_value: float | None
+    rounding: jax.Array | None
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        grads: Mapping[str, Any],
+        slots: Mapping[str, Any],
+        common: list[Any],
+        layers: jax.Array | None = None,
+    ) -> tuple[Leaves, Leaves, list[Any]]:
+        """The arguments and results of `LeafUpdate`."""
+        fine = self.good & jnp.isfinite(sum(squares(grads).values()))
+        grads = jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), dict(grads))
+        if self.max_grad_value is not None:
+            grads = optax.tree.clip(grads, -self.max_grad_value, self.max_grad_value)
+        if self.coefficient is not None:
+            grads = optax.tree.scale(self.coefficient, grads)
+        new = self.update(params, grads, slots, common, self.rounding, layers)
+        return jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, (dict(params), dict(slots), common))
 
 
 class LeafUpdate:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from jaxllm.callbacks.evaluate import EvaluationSet
 from jaxllm.convert.load import OpenModel, fitting_tokenizer, model_folder, open_model
 from jaxllm.core import hub
+from jaxllm.core.distributed import is_first, require_same
+from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.data.loader import Arrays, Loader, plans
 from jaxllm.data.pack import PackPlan
@@ -24,12 +27,14 @@ from jaxllm.data.preview import preview, require_ends
 from jaxllm.data.source import SourceConfig, describe_origin, find_files
 from jaxllm.data.store import Store, open_or_build
 from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.hf import load_params
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.base import FamilyConfig
 from jaxllm.models.layout import fit_layout
 from jaxllm.peft.adapter import with_adapter
-from jaxllm.train.config import Config, NewModel
+from jaxllm.train.config import Config
+from jaxllm.train.model_config import NewModel
 from jaxllm.train.step import BATCH_AXES
 
 if TYPE_CHECKING:
@@ -47,8 +52,18 @@ def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
         return OpenModel(lm, _tokenizer_folder(config), lambda: lm.init(jax.random.key(config.seed)))
     model = open_model(chosen.path, layout, config.train.param_dtype, config.train.computes_in(layout))
     model.check_whole()
-    if chosen.adapter is not None:
-        model = replace(model, load=with_adapter(chosen.adapter, model.lm, model.load, config.peft))
+    if chosen.quantization is not None:
+        if model.lm.source is None:
+            raise UserError(
+                f"model.quantize reads a Hugging Face folder layer by layer, and model.path {chosen.path} is a run or "
+                "one of its checkpoints; give the run's export/hf, or what python -m jaxllm.convert to-hf makes of it"
+            )
+        quantized = replace(model.lm, quantization=chosen.quantization)
+        quantized.abstract()  # of a shape that it cannot store
+        model = replace(model, load=lambda: load_params(quantized))
+    for i, adapter in enumerate(chosen.adapters, 1):
+        trains_on = config.peft if i == len(chosen.adapters) else None
+        model = replace(model, load=with_adapter(adapter, model.lm, model.load, trains_on))
     if chosen.tokenizer is not None:
         model = replace(model, folder=hub.model_folder(chosen.tokenizer, "tokenizer"))
 
@@ -115,7 +130,7 @@ def saying(console: Console) -> Say:
 def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) -> Inputs:
     """The data of the config, tokenized unless the cache has it, and packed. Says what there is, and shows a sample."""
     _say_files(config.data.sources, say)
-    store = open_or_build(config.data.sources, tokenizer)
+    store = _open(config.data.sources, tokenizer)
     plan, held_out_share = plans(config.data, store, config.seed, config.train.batch_size)
     say("data", store.summary)
     say("", plan)
@@ -129,11 +144,18 @@ def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) ->
             held_out[chosen.name] = Rows(store, held_out_share)
             continue
         _say_files([source], say)
-        own = open_or_build([source], tokenizer)
+        own = _open([source], tokenizer)
         data = config.data.model_copy(update={"sources": [source], "eval_fraction": 0.0})
         held_out[chosen.name] = Rows(own, plans(data, own, config.seed, config.train.batch_size)[0])
         say("held out", f"{chosen.name}: {own.summary}")
     return Inputs(Rows(store, plan), held_out)
+
+
+def _open(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast) -> Store:
+    """The token store of the sources: one of the same content in every process."""
+    store = open_or_build(sources, tokenizer, progress=is_first())
+    require_same("the content of the data", store.folder.name)
+    return store
 
 
 def _say_files(sources: Iterable[SourceConfig], say: Say) -> None:
@@ -179,9 +201,13 @@ def _batches(rows: Rows, layout: Layout, batch_size: int) -> Iterator[Mapping[st
 
 
 def _place(layout: Layout, axes: tuple[str, ...], arrays: Arrays) -> Mapping[str, jax.Array]:
-    """Host arrays as global arrays of the layout."""
+    """Host arrays, of this host's rows with their whole length, as global arrays of the layout."""
     sharding = layout.sharding(*axes)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, array[..., layout.local(axes[-1], array.shape[-1])])
+
+    return {name: place(array) for name, array in arrays.items()}
 
 
 def records_of(loader: Loader[Any], batch: int) -> list[str]:

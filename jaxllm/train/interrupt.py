@@ -11,24 +11,39 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from jaxllm.core.distributed import Largest
+from jaxllm.core.watch import Watch
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
     """While active, SIGINT (Ctrl-C) and SIGTERM end the process at once, with 128 + the signal as its exit status.
 
-    Inside `graceful()`, the first one is noted in `signal` instead, and the second one ends the process. A thread of
+    Inside `graceful()`, the first one is noted instead, and the second one ends the process. A thread of
     its own acts on them: Python's own handlers wait while the main thread compiles, evaluates or copies.
+
+    Of several processes each may get a signal, and all stop by it at the same step; `watch`: over them. `signal` is
+    what they have agreed on.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, watch: Watch | None = None) -> None:
         self.signal: signal.Signals | None = None
         self._console = console
+        self._processes = watch
+        self._noted: signal.Signals | None = None
+        self._largest = Largest()
         self._graceful = False
         self._before: dict[signal.Signals, Any] = {}
 
     def stopped(self) -> bool:
-        """Whether the run was told to stop."""
+        """Whether the run was told to stop. Every process must ask equally often, and all get the same answer."""
+        if self._processes is not None:
+            self._processes.tick()
+        if self.signal is None and (agreed := self._largest(self._noted or 0)):
+            self.signal = signal.Signals(agreed)
+            if self._noted is None:
+                self._say(f"{self.signal.name} to another process: the run ends after this step and saves it")
         return self.signal is not None
 
     @contextmanager
@@ -39,6 +54,8 @@ class Interrupt:
             yield
         finally:
             self._graceful = False
+            if self._processes is not None:
+                self._processes.rest()
 
     def __enter__(self) -> "Interrupt":
         arrived, self._arrives = os.pipe()
@@ -64,17 +81,20 @@ class Interrupt:
         os.close(arrived)
 
     def _act(self, number: signal.Signals) -> None:
-        if not self._graceful or self.signal is not None:
+        if not self._graceful or self._noted is not None:
             self._end(number)
-        self.signal = number
-        self._console.print(
-            f"{number.name}: the run ends after this step and saves it; once more ends it at once",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._noted = number
+        if self._processes is None:
+            self.signal = number
+        self._say(f"{number.name}: the run ends after this step and saves it; once more ends it at once")
+
+    def _say(self, message: str) -> None:
+        self._console.print(message, highlight=False, soft_wrap=True)
 
     def _end(self, number: signal.Signals) -> NoReturn:
         self._console.show_cursor(True)
         message = "interrupted; the same command goes on from the newest checkpoint, if there is one"
+        if self._processes is not None:
+            self._processes.interrupted(number, message)
         print(f"\n{message}", file=sys.stderr, flush=True)
         os._exit(128 + number)

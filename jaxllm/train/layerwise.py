@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxllm.core import tree
 from jaxllm.models.base import LM
 from jaxllm.nn.loss import Losses, Objective
 from jaxllm.train.step import Batch, trained_tokens
@@ -43,7 +46,15 @@ class Layerwise:
 
     def block(self, layer: Mapping[str, jax.Array], x: jax.Array, micro: Batch) -> jax.Array:
         ctx = self.lm.batch_context(micro).of_layer(layer[INDEX])
-        return self.lm.block(self.nested(layer)["layers"], x, ctx)[0]
+        # Their gradients then lie as they do: else those of which only squares are taken would be summed whole.
+        laid_out = {name: jax.lax.with_sharding_constraint(layer[name], s) for name, s in self._of_a_layer.items()}
+        return self.lm.block(self.nested(laid_out)["layers"], x, ctx)[0]
+
+    @cached_property
+    def _of_a_layer(self) -> dict[str, NamedSharding]:
+        """How the parameters of one layer are laid out."""
+        layers, _ = layers_and_rest(tree.flatten(self.lm.shardings()))
+        return {name: NamedSharding(s.mesh, PartitionSpec(*s.spec[1:])) for name, s in layers.items()}
 
     def embed(self) -> jax.Array:
         """What the first layer is given, `[M, B, T, D]`."""

@@ -18,13 +18,14 @@ from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
-from jaxllm.nn.loss import CROSS_ENTROPY, Objective
+from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
-from jaxllm.peft.lisa import LisaPolicy
-from jaxllm.train.layerwise import INDEX, Layerwise, Leaves, layers_and_rest
+from jaxllm.peft.draws import LisaPolicy
+from jaxllm.train.layerwise import INDEX, Layerwise, Leaves, in_embedding, layers_and_rest
 from jaxllm.train.metrics import squares
+from jaxllm.train.pipeline import pass_through
 from jaxllm.train.rounding import apply_updates
-from jaxllm.train.state import TrainState
+from jaxllm.train.state import TrainState, laid_like
 from jaxllm.train.step import LAYERS, ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
 from jaxllm.train.sweep import layer_inputs, rows_sweep
 
@@ -73,17 +74,19 @@ class LisaOptimizer:
         return LisaState(tx.init(self.nested(rest)), self._fresh(tx, {name: a[:count] for name, a in layers.items()}))
 
     def shardings(self, params: Params, layout: Layout) -> LisaState:
-        """Where the state for abstract `params` lies: what is shaped like a parameter like it, the rest everywhere."""
+        """Where the state for abstract `params` lies: see `laid_like`; a layer's as in a stack of one."""
         tx = self.transform(lambda _: 0.0)
         layers, rest = (self.nested(leaves) for leaves in layers_and_rest(tree.flatten(params)))
         shapes = jax.eval_shape(self.init, params)
 
-        def place(shape: Any, param: Any, leading: int) -> Any:
-            if shape.shape[leading:] != param.shape[leading and 1 :]:
-                return layout.replicated
-            return param.sharding if not leading else _of_layer(param.sharding)
+        def place(shape: Any, param: Any, leading: bool) -> Any:
+            if not leading:
+                return laid_like(shape.shape, param)
+            sharding = laid_like(shape.shape[1:], _layer_of(param))
+            layers = param.sharding.spec[0] if self.draws.state == "keep" else None
+            return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(layers, *sharding.spec))
 
-        def of(state: Any, owners: Any, leading: int) -> Any:
+        def of(state: Any, owners: Any, leading: bool) -> Any:
             return optax.tree.map_params(
                 tx,
                 lambda shape, param: place(shape, param, leading),
@@ -92,7 +95,7 @@ class LisaOptimizer:
                 transform_non_params=lambda _: layout.replicated,
             )
 
-        return LisaState(of(shapes.rest, rest, 0), of(shapes.layers, layers, 2))
+        return LisaState(of(shapes.rest, rest, False), of(shapes.layers, layers, True))
 
     def update(
         self, grads: Leaves, state: Any, params: Leaves, step: jax.Array, rate: Any, rows: jax.Array
@@ -101,15 +104,10 @@ class LisaOptimizer:
         tx = self.transform(lambda _: rate)
         layers, rest = layers_and_rest(params)
         layer_grads, rest_grads = layers_and_rest(grads)
-        old_rest, old_layers = state
+        old_rest, old_layers = self.begun(state, params, step)
         kept = old_layers
         if self.draws.state == "keep":
             old_layers = jax.tree.map(lambda a: a[rows], old_layers)
-        else:
-            begins = step % self.draws.interval == 0
-            old_layers = _where(begins, self._fresh(tx, layers), old_layers)
-            if self.draws.state == "reset_all":
-                old_rest = _where(begins, tx.init(self.nested(rest)), old_rest)
         updates, new_rest = tx.update(self.nested(rest_grads), old_rest, self.nested(rest))
 
         def of_layer(grads: Params, state: Any, params: Params) -> Any:
@@ -120,6 +118,17 @@ class LisaOptimizer:
         if self.draws.state == "keep":
             new_layers = jax.tree.map(lambda all, new: all.at[rows].set(new), kept, new_layers)
         return {**tree.flatten(updates), **tree.flatten(layer_updates)}, LisaState(new_rest, new_layers)
+
+    def begun(self, state: Any, params: Leaves, step: jax.Array) -> LisaState:
+        """`state` before a step: where an interval begins, without what is reset. params: of what trains."""
+        if self.draws.state == "keep":
+            return state
+        tx, begins = self.transform(lambda _: 0.0), step % self.draws.interval == 0
+        layers, rest = layers_and_rest(params)
+        of_layers = _where(begins, self._fresh(tx, layers), state.layers)
+        if self.draws.state == "reset_body":
+            return LisaState(state.rest, of_layers)
+        return LisaState(_where(begins, tx.init(self.nested(rest)), state.rest), of_layers)
 
     def nested(self, leaves: Leaves) -> Params:
         """The parameter tree that has `leaves`, and None elsewhere."""
@@ -134,9 +143,11 @@ def _stacked(layer: Params) -> Params:
     return jax.tree.map(lambda a: a[None], layer)
 
 
-def _of_layer(sharding: Any) -> Any:
-    """The sharding of `[n, 1, …]` like that of a stack `[L, …]`."""
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, None, *sharding.spec[1:]))
+def _layer_of(stack: Any) -> jax.ShapeDtypeStruct:
+    """One layer of a stack `[L, …]`, as a stack of one."""
+    spec = jax.sharding.PartitionSpec(None, *stack.sharding.spec[1:])
+    sharding = jax.sharding.NamedSharding(stack.sharding.mesh, spec)
+    return jax.ShapeDtypeStruct((1, *stack.shape[1:]), stack.dtype, sharding=sharding)
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
@@ -156,7 +167,8 @@ def make_lisa_step(
     """A step with the arguments, results and metrics of `make_step`, in which some layers train.
 
     The forward pass keeps each layer's input; the backward pass computes each layer again, and takes the gradient of
-    the weights of those that train. `state.params` has all layers; the norms are of those that train.
+    the weights of those that train. `state.params` has all layers; the norms are of those that train. With a pipeline
+    any number of these may lie in a stage: all have room for the gradients and the optimizer state of all that train.
     """
     lm, draws = optimizer.lm, optimizer.draws
 
@@ -168,12 +180,14 @@ def make_lisa_step(
         drawn = dict(with_dropout(lm, batch, seed, state.step))
         model = Layerwise(lm, optimizer.nested, {**frozen_rest, **rest}, rest.keys(), drawn, objective)
 
-        inputs, output = layer_inputs(model.block, {**frozen_layers, **layers}, model.embed(), model.batch)
-        (losses, of_head), dx = model.head(output)
-        to_bottom = any(name.startswith("embed/") for name in rest)
-        grads, dx = rows_sweep(model.block, layers, frozen_layers, inputs, dx, model.batch, rows, to_bottom=to_bottom)
-        of_rest = {**of_head, **model.embed_gradients(dx, of_head)}
-        grads = {name: g.astype(at_least_float32(g.dtype)) for name, g in {**of_rest, **grads}.items()}
+        if lm.layout.stages > 1:
+            passed = pass_through(lm, state.params, state.frozen, model.batch, objective, rows=rows)
+            # Each of the rows has a gradient in the stage that it lies in, and zeros in the others.
+            of_rows = jax.tree.map(lambda g: jnp.sum(g, 0), passed.grads["layers"])
+            losses, grads = passed.losses, tree.flatten({**passed.grads, "layers": of_rows})
+        else:
+            losses, grads = _gradients(model, layers, frozen_layers, rows)
+        grads = {name: g.astype(at_least_float32(g.dtype)) for name, g in grads.items()}
         params = {**rest, **{name: a[rows] for name, a in layers.items()}}
 
         metrics = step_metrics(losses, squares(grads), squares(params), batch, schedule(state.step), objective)
@@ -193,3 +207,12 @@ def make_lisa_step(
         return TrainState(state.step + good, optimizer.nested({**rest, **layers}), state.frozen, opt_state), metrics
 
     return step
+
+
+def _gradients(model: Layerwise, layers: Leaves, frozen: Leaves, rows: jax.Array) -> tuple[Losses, Leaves]:
+    """The mean losses, and the gradients of what always trains and of `rows` of the layers, `[n, …]`."""
+    inputs, output = layer_inputs(model.block, {**frozen, **layers}, model.embed(), model.batch)
+    (losses, of_head), dx = model.head(output)
+    to_bottom = any(in_embedding(name) for name in model.trainable)
+    grads, dx = rows_sweep(model.block, layers, frozen, inputs, dx, model.batch, rows, to_bottom=to_bottom)
+    return losses, {**of_head, **model.embed_gradients(dx, of_head), **grads}

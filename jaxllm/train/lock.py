@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""One run at a time in a folder."""
 
 import errno
 import fcntl
@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from jaxllm.core.distributed import gather, is_first
 from jaxllm.core.errors import UserError
 
+SHOWN_AFTER_S = 30.0  # in which a network disk shows a new file to other hosts
 LOCK = "run.lock"
 
 
@@ -19,9 +21,35 @@ def owned(folder: Path) -> Iterator[None]:
     """Holds `folder`, which is made if it is not there, until the block ends or the process does, however it dies.
 
     The operating system's lock on a file is what counts, not that the file is there. A folder that was made and is
-    still empty at the end goes again. Raises UserError if another process holds it, or if it cannot be written.
+    still empty at the end goes again. Of a run of several processes, process 0 holds it for all. Raises UserError if
+    another run holds it, if it cannot be written, and in a process that does not see what process 0 writes.
     """
     folder = folder.absolute()
+    if is_first():
+        with _held(folder):
+            gather((folder / LOCK).read_text())
+            yield
+    else:
+        _check_shared(folder, gather("")[0])
+        yield
+
+
+def _check_shared(folder: Path, written: str) -> None:
+    deadline = time.monotonic() + SHOWN_AFTER_S
+    while True:
+        with suppress(OSError):
+            if (folder / LOCK).read_text() == written:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"output_dir {folder} on {socket.gethostname()} is another folder than that of process 0 "
+                f"({written.strip().partition(', ')[0]}); choose one on a disk that all hosts share"
+            )
+        time.sleep(0.1)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
     lock, made = folder / LOCK, [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,8 @@ def remedies(compiled: CompiledStep, config: Config, micro_batch_size: int) -> s
     if micro_batch_size > 1:
         activations.append(f"train.micro_batch_size: {micro_batch_size // 2} (now {micro_batch_size})")
     activations.append(f"data.seq_len: {config.data.seq_len // 2} (now {config.data.seq_len})")
-    if train.update == "ordinary" and train.compute_dtype != "float16" and config.mesh.pipeline == 1:
+    fits_fused = train.compute_dtype != "float16" and (config.mesh.pipeline == 1 or config.peft.draws is None)
+    if train.update == "ordinary" and fits_fused:
         activations.append("train.update: fused (the gradient of one layer at a time)")
     state.append("more devices on mesh.fsdp or mesh.tensor, which divide parameters and optimizer state")
     if config.optim.type == "adamw":

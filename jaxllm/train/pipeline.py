@@ -4,10 +4,16 @@
 section 2.2) as one program of all devices, see `models.pipeline`. In a tick each of p stages carries one micro-batch
 forward and another one backward, so that what waits for its backward pass are 2p − 1 micro-batches, however many there
 are. The backward pass is written by hand: it belongs to other micro-batches than the forward pass beside it.
+
+Interleaved (section 2.2.2 there), a stage has v chunks of layers, and in a tick it carries a micro-batch through one of
+them and another one back through one; 2vp − 1 of such passes wait. What the last stage gives then goes round to the
+first one, and its gradient the other way, but at the ends of the model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,68 +22,42 @@ from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
-from jaxllm.models.pipeline import STAGE_AXES, in_stages, of_stage, on_stages
+from jaxllm.models.pipeline import STAGE_AXES, in_stages, of_pass, of_stage, on_stages, out_of_stages
 from jaxllm.nn.context import Context
 from jaxllm.nn.loss import Losses, Objective
+from jaxllm.train.schedule import Schedule
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import BATCH_AXES, Batch, Gradient, trained_tokens
 from jaxllm.train.sweep import take
 
-Kept = Literal["layers", "stages"]
+V = TypeVar("V")
+
+Kept = Literal["layers", "stages", "all"]
 """What is kept of a micro-batch until its backward pass: the input of each layer, which is then computed once again;
-or that of each stage, which is computed again before each of its layers is."""
+or that of each stage, which is computed again before each of its layers is. All: the inputs of the layers, and the
+gradients of what the stages give, of every micro-batch and beyond its passes."""
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When p stages work on m micro-batches: warm_up ticks forward, steady ones forward and backward, and cool_down
-    ones backward."""
+class Passed(NamedTuple):
+    """What the passes of a batch leave behind.
 
-    stages: int
-    micro_batches: int
+    losses: the means. grads: of the trainable half, the layers in stages, or the rows of them. inputs: of the layers,
+    `[p, L/p, m, B, T, D]`, and dy: the gradients of what the stages give, `[p, m, B, T, D]`, where all is kept.
+    """
 
-    @property
-    def warm_up(self) -> int:
-        return self.stages - 1
-
-    @property
-    def steady(self) -> int:
-        return self.micro_batches
-
-    @property
-    def cool_down(self) -> int:
-        return self.stages - 1
-
-    @property
-    def bubble(self) -> float:
-        """The share of the time in which a stage waits: the passes of p − 1 micro-batches beside those of m."""
-        return self.warm_up / (self.warm_up + self.steady)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What a run's first line of metrics has of it."""
-        return {"perf/bubble": self.bubble} if self.stages > 1 else {}
-
-    def __str__(self) -> str:
-        return (
-            f"{self.stages} stages and {self.micro_batches} micro-batches: {self.warm_up} ticks forward, {self.steady} "
-            f"forward and backward, {self.cool_down} backward; each stage waits {self.bubble:.1%} of the time"
-        )
+    losses: Losses
+    grads: Params
+    inputs: jax.Array
+    dy: jax.Array
 
 
 def pipelined(kept: Kept = "layers") -> Gradient:
     """The gradient by a pipeline over the stages of the model's layout; micro-batches are those of the batch."""
 
     def gradient(lm: LM, state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
-        trained, layers = trained_tokens(batch), lm.config.num_hidden_layers
-
-        def staged(params: Params, index: jax.Array | None) -> Params:
-            return {**params, "layers": in_stages({"params": params["layers"], "index": index}, lm.layout)}
-
-        halves = staged(state.params, None), staged(state.frozen, jnp.arange(layers))
         factor = 1 if state.loss_scale is None else state.loss_scale.scale
-        losses, grads = _Pipeline(lm, dict(batch), *halves, objective, trained, factor, kept).gradient()
-        grads["layers"] = jax.tree.map(lambda g: g.reshape(layers, *g.shape[2:]), grads["layers"]["params"])
+        losses, grads, *_ = pass_through(lm, state.params, state.frozen, batch, objective, kept, factor)
+        grads["layers"] = out_of_stages(grads["layers"])
         shardings = tree.flatten(lm.shardings())
         grads = tree.map_with_path(lambda path, g: jax.lax.with_sharding_constraint(g, shardings[path]), grads)
         return losses, grads
@@ -85,12 +65,38 @@ def pipelined(kept: Kept = "layers") -> Gradient:
     return gradient
 
 
+def pass_through(
+    lm: LM,
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    objective: Objective,
+    kept: Kept = "layers",
+    factor: Any = 1,
+    rows: jax.Array | None = None,
+) -> Passed:
+    """Every micro-batch forward and backward through the stages of the model's layout.
+
+    trainable, frozen: the two halves of the parameters; no gradient is taken of what is frozen. factor: of the
+    objective. rows: `[n]` int32, the layers that train, in rising order, any of which may fall to a stage; None = all.
+    They may be traced, so that others need no other program, and a layer that is none of them has no gradient of
+    weights. In a tick each stage waits for the one with most of them, and has room for the gradients of all.
+    """
+
+    def staged(params: Params, index: jax.Array | None) -> Params:
+        return {**params, "layers": in_stages({"params": params["layers"], "index": index}, lm.layout)}
+
+    halves = staged(trainable, None), staged(frozen, jnp.asarray(lm.layer_order))
+    passed = _Pipeline(lm, dict(batch), *halves, objective, trained_tokens(batch), factor, kept, rows).passed()
+    return passed._replace(grads={**passed.grads, "layers": passed.grads["layers"]["params"]})
+
+
 @dataclass(frozen=True)
 class _Pipeline:
     """A batch on its way through the model.
 
     batch: arrays `[m, B, T]`. trainable, frozen: the two halves of the parameters, those of the layers in
-    stages. trained: the batch's trained tokens. factor: of the objective. kept: see `Kept`.
+    stages. trained: the batch's trained tokens. factor: of the objective. kept: see `Kept`. rows: see `pass_through`.
     """
 
     lm: LM
@@ -101,6 +107,7 @@ class _Pipeline:
     trained: jax.Array
     factor: Any
     kept: Kept
+    rows: jax.Array | None = None
 
     # What is done to one micro-batch
 
@@ -116,18 +123,28 @@ class _Pipeline:
         means = jax.tree.map(lambda total: total / self.trained, sums)
         return means.objective * self.factor, means
 
-    def forward_stage(self, layers: Params, frozen: Params, x: jax.Array, micro: Batch) -> tuple[jax.Array, jax.Array]:
-        """One stage: `(its output, what is kept)`."""
+    def forward_stage(
+        self, chunk: Any, layers: Params, frozen: Params, x: jax.Array, micro: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        """A chunk of one stage: `(its output, what is kept)`."""
+        y, inputs = self.run_stage(chunk, layers, frozen, x, micro)
+        return y, x[None] if self.kept == "stages" else inputs
+
+    def run_stage(
+        self, chunk: Any, layers: Params, frozen: Params, x: jax.Array, micro: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        """`(the output of a chunk of one stage, the inputs of its layers [L/pv, B, T, D])`."""
         ctx = self.lm.batch_context(micro)
 
-        def body(x: jax.Array, layer: tuple[Params, Params]) -> tuple[jax.Array, jax.Array]:
-            return self.block(*layer, x, ctx), x
+        # The layers are not scanned over: of all stages at a time that would be a transposition of their weights.
+        def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self.block(take(layers, i), take(frozen, i), x, ctx), x
 
-        y, inputs = jax.lax.scan(body, x, (layers, frozen))
-        return y, inputs if self.kept == "layers" else x
+        return jax.lax.scan(body, x, chunk * self.depth + jnp.arange(self.depth))
 
     def backward_stage(
         self,
+        chunk: Any,
         layers: Params,
         frozen: Params,
         totals: Params,
@@ -136,17 +153,17 @@ class _Pipeline:
         counts: jax.Array,
         dy: jax.Array,
     ) -> tuple[Params, jax.Array]:
-        """One stage: its gradients added to `totals` if it `counts`, layer by layer; and that of its input."""
+        """A chunk of one stage: its gradients added to `totals` if it `counts`, layer by layer; and that of its
+        input."""
         ctx = self.lm.batch_context(micro)
-        inputs = kept
-        if self.kept == "stages":
-            _, inputs = jax.lax.scan(lambda x, layer: (self.block(*layer, x, ctx), x), kept, (layers, frozen))
+        inputs = self.run_stage(chunk, layers, frozen, kept[0], micro)[1] if self.kept == "stages" else kept
 
         def body(k: jax.Array, carry: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
             totals, dx = carry
-            i = inputs.shape[0] - 1 - k
+            of_chunk = self.depth - 1 - k
+            i = chunk * self.depth + of_chunk
             of_frozen = take(frozen, i)
-            _, vjp = jax.vjp(lambda layer, x: self.block(layer, of_frozen, x, ctx), take(layers, i), inputs[i])
+            _, vjp = jax.vjp(lambda layer, x: self.block(layer, of_frozen, x, ctx), take(layers, i), inputs[of_chunk])
             grads, dx = vjp(dx)
 
             def add(total: jax.Array, grad: jax.Array) -> jax.Array:
@@ -156,7 +173,45 @@ class _Pipeline:
 
             return jax.tree.map(add, totals, grads), dx
 
-        return jax.lax.fori_loop(0, inputs.shape[0], body, (totals, dy))
+        return jax.lax.fori_loop(0, self.depth, body, (totals, dy))
+
+    def backward_rows(
+        self,
+        most: jax.Array,
+        layers: Params,
+        frozen: Params,
+        totals: Params,
+        inputs: jax.Array,
+        micro: Batch,
+        counts: jax.Array,
+        dy: jax.Array,
+        first: jax.Array,
+        count: jax.Array,
+    ) -> tuple[Params, jax.Array]:
+        """`backward_stage` with the gradients of those layers alone that train, `rows[first : first + count]`.
+
+        totals: `[n, …]`, one for each of the rows. most: what is counted at most in a stage.
+        """
+        ctx, rows = self.lm.batch_context(micro), self.rows
+        assert rows is not None
+
+        def down(dx: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+            _, vjp = jax.vjp(lambda x: self.block(take(layers, i), take(frozen, i), x, ctx), inputs[i])
+            return vjp(dx)[0], dx
+
+        dx, of_outputs = jax.lax.scan(down, dy, jnp.arange(inputs.shape[0]), reverse=True)
+
+        def of_row(k: jax.Array, totals: Params) -> Params:
+            slot = jnp.minimum(first + k, rows.shape[0] - 1)
+            i = jnp.clip(rows[slot] - frozen["index"][0], 0, inputs.shape[0] - 1)
+            _, vjp = jax.vjp(lambda layer: self.block(layer, take(frozen, i), inputs[i], ctx), take(layers, i))
+
+            def add(total: jax.Array, grad: jax.Array) -> jax.Array:
+                return total.at[slot].add(jnp.where(counts & (k < count), grad, 0).astype(total.dtype))
+
+            return jax.tree.map(add, totals, vjp(of_outputs[i])[0])
+
+        return jax.lax.fori_loop(0, most, of_row, totals), dx
 
     def block(self, layer: Params, frozen: Params, x: jax.Array, ctx: Context) -> jax.Array:
         whole = tree.combine(layer, frozen)
@@ -165,76 +220,157 @@ class _Pipeline:
     # What happens in a tick
 
     def forward(self, t: jax.Array, x: jax.Array, ring: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Stage s carries micro-batch t − s forward: `(the stages' outputs, the ring with what is kept)`."""
+        """Stage s makes its pass number t − s: `(the stages' outputs, the ring with what is kept)`."""
         layout, stages = self.lm.layout, jnp.arange(self.lm.layout.stages)
-        first = self.embed(self.read_by_embedding, take(self.batch, jnp.minimum(t, self.micro_batches - 1)))
-        x = layout.constrain(jnp.where(of_stage(0, x), first, x), *STAGE_AXES)
-        run = on_stages(self.forward_stage, layout)
-        y, kept = run(self.trainable["layers"], self.frozen["layers"], x, self.micro_of_stages(t - stages))
-        return layout.constrain(y, *STAGE_AXES), jax.lax.dynamic_update_index_in_dim(ring, kept, t % ring.shape[1], 1)
+        chunks, micro = self.of_pass(t - stages)
 
-    def backward(self, t: jax.Array, dy: jax.Array, ring: jax.Array, totals: Params) -> tuple[jax.Array, Params]:
-        """Stage s carries micro-batch t − 2(p − 1) + s backward: `(the gradients of the inputs, totals)`."""
+        def embedded() -> jax.Array:
+            read = take(self.batch, jnp.minimum(micro[0], self.micro_batches - 1))
+            return jnp.where(of_stage(0, x), self.embed(self.read_by_embedding, read), x)
+
+        x = layout.constrain(self.where(chunks[0] == 0, embedded, lambda: x), *STAGE_AXES)
+        args = (self.trainable["layers"], self.frozen["layers"], x, self.micro_of_stages(micro))
+        y, kept = self.on_chunks(self.forward_stage, chunks, *args)
+        if self.kept == "all":
+            ring = self.noted(ring, kept, micro)
+        else:
+            ring = jax.lax.dynamic_update_index_in_dim(ring, kept, t % ring.shape[2], 2)
+        return layout.constrain(y, *STAGE_AXES), ring
+
+    def backward(
+        self, t: jax.Array, dy: jax.Array, ring: jax.Array, totals: Params, noted: jax.Array
+    ) -> tuple[jax.Array, Params, jax.Array]:
+        """Stage s makes its pass back number t − vp − p + 2 + s: `(the gradients of the inputs, totals, noted)`."""
         layout, stages = self.lm.layout, jnp.arange(self.lm.layout.stages)
-        micro = t - 2 * stages[-1] + stages
-        slots = (micro + stages) % ring.shape[1]  # by the tick of its forward pass
-        kept = jax.vmap(lambda ring, slot: jax.lax.dynamic_index_in_dim(ring, slot, keepdims=False))(ring, slots)
-        counts = (micro >= 0) & (micro < self.micro_batches)
-        run = on_stages(self.backward_stage, layout)
-        halves = self.trainable["layers"], self.frozen["layers"]
-        of_layers, dx = run(*halves, totals["layers"], kept, self.micro_of_stages(micro), counts, dy)
+        passes = t - self.ticks.warm_up - stages[-1] + stages
+        chunks, micro = self.of_pass(passes)
+        chunks = self.lm.virtual_stages - 1 - chunks
+        works = (passes >= 0) & (passes < self.ticks.work)
+        if self.kept == "all":
+            noted = self.noted(noted, dy[:, None], micro)
+            slots = jnp.clip(micro, 0, self.micro_batches - 1)
+        else:
+            slots = (self.number_of(chunks, micro) + stages) % ring.shape[2]  # by the tick of its forward pass
+        kept = jax.vmap(lambda ring, slot: jax.lax.dynamic_index_in_dim(ring, slot, 1, keepdims=False))(ring, slots)
+        args = (self.trainable["layers"], self.frozen["layers"], totals["layers"], kept)
+        args = (*args, self.micro_of_stages(micro), works, dy)
+        if self.rows is None:
+            of_layers, dx = self.on_chunks(self.backward_stage, chunks, *args)
+        else:
+            depth = self.frozen["layers"]["index"].shape[1]
+            bounds = jnp.searchsorted(self.rows, depth * jnp.arange(layout.stages + 1, dtype=self.rows.dtype))
+            count = jnp.diff(bounds)
+            run = on_stages(partial(self.backward_rows, jnp.max(count)), layout)
+            of_layers, dx = run(*args, bounds[:-1], count)
         totals = {**totals, "layers": of_layers}
         dx = layout.constrain(dx, *STAGE_AXES)
         if jax.tree.leaves(self.read_by_embedding):
-            read = take(self.batch, jnp.clip(micro[0], 0, self.micro_batches - 1))
-            _, vjp = jax.vjp(lambda leaves: self.embed(leaves, read), self.read_by_embedding)
-            totals = _added(totals, vjp(jnp.where(counts[0], dx[0], 0))[0])
-        return dx, totals
 
-    def gradient(self) -> tuple[Losses, Params]:
-        """The mean losses, and the gradients in the form of `trainable`."""
-        layout = self.lm.layout
+            def with_embedding() -> Params:
+                read = take(self.batch, jnp.clip(micro[0], 0, self.micro_batches - 1))
+                _, vjp = jax.vjp(lambda leaves: self.embed(leaves, read), self.read_by_embedding)
+                return _added(totals, vjp(jnp.where(works[0], dx[0], 0))[0])
+
+            totals = self.where(chunks[0] == 0, with_embedding, lambda: totals)
+        return dx, totals, noted
+
+    def noted(self, store: jax.Array, new: jax.Array, micro: jax.Array) -> jax.Array:
+        """store `[p, n, m, …]` with what a stage has of its micro-batch, new `[p, n, …]`; micro `[p]` int32."""
+        # One that does not exist has no place, and what a bubble computes is dropped.
+        places = jnp.where(micro < 0, self.micro_batches, micro)
+        return jax.vmap(lambda store, new, place: store.at[:, place].set(new, mode="drop"))(store, new, places)
+
+    def passed(self) -> Passed:
+        """The mean losses, the gradients in the form of `trainable`, and what is kept."""
+        layout, ticks = self.lm.layout, self.ticks
         last = layout.stages - 1
         first = self.embed(self.read_by_embedding, take(self.batch, jnp.int32(0)))
         x = layout.constrain(jnp.broadcast_to(first, (layout.stages, *first.shape)), *STAGE_AXES)
-        depth = self.frozen["layers"]["index"].shape[1:] if self.kept == "layers" else ()
-        ring = jnp.zeros((layout.stages, 2 * last + 1, *depth, *first.shape), first.dtype)
-        ring = layout.constrain(ring, STAGE_AXES[0], *[None] * (1 + len(depth)), *STAGE_AXES[1:])
-        totals = jax.tree.map(lambda a: jnp.zeros_like(a, at_least_float32(a.dtype)), self.trainable)
+
+        def room(depth: int, slots: int) -> jax.Array:
+            zeros = jnp.zeros((layout.stages, depth, slots, *first.shape), first.dtype)
+            return layout.constrain(zeros, STAGE_AXES[0], None, None, *STAGE_AXES[1:])
+
+        depth = 1 if self.kept == "stages" else self.depth
+        ring = room(depth, self.micro_batches if self.kept == "all" else 2 * ticks.warm_up + 1)
+        noted = room(1, self.micro_batches if self.kept == "all" else 0)
+        totals = self.zeros()
 
         def warm_up(t: jax.Array, carry: Any) -> Any:
             y, ring = self.forward(t, *carry)
             return jnp.roll(y, 1, 0), ring
 
         def steady(t: jax.Array, carry: Any) -> Any:
-            x, dy, ring, totals, losses = carry
+            x, dy, ring, totals, noted, losses = carry
             y, ring = self.forward(t, x, ring)
-            micro = take(self.batch, t - last)
-            loss = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
-            (_, means), (of_head, dlast) = loss(self.read_by_head, y[-1], micro)
-            dy = layout.constrain(jnp.where(of_stage(last, dy), dlast, dy), *STAGE_AXES)
-            dx, totals = self.backward(t, dy, ring, _added(totals, of_head))
-            return jnp.roll(y, 1, 0), jnp.roll(dx, -1, 0), ring, totals, jax.tree.map(jnp.add, losses, means)
+            chunk, micro = self.of_pass(t - last)
+
+            def with_loss() -> tuple[jax.Array, Params, Losses]:
+                loss = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
+                (_, means), (of_head, dlast) = loss(self.read_by_head, y[-1], take(self.batch, micro))
+                of_last = layout.constrain(jnp.where(of_stage(last, dy), dlast, dy), *STAGE_AXES)
+                return of_last, _added(totals, of_head), jax.tree.map(jnp.add, losses, means)
+
+            is_last = chunk == self.lm.virtual_stages - 1
+            dy, totals, losses = self.where(is_last, with_loss, lambda: (dy, totals, losses))
+            dx, totals, noted = self.backward(t, dy, ring, totals, noted)
+            return jnp.roll(y, 1, 0), jnp.roll(dx, -1, 0), ring, totals, noted, losses
 
         def cool_down(t: jax.Array, carry: Any) -> Any:
-            dy, ring, totals = carry
-            dx, totals = self.backward(t, dy, ring, totals)
-            return jnp.roll(dx, -1, 0), ring, totals
+            dy, ring, totals, noted = carry
+            dx, totals, noted = self.backward(t, dy, ring, totals, noted)
+            return jnp.roll(dx, -1, 0), ring, totals, noted
 
-        ticks = Schedule(layout.stages, self.micro_batches)
         x, ring = jax.lax.fori_loop(0, ticks.warm_up, warm_up, (x, ring))
         zero = jnp.zeros((), at_least_float32(first.dtype))
-        carry = (x, jnp.zeros_like(x), ring, totals, Losses(zero, zero, zero))
+        carry = (x, jnp.zeros_like(x), ring, totals, noted, Losses(zero, zero, zero))
         start, end = ticks.warm_up, ticks.warm_up + ticks.steady
-        _, dy, ring, totals, losses = jax.lax.fori_loop(start, end, steady, carry)
-        _, _, totals = jax.lax.fori_loop(end, end + ticks.cool_down, cool_down, (dy, ring, totals))
-        return losses, totals
+        _, *carry, losses = jax.lax.fori_loop(start, end, steady, carry)
+        _, ring, totals, noted = jax.lax.fori_loop(end, end + ticks.cool_down, cool_down, tuple(carry))
+        return Passed(losses, totals, ring, noted[:, 0])
+
+    def zeros(self) -> Params:
+        """What the gradients are added to."""
+
+        def rows_of(a: jax.Array) -> jax.Array:
+            return a if self.rows is None else jnp.broadcast_to(a[:, :1], (len(a), len(self.rows), *a.shape[2:]))
+
+        like = {**self.trainable, "layers": jax.tree.map(rows_of, self.trainable["layers"])}
+        return jax.tree.map(lambda a: jnp.zeros_like(a, at_least_float32(a.dtype)), like)
 
     # Which parts of the model and the batch are read
 
     @property
     def micro_batches(self) -> int:
         return self.batch["tokens"].shape[0]
+
+    @property
+    def ticks(self) -> Schedule:
+        return Schedule(self.lm.layout.stages, self.micro_batches, virtual=self.lm.virtual_stages)
+
+    @property
+    def depth(self) -> int:
+        """The layers of a chunk."""
+        return self.frozen["layers"]["index"].shape[-1] // self.lm.virtual_stages
+
+    def of_pass(self, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`(chunk, micro-batch)` of a stage's pass number u."""
+        return of_pass(u, self.lm.layout.stages, self.lm.virtual_stages)
+
+    def number_of(self, chunk: jax.Array, micro: jax.Array) -> jax.Array:
+        """The inverse of `of_pass`."""
+        stages = self.lm.layout.stages
+        return (micro // stages * self.lm.virtual_stages + chunk) * stages + micro % stages
+
+    def on_chunks(self, f: Any, chunks: jax.Array, *args: Any) -> Any:
+        """`f(chunk, …)` of all stages. Where there is one chunk, its layers are at the same places in each."""
+        if self.lm.virtual_stages == 1:
+            return on_stages(partial(f, 0), self.lm.layout)(*args)
+        return on_stages(f, self.lm.layout)(chunks, *args)
+
+    def where(self, is_end: jax.Array, then: Callable[[], V], otherwise: Callable[[], V]) -> V:
+        """`then()` at an end of the model, which all passes are at where a stage has one chunk."""
+        return then() if self.lm.virtual_stages == 1 else jax.lax.cond(is_end, then, otherwise)
 
     @property
     def read_by_embedding(self) -> Params:

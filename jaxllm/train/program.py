@@ -6,14 +6,18 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from jaxllm.core import tree
+from jaxllm.core.layers import rearranged
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
+from jaxllm.models.layout import check_chunks
 from jaxllm.optim.build import at_rate, build
 from jaxllm.optim.wrappers import scale_updates
-from jaxllm.peft.lisa import Lisa
+from jaxllm.peft.adalora import AdaLora
+from jaxllm.train.adalora import reallocating
 from jaxllm.train.config import Config
 from jaxllm.train.lisa import Draws, LisaOptimizer
 from jaxllm.train.state import TrainState, abstract_state, new_state
@@ -38,13 +42,19 @@ class Program:
     def of(config: Config, lm: LM, steps: int) -> "Program":
         """The program of a run of `steps` steps. Raises UserError for a schedule that does not fit them."""
         lm = config.peft.add(replace(lm, dropout=config.train.dropout))
+        lm = replace(lm, quantization=config.quantization, virtual_stages=config.train.virtual_stages)
+        check_chunks(lm)
         tx, schedule = build(config.optim, steps, lm.padded)
         tx = scale_updates(tx, config.peft.rates())
-        if isinstance(config.peft, Lisa):
-            draws = Draws(config.peft.active_layers, config.peft.interval, config.seed, config.peft.state)
-            tx = LisaOptimizer(lm, lambda rate: at_rate(config.optim, rate, lm.padded), draws)
+        if isinstance(config.peft, AdaLora):
+            tx = reallocating(tx, config.peft, lm, steps)
+        if chosen := config.peft.draws:
+            draws = Draws(chosen.active_layers, chosen.interval, config.seed, chosen.state)
+            rates = config.peft.rates()
+            tx = LisaOptimizer(lm, lambda rate: scale_updates(at_rate(config.optim, rate, lm.padded), rates), draws)
         params, trainable = lm.abstract(), config.peft.mask(lm)
-        state = abstract_state(params, trainable, tx, lm.layout, scale_loss=config.train.scales_loss())
+        how = dict(scale_loss=config.train.scales_loss(), scattered=config.train.shard_optimizer)
+        state = abstract_state(params, trainable, tx, lm.layout, **how)
         return Program(config, lm, tx, schedule, trainable, state)
 
     def batch(self, width: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -53,7 +63,9 @@ class Program:
 
     def compile(self, widths: Sequence[int], options: Mapping[str, Any] | None = None) -> CompiledStep:
         """The compiled step for rows of any of `widths`. options: the compiler's."""
-        step = self.config.train.step(self.lm, self.tx, self.schedule, self.config.seed, self.config.curvature())
+        config = self.config
+        how = (config.seed, config.curvature(), config.peft.penalty(self.lm))
+        step = config.train.step(self.lm, self.tx, self.schedule, *how)
         return compile_steps(step, self.state, [self.batch(width) for width in widths], self.lm.layout, options)
 
     def weights(self, state: TrainState) -> Params:
@@ -75,4 +87,13 @@ class Program:
             return new_state(params, self.trainable, self.tx, scale_loss=self.config.train.scales_loss())
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return jax.jit(first, out_shardings=shardings, donate_argnums=0)(params)
+        return self.arranged(jax.jit(first, out_shardings=shardings, donate_argnums=0)(params))
+
+    def arranged(self, state: TrainState) -> TrainState:
+        """A state whose layers are one behind the other, in the order in which the stages have them. Its buffers are
+        given up."""
+        return rearranged(state, self.lm.layer_order)
+
+    def exported(self, state: TrainState) -> Params:
+        """`weights`, of layers that are one behind the other. The buffers of `state` are given up."""
+        return rearranged(self.weights(state), np.argsort(self.lm.layer_order))

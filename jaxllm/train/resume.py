@@ -15,10 +15,12 @@ from jaxllm.checkpoint.integrity import find_damage
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
 from jaxllm.convert.load import RESOLVED, RUN_CHECKPOINTS, RUN_MODEL
 from jaxllm.core.config import Section, load
+from jaxllm.core.distributed import is_first
 from jaxllm.core.errors import UserError
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
 from jaxllm.optim.build import build
+from jaxllm.peft.adalora import AdaLora
 from jaxllm.train.changes import Change, Rule, changes, harmless
 from jaxllm.train.config import Config
 from jaxllm.train.folder import first_of
@@ -63,7 +65,7 @@ class Resume:
         The damaged checkpoints are renamed to `<step>.damaged`.
         """
         state = self.checkpoint.restore(shapes)
-        for damaged in self.damaged:
+        for damaged in self.damaged if is_first() else ():
             names = (f"{damaged.step}.damaged{again}" for again in ("", *(f".{i}" for i in range(2, 1000))))
             damaged.folder.rename(next(path for name in names if not (path := damaged.parent / name).exists()))
         return state
@@ -92,9 +94,12 @@ class Resume:
         schedules = (build(config.optim, count)[1] for count in (self.facts.steps, steps))
         was, now = (float(np.asarray(schedule(self.facts.step))) for schedule in schedules)
         effect = "stays" if was == now else f"is {now:.3g} instead of {was:.3g}"
+        ending = "does its learning rate schedule"
+        if isinstance(config.peft, AdaLora):
+            ending = "do its learning rate schedule and the budget of adalora"
         return [
-            f"the run ends at step {steps} instead of {self.facts.steps}, and so does its learning rate schedule: "
-            f"the rate after step {self.facts.step} {effect}"
+            f"the run ends at step {steps} instead of {self.facts.steps}, and so {ending}: the rate after step "
+            f"{self.facts.step} {effect}"
         ]
 
     def _changed(self, what: str) -> str:

@@ -20,6 +20,7 @@ from jaxllm.checkpoint.writer import CheckpointWriter
 from jaxllm.convert.load import RUN_CHECKPOINTS, RUN_MODEL
 from jaxllm.core import hub
 from jaxllm.core.cache import programs_read
+from jaxllm.core.distributed import is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.data.loader import State
@@ -28,8 +29,8 @@ from jaxllm.hf.export import check_replaceable
 from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.models.stack import check_offload
 from jaxllm.peft.base import describe
-from jaxllm.train.config import Config, PretrainedModel
-from jaxllm.train.determinism import describe_options, deterministic_options
+from jaxllm.train.compiler import compiler_options, describe_determinism, describe_options
+from jaxllm.train.config import Config
 from jaxllm.train.folder import METRICS, prepare
 from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, saying, training_loader
 from jaxllm.train.interrupt import Interrupt
@@ -37,9 +38,10 @@ from jaxllm.train.lock import owned
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
 from jaxllm.train.metrics import flops_per_token, peak_flops
-from jaxllm.train.pipeline import Schedule
+from jaxllm.train.model_config import PretrainedModel
 from jaxllm.train.program import Program
 from jaxllm.train.resume import Facts, find_resume
+from jaxllm.train.step import check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,11 +63,13 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
 
     say = saying(console)
     resume = find_resume(config)
+    require_same("where the run goes on from", resume)
     layout = Layout.of(config.mesh, devices)
     micro_batches, micro_batch = config.train.accumulation(layout)
+    check_length(config.data.seq_len, layout)
     check_offload(config.train.remat, layout.mesh.local_devices[0])
     say("devices", layout)
-    ticks = Schedule(layout.stages, micro_batches)
+    ticks = config.train.ticks(layout)
     if layout.stages > 1:
         say("pipeline", ticks)
 
@@ -74,6 +78,8 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     say("model", f"{lm.config.type} with {lm.parameter_count():,} parameters, computing in {lm.compute_dtype}")
     if (name := hub.shown(model.folder)) != str(model.folder):
         say("", f"from {name}")
+    if config.quantization is not None:
+        say("", f"the matrices of its layers are stored in {config.quantization}")
     if config.peft.type != "full":
         say("peft", describe(config.peft, lm))
     if lm.layout.rules != layout.rules:
@@ -102,9 +108,10 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
 
     program = Program.of(config, lm, steps)
     say("rate", config.optim.schedule.describe(config.optim.learning_rate, steps))
-    options = deterministic_options(folder, layout.platform) if config.train.deterministic else None
-    if options is not None:
-        say("same bits", describe_options(options))
+    if options := compiler_options(config.train, program.lm, folder):
+        say("xla", describe_options(options))
+    if config.train.deterministic:
+        say("same bits", describe_determinism(folder, layout.platform))
     with console.status("compiling the training step"), programs_read() as read:
         compiled = program.compile(plan.widths, options)
     limit = device_bytes(lm.layout.mesh.local_devices[0])
@@ -117,7 +124,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     with ExitStack() as open_things:
         open_things.enter_context(_clear_errors(folder, lambda: out_of_memory(compiled, config, per_device, limit)))
         if resume:
-            state, facts = resume.restore(program.state), resume.facts
+            state, facts = program.arranged(resume.restore(program.state)), resume.facts
             say("resuming", f"from {resume}, {steps - facts.step} of {steps} steps to go")
         else:
             state = program.start(model.load())
@@ -142,9 +149,10 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
 
         open_things.enter_context(interrupt.graceful())
         resumed_at = start if resume else None
-        chosen = [open_things.enter_context(closing(c.open(folder, resumed_at))) for c in config.callbacks]
+        own = config.callbacks if is_first() else ()
+        chosen = [open_things.enter_context(closing(c.open(folder, resumed_at))) for c in own]
         metrics = open_things.enter_context(closing(MetricsFile(folder / METRICS, resumed_at, chosen)))
-        checkpoints = CheckpointWriter(folder / RUN_CHECKPOINTS, config.checkpoint)
+        checkpoints = CheckpointWriter(folder / RUN_CHECKPOINTS, config.checkpoint, program.lm.layer_order)
         save = open_things.enter_context(closing(Save(checkpoints, config.checkpoint, facts_at, metrics)))
         evaluate = Evaluate(
             Perplexity(program.lm), program.weights, sets, metrics, console, last=steps, stop=interrupt.stopped
@@ -190,7 +198,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         return 128 + interrupt.signal
     base = config.model.path if isinstance(config.model, PretrainedModel) else None
     exported = folder / config.peft.exported_to
-    config.peft.export(program.lm, program.weights(state), exported, model_folder=folder / RUN_MODEL, base=base)
+    config.peft.export(program.lm.plain, program.exported(state), exported, model_folder=folder / RUN_MODEL, base=base)
     for name, results in evaluate.history.items():
         said = ", ".join(f"{result.loss:.4f} at step {at}" for at, result in (results[0], results[-1]))
         say("held out", f"{name}: loss {said}")

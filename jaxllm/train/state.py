@@ -1,12 +1,14 @@
 """What a training step carries, and what a finished one tells."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core import tree
 from jaxllm.core.mesh import Layout
@@ -47,6 +49,9 @@ class StatefulUpdate(Protocol):
         """Where the state for abstract `params` lies: a tree like it."""
         ...
 
+
+REPLICAS = "data"
+"""The mesh axis of groups of devices that differ in their sequences alone."""
 
 Optimizer = optax.GradientTransformation | StatefulUpdate
 
@@ -90,27 +95,27 @@ def new_state(params: Params, trainable: Any, tx: Optimizer, *, scale_loss: bool
 
 
 def abstract_state(
-    params: Params, trainable: Any, tx: Optimizer, layout: Layout, *, scale_loss: bool = False
+    params: Params, trainable: Any, tx: Optimizer, layout: Layout, *, scale_loss: bool = False, scattered: bool = False
 ) -> TrainState:
     """Shapes, dtypes and shardings of `new_state`, for abstract `params` that have shardings.
 
-    A leaf of the optimizer's state that is shaped like its parameter is laid out like it, any other one is held
-    whole by every device.
+    A leaf of the optimizer's state lies where its parameter does, see `laid_like`; what belongs to no parameter is held
+    by every device. scattered: of optax's transforms, each replica holds a part of such leaves, see `over_replicas`.
     """
     shapes = jax.eval_shape(lambda params: new_state(params, trainable, tx, scale_loss=scale_loss), params)
 
     def place(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def like_parameter(leaf: jax.ShapeDtypeStruct, param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        same = leaf.shape == param.shape
-        return place(leaf, param.sharding if same else layout.replicated)
+    def beside(leaf: jax.ShapeDtypeStruct, param: Any) -> jax.ShapeDtypeStruct:
+        sharding = laid_like(leaf.shape, param)
+        return place(leaf, over_replicas(sharding, leaf.shape) if scattered else sharding)
 
     chosen, frozen = tree.partition(params, trainable)
     if isinstance(tx, optax.GradientTransformation):
         opt_state = optax.tree.map_params(
             tx,
-            like_parameter,
+            beside,
             shapes.opt_state,
             chosen,
             transform_non_params=lambda leaf: place(leaf, layout.replicated),
@@ -119,3 +124,38 @@ def abstract_state(
         opt_state = jax.tree.map(place, shapes.opt_state, tx.shardings(chosen, layout))
     step, loss_scale = jax.tree.map(lambda leaf: place(leaf, layout.replicated), (shapes.step, shapes.loss_scale))
     return TrainState(step, chosen, frozen, opt_state, loss_scale)
+
+
+def laid_like(shape: tuple[int, ...], param: Any) -> NamedSharding:
+    """Where an array `shape` of the state of `param` lies: each axis as an axis of the parameter that is as long.
+
+    So moments lie as the parameter, and those of a projection along the axis that they share with it. Statistics that
+    have fewer axes are small, and every device holds them.
+    """
+    mesh = param.sharding.mesh
+    if len(shape) != param.ndim:
+        return NamedSharding(mesh, PartitionSpec())
+    spec = (*param.sharding.spec, *(None,) * param.ndim)
+    moved = [axis for axis, size in enumerate(param.shape) if size != shape[axis]]
+    laid = []
+    for axis, size in enumerate(shape):
+        like = axis if axis not in moved else next((other for other in moved if param.shape[other] == size), None)
+        laid.append(None if like is None or spec[like] in laid else spec[like])
+    return NamedSharding(mesh, PartitionSpec(*laid))
+
+
+def over_replicas(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """`sharding`, with the first dimension that divides split over the replicas as well: ZeRO's stage 1 (Rajbhandari et
+    al., arXiv 1910.02054, section 5) for the gradient and the optimizer's state of a parameter of this shape.
+
+    As it is, where no dimension divides or the replicas are split already.
+    """
+    mesh = sharding.mesh
+    axes = [part if isinstance(part, tuple) else (part,) if part else () for part in sharding.spec]
+    axes += [()] * (len(shape) - len(axes))
+    if mesh.shape[REPLICAS] == 1 or any(REPLICAS in part for part in axes):
+        return sharding
+    for i, (part, size) in enumerate(zip(axes, shape, strict=True)):
+        if size % math.prod(mesh.shape[axis] for axis in (*part, REPLICAS)) == 0:
+            return NamedSharding(mesh, PartitionSpec(*axes[:i], (*part, REPLICAS), *axes[i + 1 :]))
+    return sharding

@@ -12,6 +12,7 @@ import optax
 
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
+from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
@@ -50,6 +51,7 @@ def make_step(
     seed: int = 0,
     stochastic_rounding: bool = False,
     curvature: Curvature | None = None,
+    penalty: Callable[[Params], jax.Array] | None = None,
 ) -> Step:
     """A step over batches of arrays `[micro-batches, sequences, T]`.
 
@@ -70,11 +72,13 @@ def make_step(
     ĝ is the gradient at the same parameters, of the same N trained tokens with drawn targets, clipped by itself as the
     gradient is. One that is not finite makes the step bad.
 
+    penalty: of the trainable parameters, added to the objective once a step; the curvature is that of the loss alone.
+
     Metrics: `loss` (the mean cross entropy, whatever is minimised), `grad_norm` (before clipping), `learning_rate`,
     `trained_tokens`, `bad` (1 for a step that was not applied); `grad_norm/<group>` and `param_norm/<group>` (before
-    the update) of the trainable half, see `metrics.norms`; `objective` where it is not the loss, `z_loss` where it is
-    a part of it; `loss_scale` (the one used) and `overflow` (1 for such a step) where there is one; `sophia_win_rate`
-    with `curvature`: the share of entries that were not clipped.
+    the update) of the trainable half, see `metrics.norms`; `objective` where it is not the loss, `z_loss` and `penalty`
+    where they are parts of it; `loss_scale` (the one used) and `overflow` (1 for such a step) where there is one;
+    `sophia_win_rate` with `curvature`: the share of entries that were not clipped.
     """
 
     def unscaled_gradient(state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
@@ -112,11 +116,23 @@ def make_step(
         _, moved = tx.update(grads, state.opt_state, state.params, hessian_grads=hessian_grads)
         return updates, jax.tree.map(lambda moved, kept: jnp.where(due, moved, kept), moved, after), finite
 
+    def applied(state: TrainState, updates: optax.Updates) -> Params:
+        if not stochastic_rounding:
+            return apply_updates(state.params, updates)
+        return apply_updates(state.params, updates, step_key(seed, state.step, ROUNDING), jnp.asarray(lm.layer_order))
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = with_dropout(lm, batch, seed, state.step)
         losses, grads = unscaled_gradient(state, batch, objective)
+        penalties = {}
+        if penalty is not None:
+            penalties["penalty"], of_penalty = jax.value_and_grad(penalty)(state.params)
+            losses = losses._replace(objective=losses.objective + penalties["penalty"])
+            penalties["objective"] = losses.objective
+            grads = jax.tree.map(jnp.add, grads, of_penalty)
         loss_scale = state.loss_scale
         metrics = step_metrics(losses, squares(grads), squares(state.params), batch, schedule(state.step), objective)
+        metrics |= penalties
         norm = metrics["grad_norm"]
         updates, opt_state, finite = updates_of(state, batch, clipped(grads, norm))
         good = jnp.isfinite(losses.objective) & jnp.isfinite(norm) & finite
@@ -126,9 +142,7 @@ def make_step(
             metrics |= {"loss_scale": loss_scale.scale, "overflow": overflow.astype(jnp.int32)}
             loss_scale = loss_scale.after(good, overflow)
         metrics["bad"] = (~good & ~overflow).astype(jnp.int32)
-        rounding = step_key(seed, state.step, ROUNDING) if stochastic_rounding else None
-        params = apply_updates(state.params, updates, rounding)
-        new, old = (params, opt_state), (state.params, state.opt_state)
+        new, old = (applied(state, updates), opt_state), (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
         if curvature is not None:
             metrics["sophia_win_rate"] = curvature.win_rate(opt_state, params, lm.padded)
@@ -141,28 +155,46 @@ def accumulated(stack: Stack) -> Gradient:
     """The gradients of one micro-batch after the other, by walks of `stack`, summed in at least float32."""
 
     def gradient(lm: LM, state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
-        trained = trained_tokens(batch)
-        factor = 1 if state.loss_scale is None else state.loss_scale.scale
-
-        def loss(params: Params, micro: Batch) -> tuple[jax.Array, Losses]:
-            sums = lm.losses(tree.combine(params, state.frozen), micro, stack, objective)
-            means = jax.tree.map(lambda total: total / trained, sums)
-            return means.objective * factor, means
-
-        def of_micro(micro: Batch) -> tuple[Losses, Params]:
-            (_, means), grads = jax.value_and_grad(loss, has_aux=True)(state.params, micro)
-            return means, jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
-
-        def add(total: tuple[Losses, Params], micro: Batch):
-            return jax.tree.map(jnp.add, total, of_micro(micro)), None
-
-        if batch["tokens"].shape[0] == 1:
-            return of_micro({name: array[0] for name, array in batch.items()})
-        first = {name: array[0] for name, array in batch.items()}
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_micro, first))
-        return jax.lax.scan(add, zeros, dict(batch))[0]
+        means = mean_losses(lm, state, batch, objective)
+        return over_micro_batches(lambda params, micro: means(params, micro, stack), state.params, batch)
 
     return gradient
+
+
+def mean_losses(
+    lm: LM, state: TrainState, batch: Batch, objective: Objective
+) -> Callable[[Params, Batch, Stack], tuple[jax.Array, Losses]]:
+    """What a micro-batch of `batch` adds to the mean losses of that, by a walk, at any trainable parameters; and in
+    front of it what is differentiated: the objective, multiplied by the state's loss scale."""
+    trained = trained_tokens(batch)
+    factor = 1 if state.loss_scale is None else state.loss_scale.scale
+
+    def of_micro(params: Params, micro: Batch, stack: Stack) -> tuple[jax.Array, Losses]:
+        sums = lm.losses(tree.combine(params, state.frozen), micro, stack, objective)
+        means = jax.tree.map(lambda total: total / trained, sums)
+        return means.objective * factor, means
+
+    return of_micro
+
+
+def over_micro_batches(
+    loss: Callable[[Any, Batch], tuple[jax.Array, Losses]], params: Any, batch: Batch
+) -> tuple[Losses, Any]:
+    """The losses of one micro-batch after the other, and the gradients for `params` of what `loss` has in front of
+    them, summed in at least float32."""
+
+    def of_micro(micro: Batch) -> tuple[Losses, Any]:
+        (_, means), grads = jax.value_and_grad(loss, has_aux=True)(params, micro)
+        return means, jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
+
+    def add(total: tuple[Losses, Any], micro: Batch):
+        return jax.tree.map(jnp.add, total, of_micro(micro)), None
+
+    first = {name: array[0] for name, array in batch.items()}
+    if batch["tokens"].shape[0] == 1:
+        return of_micro(first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_micro, first))
+    return jax.lax.scan(add, zeros, dict(batch))[0]
 
 
 def trained_tokens(batch: Batch) -> jax.Array:
@@ -224,6 +256,7 @@ class CompiledStep:
 
 def batch_shapes(shape: tuple[int, int, int], layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays of a batch of `[micro-batches, sequences, T]`, abstractly."""
+    check_length(shape[2], layout)
     layout.spec(BATCH_AXES, shape, "batch")
     names = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "segments": jnp.int32}
     sharding = layout.sharding(*BATCH_AXES)
@@ -231,6 +264,19 @@ def batch_shapes(shape: tuple[int, int, int], layout: Layout) -> dict[str, jax.S
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for name, dtype in {**names, "loss_mask": jnp.float32}.items()
     }
+
+
+def check_length(length: int, layout: Layout) -> None:
+    """Raises UserError if rows of `length` tokens do not divide over the devices that share them."""
+    ways = layout.size("act_length")
+    if length % ways:
+        axes = " × ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in layout.rules["act_length"])
+        nearest = " or ".join(str(size) for size in (length // ways * ways, -(-length // ways) * ways) if size)
+        raise UserError(
+            f"rows of {length} tokens do not divide over the {ways} devices of the mesh ({axes}) that share a "
+            f"sequence; set data.seq_len so that they do: to {nearest}, or with data.packing grouped to a multiple of "
+            f"{8 * ways}"
+        )
 
 
 def compile_step(

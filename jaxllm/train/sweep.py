@@ -68,31 +68,42 @@ def layer_sweep(
         a gradient over all layers. A gradient is summed over the micro-batches, in at least float32 if there are more
         than one.
     """
-    # A rule without state, or with little, writes a layer in one fusion. One with moments would make those of all
-    # leaves before it writes any: its leaves are chained, each stored before the next one's update begins.
-    chained = _bytes(state) >= _bytes(trainable)
-    parts = [[name] for name in trainable] if chained else [list(trainable)]
+    visited = _visitor(visit, trainable, state)
 
     def body(k: jax.Array, carry: Any) -> Any:
         trainable, state, dx, total = carry
         i = inputs.shape[0] - 1 - k
         grads, dx = _layer_gradients(block, take(trainable, i), take(frozen, i), inputs[i], dx, micro)
         total = _add_squares(total, grads)
-        for names in parts:
-            g = {name: grads[name][None] for name in names}
-            g, dx = _barrier((g, dx)) if chained else (g, dx)
-            rows = _row({name: (trainable[name], state[name]) for name in names}, i)
-            params, slots = ({name: row[half] for name, row in rows.items()} for half in (0, 1))
-            new, new_state = visit(params, g, slots, i[None])
-            new, new_state, dx = _barrier((new, new_state, dx))
-            trainable = {**trainable, **_put({name: trainable[name] for name in names}, new, i)}
-            state = {**state, **_put({name: state[name] for name in names}, new_state, i)}
-            if chained:
-                trainable, state, dx = _barrier((trainable, state, dx))
-        return trainable, state, dx, total
+        return *visited(trainable, state, grads, dx, i, i), total
 
     carry = (dict(trainable), dict(state), dx, _zero_squares(trainable))
     return jax.lax.fori_loop(0, inputs.shape[0], body, carry)
+
+
+def _visitor(visit: Visit, trainable: Leaves, state: Mapping[str, Any]) -> Callable[..., tuple[Any, Any, Any]]:
+    """`(parameters, state, gradients, dx, i, j) -> (parameters, state, dx)`: layer i, whose state is row j, visited."""
+    # A rule without state, or with little, writes a layer in one fusion. One with moments would make those of all
+    # leaves before it writes any: its leaves are chained, each stored before the next one's update begins.
+    chained = _row_bytes(state) >= _row_bytes(trainable)
+    parts = [[name] for name in trainable] if chained else [list(trainable)]
+
+    def visited(
+        trainable: Leaves, state: Mapping[str, Any], grads: Leaves, dx: jax.Array, i: jax.Array, j: jax.Array
+    ) -> tuple[Any, Any, Any]:
+        for names in parts:
+            g = {name: grads[name][None] for name in names}
+            g, dx = _barrier((g, dx)) if chained else (g, dx)
+            params, slots = _row({name: trainable[name] for name in names}, i), {name: state[name] for name in names}
+            new, new_state = visit(params, g, _row(slots, j), i[None])
+            new, new_state, dx = _barrier((new, new_state, dx))
+            trainable = {**trainable, **_put({name: trainable[name] for name in names}, new, i)}
+            state = {**state, **_put(slots, new_state, j)}
+            if chained:
+                trainable, state, dx = _barrier((trainable, state, dx))
+        return trainable, state, dx
+
+    return visited
 
 
 def squares_sweep(
@@ -128,7 +139,86 @@ def rows_sweep(
     to_bottom: whether the walk goes on below the lowest of them; if not, the second result is of its input.
     """
 
-    def skip(i: jax.Array, low: jax.Array, dx: jax.Array) -> jax.Array:
+    def add(total: Leaves, grads: Leaves, dx: jax.Array, row: jax.Array, slot: jax.Array) -> tuple[Leaves, jax.Array]:
+        grads, dx = _barrier((grads, dx))
+        return _put(total, jax.tree.map(lambda g: g[None], grads), slot), dx
+
+    of_layer = jax.eval_shape(
+        lambda dx: _layer_gradients(block, take(trainable, rows[0]), take(frozen, rows[0]), inputs[0], dx, micro)[0], dx
+    )
+    zeros = {name: jnp.zeros((rows.shape[0], *g.shape), g.dtype) for name, g in of_layer.items()}
+    walk = (block, lambda _: trainable, frozen, inputs, dx, micro, rows)
+    return _walk_rows(*walk, zeros, add, to_bottom=to_bottom)
+
+
+def rows_squares(
+    block: Block,
+    trainable: Leaves,
+    frozen: Leaves,
+    inputs: jax.Array,
+    dx: jax.Array,
+    micro: Any,
+    rows: jax.Array,
+    *,
+    to_bottom: bool,
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """The walk of `rows_sweep`, of which the squares are kept: `(gradient of the first layer's input, squares)`."""
+
+    def add(total: Any, grads: Leaves, dx: jax.Array, row: jax.Array, slot: jax.Array) -> tuple[Any, jax.Array]:
+        return _add_squares(total, grads), dx
+
+    walk = (block, lambda _: trainable, frozen, inputs, dx, micro, rows)
+    total, dx = _walk_rows(*walk, _zero_squares(trainable), add, to_bottom=to_bottom)
+    return dx, total
+
+
+def visited_rows_sweep(
+    block: Block,
+    trainable: Leaves,
+    frozen: Leaves,
+    inputs: jax.Array,
+    dx: jax.Array,
+    micro: Any,
+    rows: jax.Array,
+    *,
+    visit: Visit,
+    state: Mapping[str, Any],
+    slots: jax.Array,
+    to_bottom: bool,
+) -> tuple[Leaves, Mapping[str, Any], jax.Array, Mapping[str, jax.Array]]:
+    """`layer_sweep` that visits some layers alone. rows, to_bottom: see `rows_sweep`. slots: `[n]` int32, which row of
+    the state each of them has."""
+    visited = _visitor(visit, trainable, state)
+
+    def update(carry: Any, grads: Leaves, dx: jax.Array, row: jax.Array, slot: jax.Array) -> tuple[Any, jax.Array]:
+        trainable, state, total = carry
+        trainable, state, dx = visited(trainable, state, grads, dx, row, slots[slot])
+        return (trainable, state, _add_squares(total, grads)), dx
+
+    carry = (dict(trainable), dict(state), _zero_squares(trainable))
+    walk = (block, lambda carry: carry[0], frozen, inputs, dx, micro, rows)
+    (new, state, total), dx = _walk_rows(*walk, carry, update, to_bottom=to_bottom)
+    return new, state, dx, total
+
+
+def _walk_rows(
+    block: Block,
+    trainable_of: Callable[[Any], Leaves],
+    frozen: Leaves,
+    inputs: jax.Array,
+    dx: jax.Array,
+    micro: Any,
+    rows: jax.Array,
+    carry: Any,
+    at_row: Callable[..., tuple[Any, jax.Array]],
+    *,
+    to_bottom: bool,
+) -> tuple[Any, jax.Array]:
+    """The walk of `rows_sweep`: `(carry, dx)` after `at_row(carry, gradients, dx, row, slot) -> (carry, dx)` for each
+    row. trainable_of: the layers, of the carry.
+    """
+
+    def skip(trainable: Leaves, i: jax.Array, low: jax.Array, dx: jax.Array) -> jax.Array:
         """Past the layers i, i − 1, …, low + 1."""
 
         def body(carry: Any) -> Any:
@@ -137,23 +227,19 @@ def rows_sweep(
 
         return jax.lax.while_loop(lambda carry: carry[0] > low, body, (i, dx))[1]
 
-    def body(k: jax.Array, carry: Any) -> Any:
-        total, i, dx = carry
+    def body(k: jax.Array, state: Any) -> Any:
+        carry, i, dx = state
         slot = rows.shape[0] - 1 - k
-        row = rows[slot]
+        row, trainable = rows[slot], trainable_of(carry)
         # The layer is computed again only once its output's gradient is there, or its activations would wait for it.
-        x, dx = _barrier((inputs[row], skip(i, row, dx)))
+        x, dx = _barrier((inputs[row], skip(trainable, i, row, dx)))
         grads, dx = _layer_gradients(block, take(trainable, row), take(frozen, row), x, dx, micro)
-        grads, dx = _barrier((grads, dx))
-        return _put(total, jax.tree.map(lambda g: g[None], grads), slot), row - 1, dx
+        carry, dx = at_row(carry, grads, dx, row, slot)
+        return carry, row - 1, dx
 
-    of_layer = jax.eval_shape(
-        lambda dx: _layer_gradients(block, take(trainable, rows[0]), take(frozen, rows[0]), inputs[0], dx, micro)[0], dx
-    )
-    zeros = {name: jnp.zeros((rows.shape[0], *g.shape), g.dtype) for name, g in of_layer.items()}
     top = jnp.asarray(inputs.shape[0] - 1, rows.dtype)
-    total, i, dx = jax.lax.fori_loop(0, rows.shape[0], body, (zeros, top, dx))
-    return total, skip(i, jnp.asarray(-1, rows.dtype), dx) if to_bottom else dx
+    carry, i, dx = jax.lax.fori_loop(0, rows.shape[0], body, (carry, top, dx))
+    return carry, skip(trainable_of(carry), i, jnp.asarray(-1, rows.dtype), dx) if to_bottom else dx
 
 
 def _input_gradient(block: Block, layer: Leaves, x: jax.Array, dx: jax.Array, micro: Any) -> jax.Array:
@@ -225,5 +311,5 @@ def _put(stacked: Any, row: Any, i: jax.Array) -> Any:
     return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), i, 0), stacked, row)
 
 
-def _bytes(tree: Any) -> int:
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+def _row_bytes(stacked: Any) -> int:
+    return sum(a.size // a.shape[0] * a.dtype.itemsize for a in jax.tree.leaves(stacked))

@@ -17,7 +17,7 @@ def layout(**sizes):
 
 
 def test_one_axis_may_be_the_rest():
-    assert dict(make_mesh(MeshConfig()).shape) == {"pipeline": 1, "data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(MeshConfig()).shape) == {"pipeline": 1, "data": 1, "fsdp": 8, "context": 1, "tensor": 1}
     assert dict(make_mesh(MeshConfig(data=-1, fsdp=1, tensor=2)).shape)["data"] == 4
     assert tuple(make_mesh(MeshConfig()).axis_names) == AXES
 
@@ -49,6 +49,10 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, remedy):
         ({"rules": {"embedd": ["fsdp"]}}, "Did you mean 'embed'"),
         ({"rules": {"embed": ["fdsp"]}}, "Did you mean 'fsdp'"),
         ({"tensr": 2}, "tensr"),
+        (
+            {"context": 2, "rules": {"act_length": ["tensor"]}},
+            r"mesh.rules.act_length is \['tensor'\], .* set it to \['context', 'tensor'\]",
+        ),
     ],
     ids=str,
 )
@@ -64,13 +68,22 @@ def test_specs_follow_the_rules():
     assert mesh.spec(("vocab", "vocab_embed"), (8, 3)) == P(("fsdp", "tensor"), None)
     assert mesh.spec((None, "heads"), (3, 4)) == P(None, "tensor")
     assert layout(tensor=2).spec(("batch", "embed")) == P(None, None), "axes of size 1 split nothing"
+    assert mesh.without("data").spec(("batch", "mlp")) == P("fsdp", "tensor")
     assert (mesh.size("vocab"), mesh.size("norm"), layout(tensor=8).size("vocab")) == (4, 1, 8)
+
+
+def test_the_length_and_the_parameters_are_split_over_context():
+    mesh = layout(fsdp=2, context=2, tensor=2)
+    assert mesh.spec(("batch", "act_length", "act_embed"), (2, 4, 3)) == P("fsdp", "context", None)
+    assert mesh.spec(("embed", "mlp"), (8, 8)) == P(("fsdp", "context"), "tensor")
+    both = layout(context=2, tensor=2, rules={"act_length": ["context", "tensor"]})
+    assert both.spec(("batch", "act_length", "act_embed")) == P(None, ("context", "tensor"), None)
 
 
 def test_rules_of_the_config_override_single_axes():
     changed = layout(fsdp=2, tensor=2, rules={"embed": ["fsdp", "tensor"], "mlp": []})
     assert changed.spec(("embed", "mlp"), (8, 3)) == P(("fsdp", "tensor"), None)
-    assert {**changed.rules, "embed": ("fsdp",), "mlp": ("tensor",)} == DEFAULT_RULES
+    assert {**changed.rules, "embed": ("fsdp", "context"), "mlp": ("tensor",)} == DEFAULT_RULES
     assert changed.replace(mlp=("tensor",)).rules["mlp"] == ("tensor",)
 
 

@@ -10,7 +10,8 @@ import torch
 from families import mesh_layout
 
 from jaxllm.core.mesh import Layout
-from jaxllm.kernels.attention import attend, causal_attention, causal_mask, plain_attention
+from jaxllm.kernels import attention
+from jaxllm.kernels.attention import attend, attention_from, causal_attention, causal_mask, plain_attention
 from jaxllm.kernels.flash_attention import flash_attention
 
 # Float32: the forms add the same numbers in another order. Measured: 2e-7 to 1e-6.
@@ -141,6 +142,97 @@ def test_flash_on_a_mesh_is_flash_on_one_device(name):
         return with_gradients(lambda *qkv: causal_attention("flash", *qkv, segments, layout), *arrays)
 
     assert_close(run(layout), run(Layout.single()), REORDERED)
+
+
+# Queries from anywhere of the row on, to its end or not, of no multiple of a tile.
+PARTS = [(300, 75, 100), (300, 0, 300), (260, 131, 129), (400, 399, 1)]
+
+
+@pytest.mark.parametrize(
+    ("form", "keys", "first", "length"),
+    [*(("flash", *part) for part in PARTS), ("xla", *PARTS[0]), pytest.param("xla", *PARTS[2], marks=pytest.mark.full)],
+)
+def test_a_part_of_the_queries(form, keys, first, length):
+    """Against the same rows of all, in value and gradients; where the part begins is traced."""
+    part = slice(first, first + length)
+    segments = jnp.asarray(np.stack([documents(keys, 70, 130), documents(keys, keys)]))
+    arrays = [a.astype(np.float32) for a in draw(2, keys, 4, 2, 16)]
+    q, k, v, dy = arrays
+    dy[:, : part.start] = dy[:, part.stop :] = 0
+    y, dq, dk, dv = with_gradients(partial(whole, segments=segments), q, k, v, dy)
+    attention = partial(flash_attention, interpret=True) if form == "flash" else attention_from
+
+    @jax.jit
+    def run(first, q, k, v, dy):
+        y, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, segments, first), q, k, v)
+        return y, *pullback(dy)
+
+    ours = [np.asarray(a) for a in run(first, q[:, part], k, v, dy[:, part])]
+    assert_close(ours, (y[:, part], dq[:, part], dk, dv), REORDERED)
+
+
+SPLIT = {
+    "grouped heads on both axes": (dict(context=4, tensor=2), 8, 4, 260),
+    "a key head for two devices": (dict(context=2, tensor=4), 8, 2, 130),
+    "three parts of an odd length": (dict(data=2, context=3), 2, 1, 3 * 65),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "packed"),
+    [
+        ("grouped heads on both axes", "flash", True),
+        ("grouped heads on both axes", "xla", True),
+        pytest.param("grouped heads on both axes", "xla", False, marks=pytest.mark.full),
+        pytest.param("a key head for two devices", "flash", True, marks=pytest.mark.full),
+        pytest.param("a key head for two devices", "xla", True, marks=pytest.mark.full),
+        pytest.param("three parts of an odd length", "flash", False, marks=pytest.mark.full),
+    ],
+)
+def test_a_length_that_is_split_is_attended_to_whole(name, form, packed):
+    sizes, heads, kv_heads, length = SPLIT[name]
+    layout = mesh_layout(**sizes)
+    if kv_heads % layout.size("act_kv_heads"):
+        layout = layout.replace(act_kv_heads=())
+    arrays = [a.astype(np.float32) for a in draw(2, length, heads, kv_heads, 16)]
+    rows = np.stack([documents(length, 50, length - 60), documents(length, 3, 90)])
+    segments = jnp.asarray(rows) if packed else None
+    ours = with_gradients(lambda *qkv: causal_attention(form, *qkv, segments, layout), *arrays)
+    theirs = with_gradients(lambda *qkv: plain_attention(*qkv, segments), *arrays)
+    if packed:  # what padding gives trains nothing, and is no one's
+        ours, theirs = ([np.where(rows[..., None, None] > 0, a, 0) for a in each] for each in (ours, theirs))
+    assert_close(ours, theirs, REORDERED)
+
+
+@pytest.mark.parametrize("ways", [2, 3, 8])
+def test_the_work_is_even(ways, monkeypatch):
+    """Each of `ways` devices has as many keys to look at; what is exchanged comes back to its place.
+
+    The kernel is one that tells of each query how many keys its call must look at, and how many it must itself.
+    """
+    layout, length = mesh_layout(context=ways), 16 * ways
+
+    def cost(q, k, v, segments, first, *, interpret):
+        seen = 1 + first + jnp.arange(q.shape[1])
+        return jnp.stack([jnp.full_like(seen, jnp.sum(seen)), seen], axis=-1)[None, :, None].astype(q.dtype)
+
+    monkeypatch.setattr(attention, "flash_attention", cost)
+    y = jax.jit(lambda q: causal_attention("flash", q, q, q, None, layout))(jnp.ones((1, length, 1, 2)))
+    of_calls, of_queries = np.asarray(y)[0, :, 0].T
+    assert of_queries.tolist() == [*range(1, length + 1)]
+    halves = of_calls.reshape(ways, 2, -1)[:, :, 0]
+    by_device = halves[:, 0] + halves[::-1, 1]
+    assert by_device.sum() == length * (length + 1) / 2
+    assert np.ptp(by_device) == 0
+
+
+def test_what_cannot_be_where_the_length_is_split():
+    q, _, _, _ = (jnp.asarray(a) for a in draw(1, 16, 2, 2, 64))
+    layout = mesh_layout(context=2)
+    with pytest.raises(ValueError, match="no queries that begin behind the first key"):
+        causal_attention("cudnn", q, q, q, None, layout)
+    with pytest.raises(ValueError, match="splits the length, cannot have keys of virtual tokens in front"):
+        causal_attention("xla", q, jnp.concatenate([q, q], 1), q, None, layout)
 
 
 @pytest.mark.parametrize("width", [64, 80, 128, 256])

@@ -37,6 +37,13 @@ def test_every_form_passes_on_a_mesh():
     assert fault(PLAIN, needs(layout, heads=8)) is None
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("form", [PLAIN, FLASH], ids=["xla", "flash"])
+def test_every_form_passes_where_the_length_is_split(form):
+    """Over three devices, in which documents begin and end; a row of 258."""
+    assert fault(form, needs(mesh_layout(context=3, data=2))) is None
+
+
 def across_documents(q, k, v, segments, layout):
     return plain_attention(q, k, v)
 
@@ -100,12 +107,17 @@ class Card:
 
 
 class CardLayout:
-    def __init__(self, capability: str) -> None:
+    def __init__(self, capability: str, parts: int) -> None:
         self.mesh = type("Mesh", (), {"devices": np.array([Card(capability)])})
+        self.parts = parts
+
+    def size(self, name: str) -> int:
+        return {"act_inner_length": self.parts}[name]
 
 
-def on_card(capability: str = "9.0", **changes: Any) -> AttentionNeeds:
-    layout: Any = CardLayout(capability)
+def on_card(capability: str = "9.0", parts: int = 1, **changes: Any) -> AttentionNeeds:
+    """parts: of the length, on so many devices."""
+    layout: Any = CardLayout(capability, parts)
     return needs(layout, **{**dict(dtype=jnp.bfloat16, head_dim=128), **changes})
 
 
@@ -118,7 +130,9 @@ def on_card(capability: str = "9.0", **changes: Any) -> AttentionNeeds:
         ("cudnn", on_card("8.0", packed=False, head_dim=256), "up to 128"),
         ("cudnn", on_card(packed=False, head_dim=100), "multiple of 8"),
         ("cudnn", on_card(packed=False, dtype=np.float32), "train.compute_dtype is float32"),
+        ("cudnn", on_card(packed=False, parts=2), "begin behind the first key, as mesh.context splits them"),
         ("flash", on_card(), None),
+        ("flash", on_card(packed=False, parts=2), None),
         ("flash", on_card("8.6", head_dim=80, dtype=np.float16), None),
         ("flash", on_card("7.5"), "since Ampere"),
         ("flash", on_card(head_dim=512), "wider than 256"),

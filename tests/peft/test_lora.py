@@ -11,20 +11,27 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters import TOLERANCE, dear, logits, model, torch_logits
+from adapters import TOKENS, TOLERANCE, dear, logits, model, torch_logits
 from families import transformers_model
 from whole_runs import train, workplace
 
 import jaxllm
 from jaxllm.convert.__main__ import main as convert
 from jaxllm.core import tree
+from jaxllm.core.config import load
 from jaxllm.core.errors import UserError
+from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.generate.__main__ import main as generate
 from jaxllm.models import LM
 from jaxllm.peft.adapter import read_adapter, with_adapter
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.merge import merge
+from jaxllm.train.config import Config
+from jaxllm.train.inputs import open_chosen_model
+
+ROOT = Path(__file__).parents[2]
+ROWS = tuple(map(int, dict.fromkeys(TOKENS[0, :5][::-1])))  # in no order
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": dict(r=4, lora_alpha=16.0),
@@ -42,6 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a regular expression": dict(r=3, target_modules=r".*layers\.0\..*(gate|v)_proj"),
     "modules to save": dict(r=2, modules_to_save=("lm_head", "embed_tokens"), bias="all"),
     "tied": dict(r=2, modules_to_save=("lm_head",)),
+    "token rows": dict(r=2, target_modules=("q_proj",), modules_to_save=("lm_head",), trainable_token_indices=ROWS),
+    "tied token rows": dict(r=2, target_modules=("q_proj",), use_dora=True, trainable_token_indices=ROWS),
     "biases of the adapted": dict(r=2, target_modules=("q_proj",), bias="lora_only"),
 }
 
@@ -68,10 +77,12 @@ def trained(lm: LM, base: Params, method: Lora) -> Params:
     return tree.insert(params, {path: moved(path, leaf) for path, leaf in leaves.items() if chosen[path]})
 
 
-@pytest.mark.parametrize("variant", dear(VARIANTS, "some layers", "patterns", "modules to save", "tied"))
+@pytest.mark.parametrize(
+    "variant", dear(VARIANTS, "some layers", "patterns", "modules to save", "tied", "tied token rows")
+)
 def test_its_files_load_in_hf_peft_and_come_back(variant, tmp_path):
     """And at the start it changes nothing; and what it has become can be merged."""
-    lm, base = model(tie_word_embeddings=variant == "tied")
+    lm, base = model(tie_word_embeddings=variant.startswith("tied"))
     method = Lora(type="lora", **VARIANTS[variant])
     params, without = trained(lm, base, method), logits(lm, base)
     ours, start = logits(lm, params), logits(lm, jax.jit(method.add(lm).with_extra)(base, jax.random.key(0)))
@@ -91,7 +102,11 @@ def test_its_files_load_in_hf_peft_and_come_back(variant, tmp_path):
         back = with_adapter(tmp_path / "adapter", lm, lambda: base, method)()
         for path, leaf in tree.flatten(params).items():
             np.testing.assert_array_equal(tree.at(back, path), leaf, err_msg=path)
-    np.testing.assert_allclose(logits(lm, merge(params)), ours, atol=TOLERANCE)
+    merged = merge(params)
+    np.testing.assert_allclose(logits(lm, merged), ours, atol=TOLERANCE)
+    if method.trainable_token_indices:  # the other rows keep their bits
+        kept = (merged["embed"]["table"] == base["embed"]["table"]).all(axis=1)
+        assert {*np.flatnonzero(~kept)} == {*ROWS}
 
 
 # As HF peft names them; with what it draws at the start, where B is not zero.
@@ -107,12 +122,14 @@ SAVED: dict[str, dict[str, Any]] = {
         modules_to_save=["lm_head"],
     ),
     "tied": dict(r=2, target_modules=".*q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "token rows": dict(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [*ROWS]}),
+    "tied token rows": dict(r=2, target_modules=["q_proj"], trainable_token_indices=[*ROWS]),
 }
 
 
-@pytest.mark.parametrize("variant", dear(SAVED, "dora", "tied"))
+@pytest.mark.parametrize("variant", dear(SAVED, "dora", "tied", "token rows"))
 def test_files_of_hf_peft_load_and_merge(variant, tmp_path, shared):
-    lm, base = model(tie_word_embeddings=variant == "tied", num_attention_heads=8, num_key_value_heads=2)
+    lm, base = model(tie_word_embeddings=variant.startswith("tied"), num_attention_heads=8, num_key_value_heads=2)
     module = transformers_model(lm.config, base, tmp_path / "base")
     torch.manual_seed(0)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **SAVED[variant])
@@ -133,6 +150,39 @@ def test_files_of_hf_peft_load_and_merge(variant, tmp_path, shared):
     assert convert(["merge", *paths]) == 0
     again, params = jaxllm.load_hf(tmp_path / "merged")
     np.testing.assert_allclose(logits(again, params), wanted, atol=TOLERANCE)
+
+
+def test_named_adapters_of_hf_peft(tmp_path, shared):
+    """Each in a folder of its own: one at a time, all of them merged, and the last of them to be trained on."""
+    lm, base = model(num_attention_heads=8, num_key_value_heads=2)
+    torch.manual_seed(0)
+    first = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=2, target_modules=["q_proj", "down_proj"])
+    second = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=3, target_modules=["q_proj", "v_proj"])
+    theirs = peft.get_peft_model(transformers_model(lm.config, base, tmp_path / "base"), first, "first")
+    theirs.add_adapter("second", second)
+    theirs.save_pretrained(tmp_path / "adapters")
+    folders = [tmp_path / "adapters" / name for name in ("first", "second")]
+    for folder in folders:
+        theirs.set_adapter(folder.name)
+        alone = with_adapter(folder, lm, lambda: base)()
+        np.testing.assert_allclose(logits(lm, alone), torch_logits(theirs.eval()), atol=TOLERANCE)
+    wanted = torch_logits(theirs.merge_and_unload(adapter_names=["first", "second"]))
+    assert np.abs(wanted - logits(lm, alone)).max() > 0.05
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(shared / "models/stories260K" / name, tmp_path / "base" / name)
+    assert convert(["merge", str(tmp_path / "base"), *map(str, folders), str(tmp_path / "merged")]) == 0
+    again, params = jaxllm.load_hf(tmp_path / "merged")
+    np.testing.assert_allclose(logits(again, params), wanted, atol=TOLERANCE)
+
+    adapters = f"model={{path: {tmp_path / 'base'}, adapter: {[*map(str, folders)]}}}"
+    section = "peft={type: lora, r: 3, target_modules: [q_proj, v_proj]}"
+    opened = open_chosen_model(load(ROOT / "configs/finetune.yaml", [adapters, section], Config), Layout.single())
+    params = opened.load()
+    assert params["layers"]["attn"]["v"]["lora_a"].shape[-1] == 3
+    np.testing.assert_allclose(logits(lm, params), wanted, atol=TOLERANCE)
+    with pytest.raises(UserError, match=r"adapters: has no adapter_config.json; it has those of .*first, .*second"):
+        read_adapter(tmp_path / "adapters")
 
 
 def test_pissa_starts_as_in_hf_peft(tmp_path):
@@ -202,6 +252,13 @@ def test_an_adapter_of_a_wider_model(adapter):
         (dict(rank_pattern={"q_proj": 0}), "a rank of 0 adds nothing"),
         (dict(r=50, init_lora_weights="pissa"), "the rank 50 of q_proj is above .*, that of the matrix"),
         (dict(target_modules="(q_proj"), "no regular expression"),
+        (dict(trainable_token_indices=(3, 999)), "trainable_token_indices has 999, and the embedding has .* rows"),
+        (dict(trainable_token_indices=(3, 3)), "each id once"),
+        (dict(trainable_token_indices={"lm_head": [3]}), "only tokens of embed_tokens can train; got some of lm_head"),
+        (
+            dict(trainable_token_indices=(3,), modules_to_save=("embed_tokens",)),
+            "trains the whole embedding, and trainable_token_indices rows of it; remove one",
+        ),
     ],
 )
 def test_what_cannot_be_added_is_refused(settings, message):

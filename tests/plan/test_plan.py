@@ -79,7 +79,7 @@ def test_what_it_prints_without_the_compiler_of_cuda(tiny, on_cpu, capsys):
     lines = {line.split(" ")[0]: line for line in said.splitlines()}
     assert "simulated CPU devices, not for NVIDIA H200: jax-cuda12-plugin not installed" in said
     assert "jaxllm[plan]" in said
-    assert "2 × cpu: pipeline 1 × data 1 × fsdp 2 × tensor 1" in lines["devices"]
+    assert "2 × cpu: pipeline 1 × data 1 × fsdp 2 × context 1 × tensor 1" in lines["devices"]
     assert "adalomo, fused update, 1 × 2 sequences of 2048 tokens" in lines["step"]
     assert "nothing was run" in lines["compiled"]
     assert "unknown" in lines["fits"]
@@ -158,7 +158,7 @@ def test_the_command_plans_for_a_gpu_that_is_not_here(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "card      NVIDIA A100-SXM4-80GB" in done.stdout
-    assert "4 × NVIDIA A100-SXM4-80GB: pipeline 1 × data 1 × fsdp 2 × tensor 2" in done.stdout
+    assert "4 × NVIDIA A100-SXM4-80GB: pipeline 1 × data 1 × fsdp 2 × context 1 × tensor 2" in done.stdout
     assert "computing in bfloat16" in done.stdout
     assert "attention flash" in done.stdout
     assert "4 × 2 sequences of 2048 tokens" in done.stdout
@@ -182,13 +182,13 @@ def test_8b_in_the_memory_of_its_weights(tmp_path):
 @needs_compiler
 def test_sharded_over_8_one_layer_is_whole_at_a_time(tmp_path):
     """Llama 3 8B with a row of 2048 on each of 8 H100s: beside its eighth of the weights, a card has room for the
-    inputs of the 32 layers, and for three whole layers."""
+    inputs of the 32 layers and what the last one gives, and for three whole layers."""
     config = config_of(tmp_path, LLAMA_8B | HEADS["8B"], max_grad_norm=None, batch_size=8)
     (sharded,) = gpu_plans(config, ["mesh.fsdp=8"])
     width, depth = LLAMA_8B["hidden_size"], LLAMA_8B["num_hidden_layers"]
     vocabulary = 2 * LLAMA_8B["vocab_size"] * width
     layers = 8 * sharded.parts["parameters"] - 2 * vocabulary
-    assert sharded.temp <= depth * 2048 * width * 2 + 3 * layers / depth
+    assert sharded.temp <= (depth + 1) * 2048 * width * 2 + 3 * layers / depth
 
 
 @pytest.mark.full
@@ -202,6 +202,23 @@ def test_a_fused_update_saves_the_gradients_of_the_layers(tmp_path):
     vocabulary = 2 * LLAMA_1B["vocab_size"] * LLAMA_1B["hidden_size"]
     layers = fused.parts["parameters"] - 2 * vocabulary  # in bfloat16, as their gradients
     assert 0.95 * layers <= ordinary.temp - fused.temp <= 1.15 * layers
+
+
+@pytest.mark.full
+@needs_compiler
+def test_fused_stages_have_the_gradients_of_one_layer(tmp_path):
+    """A 1B model in four stages of four layers: their moments are not copied, and of their gradients three are saved,
+    for what is kept of eight micro-batches instead of seven."""
+    config = config_of(tmp_path, LLAMA_1B | HEADS["1B"], batch_size=8, micro_batch_size=1, max_grad_norm=None)
+    common = ["mesh.pipeline=4", "mesh.fsdp=1"]
+    adamw = [*common, "optim.type=adamw"]
+    lomo, fused, ordinary = gpu_plans(config, common, adamw, [*adamw, "train.update=ordinary"])
+    vocabulary = 2 * 2 * LLAMA_1B["vocab_size"] * LLAMA_1B["hidden_size"] / 4
+    layer = (fused.parts["parameters"] - vocabulary) / 4
+    kept = 2 * 2048 * LLAMA_1B["hidden_size"]
+    assert fused.temp <= lomo.temp + layer
+    # The ordinary step sums in float32.
+    assert ordinary.temp - fused.temp >= 2 * 3 * layer - (4 + 3) * kept
 
 
 @pytest.mark.full

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from families import draw_params, on_layout, small_lm
+from families import draw_params, on_layout, quantized, read_back, small_lm
 
 from jaxllm.core import tree
+from jaxllm.core.layers import rearranged
 from jaxllm.core.mesh import Layout
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.base import FamilyConfig
 from jaxllm.models.layout import fit_layout
+from jaxllm.models.quantized import Quantization
 from jaxllm.models.stack import Stack, scan
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import AdamW, at_rate, build
@@ -23,10 +25,15 @@ from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.schedule_config import Cosine
 from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft import PeftConfig
+from jaxllm.peft.adalora import AdaLora
+from jaxllm.train.adalora import reallocating
 from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
+from jaxllm.train.fused_lisa import make_fused_lisa_step
+from jaxllm.train.late import accumulated_late
 from jaxllm.train.lisa import Draws, LisaOptimizer, make_lisa_step
 from jaxllm.train.pipeline import Kept, pipelined
+from jaxllm.train.reduction import reduced_once
 from jaxllm.train.state import TrainState, abstract_state, new_state
 from jaxllm.train.step import BATCH_AXES, CompiledStep, Step, accumulated, batch_shapes, compile_step, make_step
 
@@ -46,8 +53,8 @@ def llama(**changes: Any) -> FamilyConfig:
     return FAMILIES["llama"].config(**{**sizes, **heads, **changes})
 
 
-def ragged_batch(seed: int, rows: int = ROWS, length: int = LENGTH) -> dict[str, np.ndarray]:
-    """`[rows, length]` arrays: documents of every length packed into rows, padding at their ends.
+def ragged_batch(seed: int, rows: int = ROWS, length: int = LENGTH, packed: bool = True) -> dict[str, np.ndarray]:
+    """`[rows, length]` arrays: documents of every length packed into rows, or one in each; padding at their ends.
 
     The first eighth of the rows trains nothing, so the first of up to eight micro-batches is empty; the next row is
     all padding; of the others between none and all tokens are trained.
@@ -60,7 +67,7 @@ def ragged_batch(seed: int, rows: int = ROWS, length: int = LENGTH) -> dict[str,
         end = 0 if row == rows // 8 else rng.integers(1, length + 1)
         while start < end:
             document += 1
-            stop = min(end, start + rng.integers(1, length))
+            stop = min(end, start + rng.integers(1, length)) if packed else end
             positions[row, start:stop] = np.arange(stop - start)
             segments[row, start:stop] = document
             start = stop
@@ -102,9 +109,15 @@ def program(
     lisa: Draws | None = None,
     frozen: Sequence[str] = (),
     method: PeftConfig | None = None,
+    quantization: Quantization | None = None,
+    as_floats: bool = False,
     micro_batches: int = 1,
+    late: bool = False,
+    scattered: bool = False,
+    reduce_dtype: str | None = None,
     stack: Stack | None = None,
     kept: Kept = "layers",
+    virtual_stages: int = 1,
     max_grad_norm: float | None = MAX_GRAD_NORM,
     max_grad_value: float | None = None,
     dtype: str = "float32",
@@ -118,9 +131,11 @@ def program(
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
 
     tx, schedule: in place of those of `optimizer`. frozen: patterns of the parameters that do not train. method: of
-    fine-tuning, whose leaves are drawn at random all of them. dtype: of parameters, and of the computation where no
+    fine-tuning, whose leaves are drawn at random all of them. quantization: of the layers' matrices; as_floats: those
+    that it reads back are parameters as they are. dtype: of parameters, and of the computation where no
     other is given; float16 scales the loss. stack, kept: of the ordinary step on a mesh without a pipeline, and with
-    one. shape: sequences in a whole batch, and tokens in each.
+    one, whose stages have `virtual_stages` chunks of layers each. shape: sequences in a whole batch, and tokens in
+    each.
     """
     lm = replace(small_lm(config, dtype=dtype), compute_dtype=jnp.dtype(compute_dtype or dtype), dropout=dropout)
     scale_loss = compute_dtype == "float16"
@@ -128,21 +143,35 @@ def program(
     if method is not None:
         lm = method.add(lm)
     moved, params = on_layout(lm, layout, draw_params(lm))
+    if quantization is not None:
+        in_few_bits = replace(moved, quantization=quantization)
+        if as_floats:
+            params = read_back(in_few_bits, params)
+        else:
+            moved, params = in_few_bits, quantized(in_few_bits, params)
+    moved = replace(moved, virtual_stages=virtual_stages)
     if tx is None:
         tx, schedule = build(optimizer, STEPS, moved.padded)
     chosen = tree.match(params, "*", exclude=frozen)
     if method is not None:
         chosen, tx = method.mask(moved), scale_updates(tx, method.rates())
+    if isinstance(method, AdaLora):
+        tx = reallocating(tx, method, moved, STEPS)
     if lisa is not None:
-        tx = LisaOptimizer(moved, lambda rate: at_rate(optimizer, rate, moved.padded), lisa)
-    abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss)
+        rates = method.rates() if method is not None else {}
+        tx = LisaOptimizer(moved, lambda rate: scale_updates(at_rate(optimizer, rate, moved.padded), rates), lisa)
+    abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss, scattered=scattered)
     options = dict(objective=objective, max_grad_norm=max_grad_norm, max_grad_value=max_grad_value)
     options |= dict(stochastic_rounding=stochastic_rounding, seed=seed)
     if lisa is not None:
-        step = make_lisa_step(tx, schedule, **options)
+        step = (make_fused_lisa_step if fused else make_lisa_step)(tx, schedule, **options)
     else:
-        gradient = pipelined(kept) if layout.stages > 1 else accumulated(stack or scan())
-        make = make_fused_step if fused else partial(make_step, gradient=gradient, curvature=curvature)
+        walked = accumulated_late(stack or scan(), reduce_dtype) if late else accumulated(stack or scan())
+        gradient = pipelined(kept) if layout.stages > 1 else walked
+        gradient = reduced_once(gradient, scattered=scattered, dtype=reduce_dtype)
+        penalty = None if method is None else method.penalty(moved)
+        ordinary = partial(make_step, gradient=gradient, curvature=curvature, penalty=penalty)
+        make = make_fused_step if fused else ordinary
         step = make(moved, tx, schedule, **options)
     rows, length = shape
     batch = batch_shapes((micro_batches, rows // micro_batches, length), layout)
@@ -152,7 +181,7 @@ def program(
 
     def start() -> TrainState:
         state = new_state(jax.tree.map(jnp.array, host), chosen, tx, scale_loss=scale_loss)
-        return jax.device_put(state, shardings)
+        return rearranged(jax.device_put(state, shardings), moved.layer_order)
 
     return Program(moved, layout, step, compiled, start)
 
@@ -164,14 +193,17 @@ class Trained(NamedTuple):
     state: dict[str, np.ndarray]
 
 
-def train(config: FamilyConfig, layout: Layout | None = None, *, steps: int = STEPS, **how: Any) -> Trained:
-    """`steps` steps on four batches in turn."""
+def train(
+    config: FamilyConfig, layout: Layout | None = None, *, steps: int = STEPS, packed: bool = True, **how: Any
+) -> Trained:
+    """`steps` steps on four batches in turn. packed: see `ragged_batch`."""
     made = program(config, layout, **how)
-    batches = [made.place(ragged_batch(seed), how.get("micro_batches", 1)) for seed in range(4)]
+    batches = [made.place(ragged_batch(seed, packed=packed), how.get("micro_batches", 1)) for seed in range(4)]
     state, metrics = made.start(), []
     for step in range(steps):
         state, values = made.compiled.run(state, batches[step % 4])
         metrics.append(jax.tree.map(float, values))
+    state = rearranged(state, np.argsort(made.lm.layer_order))
     leaves = tree.flatten({"params": state.params, "opt_state": state.opt_state})
     return Trained(
         {name: np.array([values[name] for values in metrics]) for name in metrics[0]},
@@ -182,9 +214,14 @@ def train(config: FamilyConfig, layout: Layout | None = None, *, steps: int = ST
 def assert_trained_alike(ours: Trained, theirs: Trained, tolerance: float) -> None:
     """Every metric, parameter and moment within `tolerance` of its largest value; padding of the vocabulary is zero."""
     assert ours.state.keys() == theirs.state.keys()
-    for part, wanted in ((ours.metrics, theirs.metrics), (ours.state, theirs.state)):
-        misses = {name: _miss(part[name], wanted[name]) for name in wanted}
-        assert {name: miss for name, miss in misses.items() if not miss <= tolerance} == {}
+    for part in misses(ours, theirs):
+        assert {name: miss for name, miss in part.items() if not miss <= tolerance} == {}
+
+
+def misses(ours: Trained, theirs: Trained) -> list[dict[str, float]]:
+    """By how much of its largest value each metric is off, and each parameter and moment."""
+    parts = ((ours.metrics, theirs.metrics), (ours.state, theirs.state))
+    return [{name: _miss(part[name], wanted[name]) for name in wanted} for part, wanted in parts]
 
 
 def _miss(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -11,8 +11,9 @@ from small_runs import Trained, assert_trained_alike, llama, program, ragged_bat
 
 from jaxllm.core import tree
 from jaxllm.models.stack import scan
-from jaxllm.optim.build import AdaLomo, AdamW
+from jaxllm.optim.build import AdaLomo, AdamW, Lion
 from jaxllm.optim.schedule_config import Constant
+from jaxllm.peft.adalora import AdaLora
 from jaxllm.peft.freeze import BitFit
 from jaxllm.peft.ia3 import Ia3
 from jaxllm.peft.lora import Lora
@@ -39,6 +40,14 @@ METHODS = {
         ),
     ),
     "pissa": (dict(), Lora(type="lora", r=3, init_lora_weights="pissa", target_modules=("k_proj", "down_proj"))),
+    "adalora": (
+        dict(),
+        AdaLora(type="adalora", init_r=3, target_r=1, tinit=4, tfinal=5, deltaT=3, layers_to_transform=(1,)),
+    ),
+    "token rows": (
+        dict(tie_word_embeddings=True),
+        Lora(type="lora", r=2, target_modules=("q_proj",), trainable_token_indices=(100, 3, 60, 9, 31)),
+    ),
     "ia3": (BIASED, Ia3(type="ia3", target_modules=r".*(1\..*v|o|up|down)_proj")),
     "prompt_tuning": (dict(tie_word_embeddings=True), PromptTuning(type="prompt_tuning", num_virtual_tokens=3)),
     "p_tuning": (
@@ -58,6 +67,7 @@ METHODS = {
 OPTIMIZERS = {
     "adamw": AdamW(type="adamw", learning_rate=1e-2, weight_decay=0.1, schedule=Constant(type="constant")),
     "adalomo": AdaLomo(type="adalomo", learning_rate=1e-2, schedule=Constant(type="constant")),
+    "lion": Lion(type="lion", learning_rate=1e-3, weight_decay=0.1, schedule=Constant(type="constant")),
 }
 
 
@@ -80,6 +90,10 @@ FUSED = dict(fused=True)
 PAIRS = [
     ("dora", "adamw", dict(data=2, tensor=4), 4, dict(stack=scan("dots"))),
     ("dora", "adamw", dict(fsdp=2, tensor=2), 4, FUSED),
+    ("adalora", "adamw", dict(pipeline=2, data=2, tensor=2), 4, {}),
+    ("token rows", "adamw", dict(fsdp=2, tensor=2), 2, {}),
+    pytest.param("token rows", "adamw", dict(pipeline=2, data=2, tensor=2), 4, {}, marks=pytest.mark.full),
+    pytest.param("adalora", "lion", dict(data=2, fsdp=2, tensor=2), 2, {}, marks=pytest.mark.full),
     pytest.param("prompt_tuning", "adamw", dict(pipeline=2, data=2, tensor=2), 4, {}, marks=pytest.mark.full),
     pytest.param("prefix_tuning", "adamw", dict(pipeline=2, data=2, tensor=2), 4, {}, marks=pytest.mark.full),
 ]
@@ -90,12 +104,12 @@ def test_one_device_equals_a_mesh(name, optimizer, sizes, micro_batches, how):
     check(name, optimizer, sizes, micro_batches, **how)
 
 
-# A prefix that is projected is not layer-local, which the config says.
+# A prefix that is projected is not layer-local, nor is AdaLoRA, which the config says.
 TABLE = [
     pytest.param(name, optimizer, how, id=f"{name}-{optimizer}-{'fused' if how else 'ordinary'}")
     for name in METHODS
-    for optimizer in (OPTIMIZERS if name in ("lora", "dora", "ia3", "bitfit") else ("adamw",))
-    for how in ([{}] if name == "prefix_projection" else [{}, FUSED])
+    for optimizer in (("adamw", "adalomo") if name in ("lora", "dora", "ia3", "bitfit") else ("adamw",))
+    for how in ([{}] if name in ("prefix_projection", "adalora") else [{}, FUSED])
 ]
 
 

@@ -86,6 +86,14 @@ CONFIGS = {
         ["mesh={tensor: 8, fsdp: 1}"],
         ["4 attention heads", "mesh.tensor = 8", "4"],
     ),
+    "rows that do not divide": (
+        ["mesh={context: 8, fsdp: 1}", "data.seq_len=100"],
+        ["rows of 100 tokens", "the 8 devices", "(context 8)", "set data.seq_len so that they do: to 96 or 104"],
+    ),
+    "virtual tokens in front of rows that are split": (
+        ["mesh={context: 2, fsdp: 4}", "peft={type: prompt_tuning}", "model={path: nowhere}"],
+        ["mesh.context is 2", "peft.type is prompt_tuning", "set context to 1"],
+    ),
     "held out, and never evaluated": (["evals=[]"], ["data.eval_fraction holds out 0.2", "nothing evaluates it"]),
     "warm-up longer than the run": (["optim.schedule.warmup=13"], ["warmup is 13 steps", "the run has 12"]),
     "attention that cannot be had": (

@@ -20,7 +20,7 @@ from jaxllm.data.loader import Loader, State
 from jaxllm.train.inputs import Rows, training_loader
 documents = Documents()
 said = {}
-for axis in ("fsdp", "tensor"):
+for axis in ("fsdp", "context", "tensor"):
     layout = Layout.of(MeshConfig(**{"fsdp": 1, axis: 2}))
     rows = Rows(documents, documents.plan("best_fit"))
     loader = training_loader(rows, layout, micro_batches=2, micro_batch_size=2, start=State(1, 3))
@@ -50,8 +50,9 @@ def test_a_host_reads_the_rows_that_its_devices_hold():
     first, second = (json.loads(process.communicate(timeout=600)[0].splitlines()[-1]) for process in running)
     assert first["fsdp"]["right"]
     assert second["fsdp"]["right"]
-    # Of each micro-batch of two rows each host has read one; with tensor parallelism both have read both.
+    # Of each micro-batch of two rows each host has read one; where they share sequences, both have read both.
     whole = first["tensor"]["rows"]
-    assert first["tensor"] == second["tensor"] == {"right": True, "rows": whole}
+    for axis in ("context", "tensor"):
+        assert first[axis] == second[axis] == {"right": True, "rows": whole}
     for ours, theirs, both in zip(first["fsdp"]["rows"], second["fsdp"]["rows"], whole, strict=True):
         assert [[*a, *b] for a, b in zip(ours, theirs, strict=True)] == both

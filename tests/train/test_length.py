@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.data.loader import START, Loader, State
-from jaxllm.train.config import TrainConfig
+from jaxllm.train.train_config import TrainConfig
 
 DOCUMENTS = Documents()
 PLAN = DOCUMENTS.plan("none")

@@ -23,6 +23,7 @@ from jaxllm.optim.build import OPTIMIZERS, at_rate
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lisa import Lisa as LisaConfig
+from jaxllm.peft.lora import Lora
 from jaxllm.train.config import Config
 from jaxllm.train.lisa import Draws
 
@@ -133,6 +134,9 @@ def alone(frozen: tuple[str, ...]) -> Any:
     ("sizes", "micro_batches", "frozen"),
     [
         (dict(data=2, fsdp=2, tensor=2), 4, ()),
+        (dict(pipeline=2, fsdp=2, tensor=2), 4, ()),
+        pytest.param(dict(pipeline=4, data=2), 8, ("embed/*",), marks=pytest.mark.full),
+        pytest.param(dict(pipeline=2, data=2, fsdp=2), 2, ("head/*", "norm/*"), marks=pytest.mark.full),
         pytest.param(dict(fsdp=8), 1, ("embed/*",), marks=pytest.mark.full),
         pytest.param(dict(data=2, tensor=4), 2, ("head/*", "norm/*"), marks=pytest.mark.full),
         pytest.param({}, 4, ("embed/*", "head/*", "norm/*"), marks=pytest.mark.full),
@@ -146,12 +150,74 @@ def test_a_mesh_and_accumulation_train_alike(sizes, micro_batches, frozen):
 
 
 @pytest.mark.full
+def test_state_that_is_kept_of_every_layer_lies_in_its_stage():
+    lisa, options = Draws(2, 3, 1, "keep"), dict(steps=7, optimizer=optimizer(), dtype="float64")
+    with jax.enable_x64(True):
+        made = program(llama(**MODEL), mesh_layout(pipeline=4), lisa=lisa, micro_batches=4)
+        assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(made.start().opt_state.layers) if leaf.ndim > 1} == {
+            "pipeline"
+        }
+        ours, alone = (
+            train(llama(**MODEL), layout, lisa=lisa, micro_batches=4, **options)
+            for layout in (mesh_layout(pipeline=4), None)
+        )
+        assert_trained_alike(ours, alone, TOLERANCE)
+
+
+@pytest.mark.full
 def test_dropout_is_that_of_full_training():
     lisa = Draws(active=LAYERS, interval=3, seed=0, state="keep")
     options = dict(steps=4, optimizer=optimizer(), dtype="float64", dropout=0.2, seed=5)
     with jax.enable_x64(True):
         ours, full = (train(llama(**MODEL), **options, lisa=one) for one in (lisa, None))
         assert_alike(parameters(ours.state), parameters(full.state))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "how", "state"),
+    [
+        (dict(data=2, fsdp=2, tensor=2), dict(micro_batches=4), "reset_body"),
+        pytest.param({}, dict(max_grad_norm=None, frozen=("embed/*",)), "reset_all", marks=pytest.mark.full),
+        pytest.param(dict(fsdp=4), dict(micro_batches=2, max_grad_norm=None), "keep", marks=pytest.mark.full),
+        pytest.param(
+            dict(fsdp=2, tensor=2), dict(optimizer=optimizer("adalomo")), "reset_body", marks=pytest.mark.full
+        ),
+        pytest.param(dict(fsdp=2), dict(dropout=0.2, max_grad_value=1e-2), "keep", marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_the_fused_step_is_the_ordinary_one(sizes, how, state):
+    options: dict[str, Any] = dict(optimizer=optimizer(), dtype="float64", steps=7, lisa=Draws(2, 3, 1, state)) | how
+    with jax.enable_x64(True):
+        ours = train(llama(**MODEL), mesh_layout(**sizes), fused=True, **options)
+        assert_trained_alike(ours, train(llama(**MODEL), **options | {"micro_batches": 1}), TOLERANCE)
+
+
+ADAPTER = Lora(type="lora", r=3, use_dora=True, loraplus_lr_ratio=4.0, modules_to_save=("lm_head",), bias="all")
+BIASED = dict(MODEL, attention_bias=True)
+
+
+@pytest.mark.full
+def test_all_layers_of_an_adapter_kept_is_training_the_adapter():
+    options = dict(steps=7, optimizer=optimizer(), dtype="float64", method=ADAPTER)
+    with jax.enable_x64(True):
+        ours, whole = (train(llama(**BIASED), **options, lisa=one) for one in (Draws(LAYERS, 3, 0, "keep"), None))
+        assert_alike(parameters(ours.state), parameters(whole.state))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(data=2, fsdp=2, tensor=2), pytest.param(dict(pipeline=2, fsdp=2, tensor=2), marks=pytest.mark.full)],
+    ids=str,
+)
+def test_a_mesh_trains_adapters_alike(sizes):
+    lisa, options = Draws(2, 3, 1), dict(steps=7, optimizer=optimizer(), dtype="float64", method=ADAPTER)
+    with jax.enable_x64(True):
+        meant = train(llama(**BIASED), lisa=lisa, **options)
+        ours = train(llama(**BIASED), mesh_layout(**sizes), lisa=lisa, micro_batches=2, **options)
+        assert_trained_alike(ours, meant, TOLERANCE)
+    moments = {path: leaf for path, leaf in meant.state.items() if "lora_magnitude" in path and "opt_state" in path}
+    assert {leaf.shape[0] for leaf in moments.values()} == {2}
 
 
 @pytest.mark.optimized
@@ -214,6 +280,19 @@ def test_memory_is_that_of_the_active_layers():
     assert full.temp_bytes > 24 * layer > lisa.temp_bytes
 
 
+@pytest.mark.full
+@pytest.mark.optimized
+def test_a_fused_update_holds_one_of_the_active_layers():
+    """Of eight active layers in 24, with few tokens: no gradients, and no second copies of weights and moments."""
+    config = FAMILIES["llama"].config(**DEEP)
+    layer, others = weights(config, "layers") / 24, weights(config, "embed", "norm", "head")
+    how = dict(lisa=Draws(8, 20, 0), optimizer=optimizer("lomo"), shape=(1, 64), max_grad_norm=None)
+    fused, ordinary = (program(config, fused=fused, **how).compiled for fused in (True, False))
+    inputs, activations = 24 * 64 * 256 * 4, 16 * 64 * 1024 * 4
+    assert fused.temp_bytes < inputs + activations + 2 * others + 3 * layer
+    assert ordinary.temp_bytes - fused.temp_bytes > 2 * 8 * layer
+
+
 def products(jaxpr: Any, inside: bool = False) -> list[tuple[bool, tuple[int, ...]]]:
     """The shape of every matrix product, and whether it is in a loop whose end is not known beforehand."""
     found = []
@@ -234,6 +313,32 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
     assert sum(inside for inside, _ in found) >= 7  # a layer has seven products, each computed again and turned back
     assert not [shape for inside, shape in found if inside and shape in gradients]
     assert len([shape for inside, shape in found if not inside and shape in gradients]) >= 7
+
+
+def test_no_stage_computes_the_gradient_of_a_frozen_weight():
+    """All that make one are in the loop over the layers of a stage that train, whose end is not known beforehand."""
+    made = program(llama(**MODEL), mesh_layout(pipeline=2), lisa=Draws(2, 3, 1), micro_batches=2)
+    kernels = {leaf.shape[1:] for path, leaf in tree.flatten(made.start().params).items() if "/kernel" in path[7:]}
+    gradients = {(2, *shape[::order]) for shape in kernels for order in (1, -1)}
+    found = products(jax.make_jaxpr(made.step)(made.start(), made.place(ragged_batch(0), 2)).jaxpr)
+    assert len([shape for inside, shape in found if inside and shape in gradients]) >= 7
+    assert not [shape for inside, shape in found if not inside and shape in gradients]
+
+
+@pytest.mark.full
+@pytest.mark.optimized
+def test_memory_of_stages_is_that_of_the_active_layers_however_many_the_micro_batches():
+    def compiled(micro_batches: int, **how: Any) -> Any:
+        sizes = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
+        options = dict(micro_batches=micro_batches, shape=(4 * micro_batches, 16), optimizer=optimizer())
+        return program(llama(num_hidden_layers=32, **sizes), mesh_layout(pipeline=4), **options, **how).compiled
+
+    few, many = (compiled(micro_batches, lisa=Draws(2, 20, 0)) for micro_batches in (4, 8))
+    assert many.temp_bytes == few.temp_bytes
+    full = compiled(4)
+    layer = 4 * (4 * 128**2 + 3 * 128 * 512)
+    assert full.argument_bytes - few.argument_bytes > 2 * (8 - 2) * layer  # moments of two layers instead of a stage
+    assert full.temp_bytes - few.temp_bytes > (8 - 2) * layer  # and gradients
 
 
 # Whole runs
@@ -259,7 +364,6 @@ def test_a_run_goes_on_in_the_middle_of_an_interval(tmp_path, shared):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(update="fused"), "holds the gradients of a few layers alone"),
         (dict(remat="full"), "computes each layer again in its own way"),
         (dict(compute_dtype="float16"), "does not scale the loss"),
     ],
@@ -288,3 +392,9 @@ def test_more_layers_than_there_are():
     assert one.trained_at_a_time(lm) == of_layers // 2
     with pytest.raises(UserError, match="active_layers is 3 and the model has 2 layers"):
         LisaConfig(type="lisa", active_layers=3).mask(lm)
+    adapter = Lora.model_validate({"type": "lora", "lisa": {"active_layers": 1}})
+    assert 2 * adapter.trained_at_a_time(adapter.add(lm)) == Lora(type="lora").trained_at_a_time(adapter.add(lm))
+    with pytest.raises(UserError, match=r"peft\.lisa\.active_layers is 3"):
+        Lora.model_validate({"type": "lora", "lisa": {"active_layers": 3}}).mask(adapter.add(lm))
+    with pytest.raises(UserError, match="layer 1 has no adapter"):
+        Lora.model_validate({"type": "lora", "lisa": {}, "layers_to_transform": (0,)}).mask(adapter.add(lm))

@@ -8,7 +8,10 @@ import numpy as np
 import optax
 import pytest
 from families import mesh_layout
-from small_runs import MAX_GRAD_NORM, Trained, assert_trained_alike, llama, train
+from optimizers import section
+from small_runs import MAX_GRAD_NORM, Trained, assert_trained_alike, llama, program, train
+
+from jaxllm.core import tree
 
 # "grouped": fewer key-value heads than tensor shards from tensor=4 on, so that every device holds them all.
 MODELS = {
@@ -71,6 +74,15 @@ def test_every_factorisation_of_eight(sizes, micro_batches):
     check(model, dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)), micro_batches)
 
 
+@pytest.mark.full
+def test_parameters_on_the_axis_of_the_replicas():
+    """A rule may split them over data too: then nothing is replicated there."""
+    with jax.enable_x64(True):
+        layout = mesh_layout(data=2, fsdp=2).replace(embed=("data", "fsdp"))
+        ours = train(llama(**MODELS["untied"]), layout, micro_batches=4, dtype="float64")
+        assert_trained_alike(ours, one_device("untied"), TOLERANCE)
+
+
 @pytest.mark.optimized
 def test_in_float32():
     """Loss within 1e-6, first gradients within 1e-5 of the leaf's largest value (DESIGN, section 5)."""
@@ -82,3 +94,17 @@ def test_in_float32():
     ]
     assert len(gradients[1].state) == 12
     assert_trained_alike(*gradients, 1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_galore_in_its_subspace(fused):
+    """Its moments and projections have the shape of no parameter, and lie over fsdp and tensor all the same."""
+    with jax.enable_x64(True):
+        how = dict(optimizer=section("galore"), fused=fused, dtype="float64", steps=4, max_grad_norm=None)
+        layout = mesh_layout(fsdp=2, tensor=2)
+        assert_trained_alike(train(llama(), layout, **how), train(llama(), **how), TOLERANCE)
+    how = dict(optimizer=section("galore"), fused=fused, max_grad_norm=None)
+    state = program(llama(), layout, **how).start().opt_state
+    moments = {path: leaf for path, leaf in tree.flatten(state).items() if "/mu/layers/mlp/" in path}
+    # Of [L, 48, rank]: the 48 lie over tensor in every matrix of the feed-forward part, whichever side they are.
+    assert {leaf.sharding.shard_shape(leaf.shape) for leaf in moments.values()} == {(2, 24, 3)}

@@ -12,20 +12,23 @@ import pytest
 import whole_runs
 from families import mesh_layout, small_lm
 from small_runs import Trained, assert_trained_alike, llama, program, train
-from whole_runs import read_metrics, workplace
+from whole_runs import read_metrics, workplace, write_jsonl
 
 from jaxllm.core.errors import UserError
+from jaxllm.generate.__main__ import main as generate
 from jaxllm.hf import load_hf
-from jaxllm.nn import loss
+from jaxllm.nn import chunks
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import SophiaG
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
-from jaxllm.train.config import Config, TrainConfig
+from jaxllm.train.config import Config
 from jaxllm.train.curvature import Curvature
-from jaxllm.train.pipeline import Schedule, pipelined
+from jaxllm.train.pipeline import pipelined
+from jaxllm.train.schedule import Schedule
 from jaxllm.train.state import abstract_state
 from jaxllm.train.step import batch_shapes
+from jaxllm.train.train_config import TrainConfig
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10
@@ -106,7 +109,7 @@ def test_what_trains_and_what_for(kind):
 
 @pytest.mark.full
 def test_the_loss_in_chunks(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 101 * 8 * 3)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * 101 * 8 * 3)
     check(LAYERS, dict(pipeline=2, tensor=2), 4)
 
 
@@ -150,9 +153,10 @@ def compiled_twice(kept: Any) -> list[Any]:
 @pytest.mark.optimized
 @pytest.mark.parametrize("kept", ["layers", pytest.param("stages", marks=pytest.mark.full)])
 def test_memory_does_not_grow_with_the_micro_batches(kept):
+    """But for the ids of the batch's tokens, which are laid out anew: no activation of all micro-batches is kept."""
     few, many = compiled_twice(kept)
-    assert many.temp_bytes == few.temp_bytes
-    assert many.argument_bytes > few.argument_bytes  # the batch
+    batch = many.argument_bytes - few.argument_bytes
+    assert 0 <= many.temp_bytes - few.temp_bytes <= batch / 4
 
 
 @pytest.mark.full
@@ -217,6 +221,20 @@ def test_a_run_trains_evaluates_and_exports(ran):
 
 
 @pytest.mark.full
+def test_one_sentence_is_learnt_by_heart(config, capsys):
+    """Over pipeline, data and tensor; and what was exported says it."""
+    sentence = "The three foxes of Lower Quay sold nine blue umbrellas before it began to rain."
+    data = f"data.sources.0.path={write_jsonl(config.parent / 'sentence.jsonl', [{'text': sentence}] * 16)}"
+    settings = (data, "data.seq_len=64", "data.packing=none", "data.eval_fraction=0", "evals=[]", "train.steps=100")
+    ran = run(config, "by_heart", "{pipeline: 2, data: 2, tensor: 2}", *settings, "checkpoint.every=100")
+    losses = [line["train/loss"] for line in read_metrics(ran.folder) if "train/loss" in line]
+    assert losses[-1] < 0.01
+    capsys.readouterr()
+    assert generate([str(ran.folder), "--prompt", "The three", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.strip() == sentence
+
+
+@pytest.mark.full
 def test_a_run_is_that_of_another_mesh_and_goes_on_there(config, ran):
     """The same losses, in training and evaluation; from a checkpoint, on a mesh with and without a pipeline."""
     names = ("train/loss", "train/grad_norm", "eval/held_out/loss")
@@ -246,10 +264,16 @@ SIZES: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"update": "fused"}}, r"mesh\.pipeline is 2, .*train\.update is fused.*; set update to ordinary"),
         ({"train": {"remat": "dots"}}, r"mesh\.pipeline is 2, .*train\.remat or unroll is set; set remat to none"),
         ({"train": {"unroll": 2}}, r"mesh\.pipeline is 2, .*train\.remat or unroll is set; .* remove unroll"),
-        ({"peft": {"type": "lisa"}}, r"mesh\.pipeline is 2, .*peft\.type is lisa.*; set pipeline to 1"),
+        (
+            {"peft": {"type": "lisa"}, "train": {"update": "fused"}},
+            r"mesh\.pipeline is 2, peft\.type is lisa, and train\.update is fused, .*; set update to ordinary",
+        ),
+        (
+            {"peft": {"type": "prefix_tuning", "num_virtual_tokens": 2, "prefix_projection": True}},
+            r"mesh\.pipeline is 2, .*peft\.prefix_projection .*; set prefix_projection to false",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else json.dumps(value),
 )

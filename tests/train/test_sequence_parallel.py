@@ -23,7 +23,7 @@ HOW = {
 
 
 def split(layout: Layout) -> Layout:
-    return layout.replace(act_length=("tensor",))
+    return layout.replace(act_length=("context", "tensor"))
 
 
 @pytest.mark.parametrize("how", ["ordinary", *(pytest.param(how, marks=pytest.mark.full) for how in ("fused", "lora"))])
@@ -51,5 +51,7 @@ def test_it_takes_less_memory():
 
 
 def test_a_length_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match=r"dimension 1 \(act_length\) of size 10 does not divide by tensor 4"):
+    with pytest.raises(
+        UserError, match=r"rows of 10 tokens do not divide over the 4 devices of the mesh \(context 1 × tensor 4\)"
+    ):
         program(llama(), split(mesh_layout(tensor=4)), shape=(8, 10))

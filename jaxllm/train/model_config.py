@@ -1,0 +1,65 @@
+"""The model of a run's config: one to continue from, or a new one."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt, create_model
+
+from jaxllm.core.config import Section
+from jaxllm.core.registry import Registry
+from jaxllm.models import FAMILIES
+from jaxllm.models.base import FamilyConfig
+from jaxllm.models.quantized import Quantizable
+
+
+class PretrainedModel(Quantizable):
+    """A model to continue from."""
+
+    path: str
+    """a Hugging Face folder, a run's output folder, one of its checkpoints, or a model of the Hub:
+    owner/name[@revision]"""
+    tokenizer: str | None = None
+    """a tokenizer folder, or a name of the Hub; default: the model's own"""
+    adapter: str | list[str] | None = None
+    """an adapter of the model, in the files of HF peft, or a run that has trained one. With a peft section of the
+    same adapter it trains on; else it is merged into the model first. Of a list all are merged, one after the other,
+    but for a last one that trains on"""
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """`adapter` as a list."""
+        return [self.adapter] if isinstance(self.adapter, str) else self.adapter or []
+
+
+class NewModel(Section):
+    """A model to train from scratch: a family's config, and a tokenizer."""
+
+    tokenizer: str
+    """a tokenizer folder, as written by transformers, or a name of the Hub"""
+
+    def family_config(self, vocab_size: Callable[[], int]) -> FamilyConfig:
+        """The family's own config, with what `vocab_size` gives where the run's config does not set one."""
+        fields = self.model_dump(exclude={"tokenizer"})
+        if fields["vocab_size"] is None:
+            fields["vocab_size"] = vocab_size()
+        return FAMILIES[fields["type"]].config(**fields)
+
+
+def _new_model(family: str) -> Any:
+    """The section of a new model of `family`: the fields that follow from others may be left out."""
+
+    def derived(otherwise: str) -> Any:
+        return Annotated[PositiveInt | None, Field(None, description=f"default: {otherwise}")]
+
+    return create_model(
+        f"New{family.capitalize()}",
+        __base__=(FAMILIES[family].config, NewModel),
+        vocab_size=derived("the tokenizer's"),
+        num_key_value_heads=derived("the attention heads"),
+        head_dim=derived("hidden_size / attention heads"),
+    )
+
+
+NEW_MODELS = Registry[type[NewModel]]("model type")
+for _family in FAMILIES:
+    NEW_MODELS.add(_family, _new_model(_family))

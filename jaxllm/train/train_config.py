@@ -1,0 +1,201 @@
+"""How long and how to train: the section `train` of a run's config, and the step that it makes."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from jaxllm.core.config import Section
+from jaxllm.core.dtypes import DTypeName
+from jaxllm.core.errors import UserError
+from jaxllm.core.mesh import Layout
+from jaxllm.core.tree import Params
+from jaxllm.kernels.attention_choice import AskedAttention
+from jaxllm.models.base import LM
+from jaxllm.models.stack import RematConfig, scan
+from jaxllm.nn.loss import Objective
+from jaxllm.train.curvature import Curvature
+from jaxllm.train.fused import make_fused_step
+from jaxllm.train.fused_lisa import make_fused_lisa_step
+from jaxllm.train.late import accumulated_late
+from jaxllm.train.lisa import LisaOptimizer, make_lisa_step
+from jaxllm.train.pipeline import pipelined
+from jaxllm.train.reduction import reduced_once
+from jaxllm.train.schedule import Schedule
+from jaxllm.train.step import Step, accumulated, make_step
+
+
+class TrainConfig(Section):
+    """How long and how to train. Give `steps` or `epochs`."""
+
+    steps: PositiveInt | None = None
+    """updates of the parameters"""
+    epochs: PositiveInt | None = None
+    """passes over the data"""
+    batch_size: PositiveInt
+    """sequences in an update, over all devices"""
+    micro_batch_size: PositiveInt | None = None
+    """sequences on one data-parallel device at a time; default: its whole share of the batch, or with a pipeline so
+    few that there is a micro-batch for each stage. The rest of the batch is accumulated"""
+    update: Literal["ordinary", "fused"] = "ordinary"
+    """fused: each layer is updated inside the backward pass, so that the gradient of one layer exists at a time; it
+    computes each layer again, and with max_grad_norm walks back twice. With a pipeline each stage does so with its own
+    layers, after the micro-batches have passed forward and backward"""
+    shard_optimizer: bool = False
+    """the devices along mesh.data split the optimizer's state, which each has whole otherwise (ZeRO-1)"""
+    reduce: Literal["each", "late"] = "each"
+    """when gradients of layers are summed over mesh.fsdp: each, in every micro-batch, so that a device holds its part
+    alone; late, once for all micro-batches, which sends less the more there are: a device then holds the gradients of
+    whole layers, those of one micro-batch beside the sum. Over mesh.data they are summed once in any case"""
+    reduce_dtype: Literal["bfloat16"] | None = None
+    """what gradients are summed over mesh.data in, and over mesh.fsdp where reduce is late: bfloat16 halves what is
+    sent; default: float32, once for all micro-batches, and compute_dtype where there is one"""
+    remat: RematConfig = "none"
+    """what the backward pass computes again to save memory: none, dots (all but matrix products), offload_dots (the
+    same, and the products wait in the host's memory) or full; or all but {save: [...], offload: [...]}. With a pipeline
+    none computes each layer again from its input, and full each stage from its own as well"""
+    virtual_stages: PositiveInt = 1
+    """chunks of layers that each stage of mesh.pipeline has, which micro-batches go round: a stage waits as much less
+    as it has more chunks, for as many transfers more, and what waits in it for its backward pass"""
+    unroll: PositiveInt | Literal["auto", "all"] = "auto"
+    """layers that the loop over them does at once: more may be faster, and compile longer; auto: all on a CPU, 1
+    elsewhere"""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """share of a target's probability that is spread over the whole vocabulary"""
+    z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """weight of the squared logarithm of the softmax's denominator in what is minimised, such as 1e-4; train/loss is
+    the cross entropy without it"""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """share that is dropped of the embedding and of what attention and feed-forward layers add, in training"""
+    param_dtype: DTypeName = "float32"
+    """what parameters are stored in"""
+    compute_dtype: DTypeName | None = None
+    """what activations and matrix products are in; default: bfloat16 on a GPU, float32 elsewhere. With float16 the
+    loss is scaled, by as much as the gradients allow"""
+    attention: AskedAttention = "auto"
+    """how attention is computed: xla (plain JAX, holds all scores), cudnn (NVIDIA's kernel, for one document a row),
+    flash (a GPU kernel that keeps packed documents apart), or auto, the fastest that works here. It is tested for
+    leaks between documents before the run starts"""
+    stochastic_rounding: bool = False
+    """bfloat16 parameters are rounded up or down at random after an update, so that small ones count on average"""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """gradients are scaled down to this global norm; null: never"""
+    max_grad_value: PositiveFloat | None = None
+    """every entry of a gradient is clamped to this magnitude, before the norm's scale; null: never"""
+    deterministic: bool = False
+    """whether the same run gives the same bits on a GPU, at some cost; on a CPU it always does"""
+    xla: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """options of XLA for the training step, in place of those chosen for the mesh, which the log lists, such as
+    {xla_gpu_enable_latency_hiding_scheduler: false}"""
+    max_bad_steps: PositiveInt = 3
+    """the run stops after so many steps in a row whose loss or gradient is not finite; none of them is applied"""
+
+    @field_validator("xla")
+    @classmethod
+    def _has_flags(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not name.startswith("xla_"):
+                raise ValueError(f"{name!r} is no flag of XLA; write one as in XLA_FLAGS, without dashes: xla_…")
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give either steps or epochs; got steps {self.steps} and epochs {self.epochs}")
+        return self
+
+    def accumulation(self, layout: Layout) -> tuple[int, int]:
+        """`(micro-batches, sequences in each)` of a batch, over all devices.
+
+        Raises UserError with the nearest batch sizes that work, or if a pipeline has fewer micro-batches than stages,
+        or with virtual ones no multiple of them.
+        """
+        ways, stages = layout.size("batch"), layout.stages
+        most = max(1, self.batch_size // (ways * stages))
+        fitting = next(n for n in range(most, 0, -1) if self.batch_size // ways % n == 0)
+        micro = self.micro_batch_size or fitting
+        together = micro * ways
+        if self.batch_size % together:
+            below, above = self.batch_size // together * together, -(-self.batch_size // together) * together
+            nearest = " or ".join(str(size) for size in (below, above) if size)
+            raise UserError(
+                f"train.batch_size {self.batch_size} is not a multiple of {together} = train.micro_batch_size "
+                f"{micro} × {ways} data-parallel devices (mesh data × fsdp); set train.batch_size to {nearest}, "
+                "or change train.micro_batch_size or the mesh"
+            )
+        if (count := self.batch_size // together) >= stages and self.virtual_stages > 1 and count % stages:
+            round_ = together * stages
+            below, above = self.batch_size // round_ * round_, -(-self.batch_size // round_) * round_
+            raise UserError(
+                f"train.batch_size {self.batch_size} is {count} micro-batches of {together} sequences, and with "
+                f"train.virtual_stages as many as mesh.pipeline = {stages} go round together; set train.batch_size to "
+                f"{below} or {above}, or train.virtual_stages to 1"
+            )
+        if count < stages:
+            smaller = f"train.micro_batch_size to {fitting} or " if fitting * ways * stages <= self.batch_size else ""
+            raise UserError(
+                f"train.batch_size {self.batch_size} is {count} micro-batch{'es' if count > 1 else ''} of {together} "
+                f"sequences, fewer than the {stages} stages of mesh.pipeline, some of which would always wait; set "
+                f"{smaller}train.batch_size to {together * stages} or more"
+            )
+        return self.batch_size // together, together
+
+    def last_step(self, rows: int, step: int, epoch: int, position: int) -> int:
+        """The number of the last step: `steps`, or the step after which all `epochs` of `rows` rows were seen.
+
+        After `step` steps `position` rows of `epoch` are behind; these may have been of another batch size.
+        """
+        if self.epochs is None:
+            assert self.steps is not None  # one of the two is given
+            return self.steps
+        left = self.epochs * rows - (epoch * rows + position)
+        return step + -(-left // self.batch_size)
+
+    def computes_in(self, layout: Layout) -> str:
+        """The compute dtype on the devices of `layout`."""
+        return self.compute_dtype or ("bfloat16" if layout.platform == "gpu" else "float32")
+
+    def ticks(self, layout: Layout) -> Schedule:
+        """When the stages of `layout` work on the micro-batches of a batch."""
+        walks = 0 if self.update == "ordinary" else 1 if self.max_grad_norm is None else 2
+        return Schedule(layout.stages, self.accumulation(layout)[0], walks, self.virtual_stages)
+
+    def scales_loss(self) -> bool:
+        """Whether gradients are of a dtype that cannot hold small ones."""
+        return self.compute_dtype == "float16"
+
+    def step(
+        self,
+        lm: LM,
+        tx: optax.GradientTransformationExtraArgs | LisaOptimizer,
+        schedule: optax.Schedule,
+        seed: int,
+        curvature: Curvature | None = None,
+        penalty: Callable[[Params], jax.Array] | None = None,
+    ) -> Step:
+        """The training step. seed: of what it draws."""
+        options = {
+            "objective": Objective(self.label_smoothing, self.z_loss),
+            "max_grad_norm": self.max_grad_norm,
+            "max_grad_value": self.max_grad_value,
+            "stochastic_rounding": self.stochastic_rounding,
+            "seed": seed,
+        }
+        if isinstance(tx, LisaOptimizer):
+            make = make_fused_lisa_step if self.update == "fused" else make_lisa_step
+            return make(tx, schedule, **options)
+        if self.update == "fused":
+            return make_fused_step(lm, tx, schedule, **options)
+        options |= {"curvature": curvature, "penalty": penalty}
+        if lm.layout.stages > 1:
+            kept = "stages" if self.remat == "full" else "layers"
+            gradient = pipelined(kept)
+        else:
+            automatic = "all" if lm.layout.platform == "cpu" else 1
+            unroll = automatic if self.unroll == "auto" else self.unroll
+            stack = scan(self.remat, unroll)
+            gradient = accumulated_late(stack, self.reduce_dtype) if self.reduce == "late" else accumulated(stack)
+        gradient = reduced_once(gradient, scattered=self.shard_optimizer, dtype=self.reduce_dtype)
+        return make_step(lm, tx, schedule, gradient=gradient, **options)
