@@ -53,8 +53,9 @@ class Program:
             rates = config.peft.rates()
             tx = LisaOptimizer(lm, lambda rate: scale_updates(at_rate(config.optim, rate, lm.padded), rates), draws)
         params, trainable = lm.abstract(), config.peft.mask(lm)
-        how = dict(scale_loss=config.train.scales_loss(), scattered=config.train.shard_optimizer)
-        state = abstract_state(params, trainable, tx, lm.layout, **how)
+        train = config.train
+        how = dict(scattered=train.shard_optimizer, offloaded=train.offload_optimizer)
+        state = abstract_state(params, trainable, tx, lm.layout, scale_loss=train.scales_loss(), **how)
         return Program(config, lm, tx, schedule, trainable, state)
 
     def batch(self, width: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.core import tree
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
+from jaxllm.models.stack import HOST
 
 # The defaults of torch's GradScaler (half its first scale), and the bounds of Apex and DeepSpeed.
 FIRST_LOSS_SCALE, SMALLEST_LOSS_SCALE, LARGEST_LOSS_SCALE = 2.0**15, 1.0, 2.0**24
@@ -95,12 +96,20 @@ def new_state(params: Params, trainable: Any, tx: Optimizer, *, scale_loss: bool
 
 
 def abstract_state(
-    params: Params, trainable: Any, tx: Optimizer, layout: Layout, *, scale_loss: bool = False, scattered: bool = False
+    params: Params,
+    trainable: Any,
+    tx: Optimizer,
+    layout: Layout,
+    *,
+    scale_loss: bool = False,
+    scattered: bool = False,
+    offloaded: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `new_state`, for abstract `params` that have shardings.
 
     A leaf of the optimizer's state lies where its parameter does, see `laid_like`; what belongs to no parameter is held
     by every device. scattered: of optax's transforms, each replica holds a part of such leaves, see `over_replicas`.
+    offloaded: of the same, such leaves lie in the host's memory, which simulated and absent devices may not have.
     """
     shapes = jax.eval_shape(lambda params: new_state(params, trainable, tx, scale_loss=scale_loss), params)
 
@@ -109,7 +118,8 @@ def abstract_state(
 
     def beside(leaf: jax.ShapeDtypeStruct, param: Any) -> jax.ShapeDtypeStruct:
         sharding = laid_like(leaf.shape, param)
-        return place(leaf, over_replicas(sharding, leaf.shape) if scattered else sharding)
+        sharding = over_replicas(sharding, leaf.shape) if scattered else sharding
+        return place(leaf, sharding.with_memory_kind(HOST) if offloaded else sharding)
 
     chosen, frozen = tree.partition(params, trainable)
     if isinstance(tx, optax.GradientTransformation):

@@ -21,6 +21,7 @@ from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.train.curvature import Curvature, with_drawn_targets
 from jaxllm.train.metrics import norms, squares
+from jaxllm.train.offload import brought
 from jaxllm.train.rounding import apply_updates
 from jaxllm.train.state import SMALLEST_LOSS_SCALE, TrainState
 
@@ -60,6 +61,7 @@ def make_step(
     gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters. With
     `max_grad_value`, its entries are clamped to ±max_grad_value before that (the norm is of the unclamped ones).
     A loss or gradient that is not finite leaves parameters, optimizer state and the schedule's step as they are.
+    Optimizer state that lies in the host's memory is on the device from the gradients on; `compile_step` takes it back.
 
     seed: of what is drawn, anew for each step: what `lm.dropout` drops, a mask for each sequence, and how bfloat16
     parameters are rounded where `stochastic_rounding`.
@@ -102,19 +104,24 @@ def make_step(
         root = jnp.sqrt(jnp.sum(batch["loss_mask"])).astype(norm.dtype)
         return optax.tree.scale(root, clipped(grads, norm)), jnp.isfinite(norm)
 
-    def updates_of(
-        state: TrainState, batch: Batch, grads: Params
-    ) -> tuple[optax.Updates, optax.OptState, jax.Array | bool]:
-        """The updates, the state of the optimizer after them, and whether what they are made of is finite."""
-        updates, after = tx.update(grads, state.opt_state, state.params)
+    def curvature_if_due(state: TrainState, batch: Batch) -> tuple[Params | None, jax.Array | bool]:
+        """`curvature_gradient` of the steps in which it is due, zeros of others; None where it never is."""
         if curvature is None:
-            return updates, after, True
-        due = curvature.is_due(state.step)
+            return None, True
         drawn = partial(curvature_gradient, state, batch)
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(drawn)[0])
-        hessian_grads, finite = jax.lax.cond(due, drawn, lambda: (nothing, jnp.array(True)))
+        return jax.lax.cond(curvature.is_due(state.step), drawn, lambda: (nothing, jnp.array(True)))
+
+    def updates_of(
+        state: TrainState, grads: Params, hessian_grads: Params | None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        """The updates, and the state of the optimizer after them."""
+        updates, after = tx.update(grads, state.opt_state, state.params)
+        if curvature is None:
+            return updates, after
+        due = curvature.is_due(state.step)
         _, moved = tx.update(grads, state.opt_state, state.params, hessian_grads=hessian_grads)
-        return updates, jax.tree.map(lambda moved, kept: jnp.where(due, moved, kept), moved, after), finite
+        return updates, jax.tree.map(lambda moved, kept: jnp.where(due, moved, kept), moved, after)
 
     def applied(state: TrainState, updates: optax.Updates) -> Params:
         if not stochastic_rounding:
@@ -134,7 +141,10 @@ def make_step(
         metrics = step_metrics(losses, squares(grads), squares(state.params), batch, schedule(state.step), objective)
         metrics |= penalties
         norm = metrics["grad_norm"]
-        updates, opt_state, finite = updates_of(state, batch, clipped(grads, norm))
+        hessian_grads, finite = curvature_if_due(state, batch)
+        opt_state, (grads, hessian_grads) = brought(state.opt_state, (grads, hessian_grads))
+        state = state._replace(opt_state=opt_state)
+        updates, opt_state = updates_of(state, clipped(grads, norm), hessian_grads)
         good = jnp.isfinite(losses.objective) & jnp.isfinite(norm) & finite
         overflow = jnp.zeros((), bool)
         if loss_scale is not None:

@@ -114,6 +114,7 @@ def program(
     micro_batches: int = 1,
     late: bool = False,
     scattered: bool = False,
+    offloaded: bool = False,
     reduce_dtype: str | None = None,
     stack: Stack | None = None,
     kept: Kept = "layers",
@@ -160,7 +161,8 @@ def program(
     if lisa is not None:
         rates = method.rates() if method is not None else {}
         tx = LisaOptimizer(moved, lambda rate: scale_updates(at_rate(optimizer, rate, moved.padded), rates), lisa)
-    abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss, scattered=scattered)
+    placed = dict(scattered=scattered, offloaded=offloaded)
+    abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss, **placed)
     options = dict(objective=objective, max_grad_norm=max_grad_norm, max_grad_value=max_grad_value)
     options |= dict(stochastic_rounding=stochastic_rounding, seed=seed)
     if lisa is not None:
