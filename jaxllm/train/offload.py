@@ -1,23 +1,80 @@
-"""The optimizer's state in the host's memory, and on the device while it is used."""
+"""The optimizer's state in the host's memory, and a part of it at a time on the device."""
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
+from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-Computed = TypeVar("Computed")
+State, Rest = TypeVar("State"), TypeVar("Rest")
 
 _DEVICE, _HOST = jax.memory.Space.Device, jax.memory.Space.Host
 
 
-def brought(state: Any, computed: Computed) -> tuple[Any, Computed]:
-    """`state` with all leaves on the device, and `computed` as it is. Of the state, what waits in the host's memory is
-    brought when all of `computed` is there."""
-    if not any(_waits(leaf) for leaf in jax.tree.leaves(state)):
-        return state, computed
-    # Nothing else keeps the compiler from copying it at the start of the step, to be there beside all activations.
-    state, computed = jax.lax.optimization_barrier((state, computed))
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, _DEVICE) if _waits(leaf) else leaf, state), computed
+def in_pieces(update: Callable[[State], tuple[State, Rest]], state: State) -> tuple[State, Rest]:
+    """`update(state)`, of a state whose leaves may lie in the host's memory, where the new ones then lie too.
+
+    The device has few of them at a time: first those are brought that the first leaf of the rest follows from (say, the
+    moments of a parameter), and when all else that `update` uses is there; then those of the second leaf, when the
+    first ones are back; and so on. A rule that looks at the whole state for one leaf has it all there.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    on_host = [jax.typeof(leaf).memory_space == _HOST for leaf in leaves]
+    if not any(on_host):
+        return update(state)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    traced, result = jax.make_jaxpr(update, return_shape=True)(structure.unflatten(shapes))
+    program, equations = traced.jaxpr, list(traced.jaxpr.eqns)
+    values = dict(zip(program.constvars, traced.consts, strict=True))
+    values |= {var: leaf for var, leaf, waits in zip(program.invars, leaves, on_host, strict=True) if not waits}
+    results: dict[int, Any] = {}
+
+    awaited: list[tuple[dict[Any, Any], Any]] = [(values, var) for var in values]
+    for piece in _pieces(program, {place for place, waits in enumerate(on_host) if waits}):
+        # Without the barrier the compiler might bring all of the state when the step begins.
+        before, brought = jax.lax.optimization_barrier(
+            ([held[key] for held, key in awaited], [leaves[place] for place in piece])
+        )
+        for (held, key), value in zip(awaited, before, strict=True):
+            held[key] = value
+        values |= {program.invars[i]: jax.device_put(leaf, _DEVICE) for i, leaf in zip(piece, brought, strict=True)}
+        equations = _evaluate(equations, values)
+        awaited = []
+        for place, var in enumerate(program.outvars):
+            if place not in results and (isinstance(var, Literal) or var in values):
+                value = var.val if isinstance(var, Literal) else values[var]
+                results[place] = jax.device_put(value, _HOST) if place < len(leaves) and on_host[place] else value
+                awaited.append((results, place))
+    return jax.tree.unflatten(jax.tree.structure(result), [results[place] for place in range(len(results))])
 
 
-def _waits(leaf: jax.Array) -> bool:
-    return jax.typeof(leaf).memory_space == _HOST
+def _pieces(program: Jaxpr, waiting: Iterable[int]) -> Iterator[list[int]]:
+    """The places among the inputs, out of `waiting`, that each output follows from and none before it does: first of
+    the outputs beyond the inputs' number, then of the others."""
+    needs: dict[Var, set[int]] = {program.invars[place]: {place} for place in waiting}
+    for equation in program.eqns:
+        sources = set().union(*(needs.get(var, ()) for var in _variables(equation.invars)))
+        needs |= dict.fromkeys(equation.outvars, sources)
+    count, brought = len(program.invars), set()
+    for out in _variables([*program.outvars[count:], *program.outvars[:count]]):
+        if piece := needs.get(out, set()) - brought:
+            brought |= piece
+            yield sorted(piece)
+
+
+def _evaluate(equations: Iterable[JaxprEqn], values: dict[Var, Any]) -> list[JaxprEqn]:
+    """Adds to `values` what follows from them. Returns the equations that lack an input."""
+    left = []
+    for equation in equations:
+        inputs = _variables(equation.invars)
+        if not all(var in values for var in inputs):
+            left.append(equation)
+            continue
+        outputs = [var for var in equation.outvars if not isinstance(var, DropVar)]
+        alone = ClosedJaxpr(Jaxpr((), inputs, outputs, [equation], equation.effects), ())
+        values |= zip(outputs, jaxpr_as_fun(alone)(*(values[var] for var in inputs)), strict=True)
+    return left
+
+
+def _variables(atoms: Iterable[Any]) -> list[Var]:
+    return list(dict.fromkeys(atom for atom in atoms if not isinstance(atom, Literal)))

@@ -21,7 +21,7 @@ from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.train.curvature import Curvature, with_drawn_targets
 from jaxllm.train.metrics import norms, squares
-from jaxllm.train.offload import brought
+from jaxllm.train.offload import in_pieces
 from jaxllm.train.rounding import apply_updates
 from jaxllm.train.state import SMALLEST_LOSS_SCALE, TrainState
 
@@ -61,7 +61,7 @@ def make_step(
     gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters. With
     `max_grad_value`, its entries are clamped to ±max_grad_value before that (the norm is of the unclamped ones).
     A loss or gradient that is not finite leaves parameters, optimizer state and the schedule's step as they are.
-    Optimizer state that lies in the host's memory is on the device from the gradients on; `compile_step` takes it back.
+    Optimizer state that lies in the host's memory is on the device while it is used, see `in_pieces`.
 
     seed: of what is drawn, anew for each step: what `lm.dropout` drops, a mask for each sequence, and how bfloat16
     parameters are rounded where `stochastic_rounding`.
@@ -142,9 +142,6 @@ def make_step(
         metrics |= penalties
         norm = metrics["grad_norm"]
         hessian_grads, finite = curvature_if_due(state, batch)
-        opt_state, (grads, hessian_grads) = brought(state.opt_state, (grads, hessian_grads))
-        state = state._replace(opt_state=opt_state)
-        updates, opt_state = updates_of(state, clipped(grads, norm), hessian_grads)
         good = jnp.isfinite(losses.objective) & jnp.isfinite(norm) & finite
         overflow = jnp.zeros((), bool)
         if loss_scale is not None:
@@ -152,10 +149,18 @@ def make_step(
             metrics |= {"loss_scale": loss_scale.scale, "overflow": overflow.astype(jnp.int32)}
             loss_scale = loss_scale.after(good, overflow)
         metrics["bad"] = (~good & ~overflow).astype(jnp.int32)
-        new, old = (applied(state, updates), opt_state), (state.params, state.opt_state)
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
-        if curvature is not None:
-            metrics["sophia_win_rate"] = curvature.win_rate(opt_state, params, lm.padded)
+
+        def updated(opt_state: optax.OptState) -> tuple[optax.OptState, tuple[Params, Metrics]]:
+            before = state._replace(opt_state=opt_state)
+            updates, after = updates_of(before, clipped(grads, norm), hessian_grads)
+            new, old = (applied(before, updates), after), (before.params, opt_state)
+            params, after = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+            if curvature is None:
+                return after, (params, {})
+            return after, (params, {"sophia_win_rate": curvature.win_rate(after, params, lm.padded)})
+
+        opt_state, (params, of_update) = in_pieces(updated, state.opt_state)
+        metrics |= of_update
         return TrainState(state.step + good, params, state.frozen, opt_state, loss_scale), metrics
 
     return step
