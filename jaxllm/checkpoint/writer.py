@@ -22,6 +22,7 @@ from jaxllm.checkpoint.retention import CheckpointConfig
 from jaxllm.checkpoint.store import FACTS, checkpoints, short_reason, silence_orbax
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
+from jaxllm.core.host_memory import copied_on_host, waits_on_host
 
 
 class Saved(NamedTuple):
@@ -185,6 +186,8 @@ def _on_host(state: Any) -> Any:
     written. From other devices Orbax copies it."""
 
     def copy(leaf: jax.Array) -> jax.Array:
+        if waits_on_host(leaf):
+            return jax.block_until_ready(jax.jit(copied_on_host, out_shardings=leaf.sharding)(leaf))
         return leaf.copy() if next(iter(leaf.devices())).platform == "cpu" else leaf
 
     return jax.block_until_ready(jax.tree.map(copy, state))

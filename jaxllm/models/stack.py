@@ -7,13 +7,10 @@ import jax
 from pydantic import Discriminator, Tag, model_validator
 
 from jaxllm.core.config import Section
-from jaxllm.core.errors import UserError
+from jaxllm.core.host_memory import DEVICE, HOST, check_host_memory
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import Context
 from jaxllm.nn.named import TensorName
-
-# Where what the device has no room for waits for the backward pass.
-DEVICE, HOST = "device", "pinned_host"
 
 
 class NamedTensors(Section):
@@ -56,13 +53,8 @@ _NAMED_POLICIES = {
 
 def check_offload(remat: Remat, device: Any) -> None:
     """Raises UserError if `remat` keeps results in the host's memory and `device` cannot reach any."""
-    offloads = remat == "offload_dots" or (isinstance(remat, NamedTensors) and remat.offload)
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if offloads and HOST not in kinds:
-        raise UserError(
-            f"train.remat keeps results in the host's memory, and {device.device_kind} has no memory {HOST!r} here, "
-            f"only {', '.join(kinds)}; use dots or full"
-        )
+    if remat == "offload_dots" or (isinstance(remat, NamedTensors) and remat.offload):
+        check_host_memory(device, "train.remat keeps results", "use dots or full")
 
 
 Walked = tuple[jax.Array, LayerCache | None]

@@ -13,7 +13,6 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.kernels.attention_choice import AttentionChoice, plan_attention
 from jaxllm.models import LM
-from jaxllm.models.stack import check_offload
 from jaxllm.nn.quantized import STORED
 from jaxllm.plan.targets import Target, compile_only_devices
 from jaxllm.train.compiler import compiler_options
@@ -67,7 +66,7 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
     config.train.accumulation(layout)
     check_length(config.data.seq_len, layout)
     if layout.platform == "cpu":
-        check_offload(config.train.remat, devices[0])
+        config.train.check_memories(devices[0])
     lm = model_without_weights(config, layout)
     attention = plan_attention(
         config.train.attention, config.peft.add(lm).attention_needs(config.data.packing in ("best_fit", "concat"))

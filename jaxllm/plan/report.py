@@ -42,6 +42,9 @@ def report(console: Console, planned: Plan, target: Target, config: Config) -> N
     say("in place", f"{_gib(planned.compiled.in_place_bytes)} of the state are written over by the new state")
     if planned.compiled.host_bytes:
         say("host", f"{_gib(planned.compiled.host_bytes)} of the host's memory for each device")
+    if train.offload_optimizer:
+        say("note", "the optimizer's state is counted as if it stayed on the device; in a run train.offload_optimizer")
+        say("", "keeps it in the host's memory, but for a few arrays at a time while they are updated")
     fits, why = verdict(planned, target)
     say("fits", f"{fits}: {why}")
     if fits == "no":
@@ -60,12 +63,19 @@ def _table(planned: Plan) -> Table:
 
 
 def verdict(planned: Plan, target: Target) -> tuple[str, str]:
-    """Whether the plan fits `target` ("yes", "no" or "unknown"), and why."""
+    """Whether the plan fits `target` ("yes", "no" or "unknown"), and why.
+
+    Devices that are not here have no host: what of the state would wait there is counted as if it were on the device.
+    """
     limit = target.memory_bytes * GPU_MEMORY_SHARE
     there = f"the {_gib(limit)} that a run takes of one {target.name} ({GPU_MEMORY_SHARE:.0%} of it)"
     stays, peak = planned.compiled.argument_bytes, planned.compiled.peak_bytes
+    waits = planned.parts["optimizer state"] if planned.program.config.train.offload_optimizer else 0
     if planned.lm.layout.platform == "gpu":
+        if peak - waits <= limit < peak:
+            return "unknown", f"between {_gib(peak - waits)} and {_gib(peak)} of {there}"
         return ("yes" if peak <= limit else "no"), f"{_gib(peak)} of {there}"
+    stays -= waits
     if stays > limit:
         return "no", f"between steps alone {_gib(stays)} stay, more than {there}"
     return "unknown", f"{_gib(stays)} of {there} stay between steps; the rest depends on CUDA's compiler"

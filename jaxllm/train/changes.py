@@ -37,6 +37,7 @@ RULES = {
     "train.reduce": Rule.SAID,
     "train.reduce_dtype": Rule.SAID,
     "train.shard_optimizer": Rule.SAID,
+    "train.offload_optimizer": Rule.SAID,
     "train.remat": Rule.SAID,
     "train.virtual_stages": Rule.SAID,
     "train.param_dtype": Rule.REFUSED,

@@ -126,6 +126,13 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
             "set shard_optimizer to false; mesh.fsdp splits it too",
         ),
         (
+            train.offload_optimizer and (train.update == "fused" or config.peft.draws is not None),
+            "train.offload_optimizer brings the optimizer's state to the device after the backward pass, and "
+            "train.update fused or LISA takes it within",
+            "set offload_optimizer to false, and choose an optimizer with little state, such as adalomo, or set update to "
+            "ordinary",
+        ),
+        (
             train.reduce_dtype is not None and (train.update == "fused" or config.peft.draws is not None),
             f"train.reduce_dtype is {train.reduce_dtype}, and train.update fused or LISA sums gradients as they come",
             "remove reduce_dtype",

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
-from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from jaxllm.core.host_memory import to_device, to_host, waits_on_host
 
 State, Rest = TypeVar("State"), TypeVar("Rest")
-
-_DEVICE, _HOST = jax.memory.Space.Device, jax.memory.Space.Host
 
 
 def in_pieces(update: Callable[[State], tuple[State, Rest]], state: State) -> tuple[State, Rest]:
@@ -19,7 +19,7 @@ def in_pieces(update: Callable[[State], tuple[State, Rest]], state: State) -> tu
     first ones are back; and so on. A rule that looks at the whole state for one leaf has it all there.
     """
     leaves, structure = jax.tree.flatten(state)
-    on_host = [jax.typeof(leaf).memory_space == _HOST for leaf in leaves]
+    on_host = [waits_on_host(leaf) for leaf in leaves]
     if not any(on_host):
         return update(state)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
@@ -37,13 +37,13 @@ def in_pieces(update: Callable[[State], tuple[State, Rest]], state: State) -> tu
         )
         for (held, key), value in zip(awaited, before, strict=True):
             held[key] = value
-        values |= {program.invars[i]: jax.device_put(leaf, _DEVICE) for i, leaf in zip(piece, brought, strict=True)}
+        values |= {program.invars[i]: to_device(leaf) for i, leaf in zip(piece, brought, strict=True)}
         equations = _evaluate(equations, values)
         awaited = []
         for place, var in enumerate(program.outvars):
             if place not in results and (isinstance(var, Literal) or var in values):
                 value = var.val if isinstance(var, Literal) else values[var]
-                results[place] = jax.device_put(value, _HOST) if place < len(leaves) and on_host[place] else value
+                results[place] = to_host(value) if place < len(leaves) and on_host[place] else value
                 awaited.append((results, place))
     return jax.tree.unflatten(jax.tree.structure(result), [results[place] for place in range(len(results))])
 
@@ -66,13 +66,14 @@ def _evaluate(equations: Iterable[JaxprEqn], values: dict[Var, Any]) -> list[Jax
     """Adds to `values` what follows from them. Returns the equations that lack an input."""
     left = []
     for equation in equations:
-        inputs = _variables(equation.invars)
-        if not all(var in values for var in inputs):
+        if not all(var in values for var in _variables(equation.invars)):
             left.append(equation)
             continue
-        outputs = [var for var in equation.outvars if not isinstance(var, DropVar)]
-        alone = ClosedJaxpr(Jaxpr((), inputs, outputs, [equation], equation.effects), ())
-        values |= zip(outputs, jaxpr_as_fun(alone)(*(values[var] for var in inputs)), strict=True)
+        primitive = equation.primitive
+        inputs = [atom.val if isinstance(atom, Literal) else values[atom] for atom in equation.invars]
+        with equation.ctx.manager:
+            found = primitive.bind(*inputs, **primitive.get_bind_params(equation.params))
+        values |= zip(equation.outvars, found if primitive.multiple_results else [found], strict=True)
     return left
 
 

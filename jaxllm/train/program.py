@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from jaxllm.core import tree
+from jaxllm.core.host_memory import to_device
 from jaxllm.core.layers import rearranged
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
@@ -77,7 +78,10 @@ class Program:
 
     @cached_property
     def _evaluated(self) -> Any:
-        return jax.jit(self.config.optim.evaluation_params)
+        def evaluated(params: Params, averaged: Params) -> Params:
+            return self.config.optim.evaluation_params(params, jax.tree.map(to_device, averaged))
+
+        return jax.jit(evaluated)
 
     def start(self, params: Params) -> TrainState:
         """The state before the first step, with what the method of fine-tuning adds. The buffers of `params` are

@@ -27,7 +27,6 @@ from jaxllm.data.loader import State
 from jaxllm.evaluate.perplexity import Perplexity
 from jaxllm.hf.export import check_replaceable
 from jaxllm.kernels.attention_choice import choose_attention
-from jaxllm.models.stack import check_offload
 from jaxllm.peft.base import describe
 from jaxllm.train.compiler import compiler_options, describe_determinism, describe_options
 from jaxllm.train.config import Config
@@ -67,7 +66,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     layout = Layout.of(config.mesh, devices)
     micro_batches, micro_batch = config.train.accumulation(layout)
     check_length(config.data.seq_len, layout)
-    check_offload(config.train.remat, layout.mesh.local_devices[0])
+    config.train.check_memories(layout.mesh.local_devices[0])
     say("devices", layout)
     ticks = config.train.ticks(layout)
     if layout.stages > 1:

@@ -11,9 +11,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core import tree
+from jaxllm.core.host_memory import HOST
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
-from jaxllm.models.stack import HOST
 
 # The defaults of torch's GradScaler (half its first scale), and the bounds of Apex and DeepSpeed.
 FIRST_LOSS_SCALE, SMALLEST_LOSS_SCALE, LARGEST_LOSS_SCALE = 2.0**15, 1.0, 2.0**24

@@ -257,7 +257,8 @@ class CompiledStep:
     """A compiled step, what compiling took in seconds, and the bytes that a device holds for it.
 
     argument_bytes: state and batch. temp_bytes: what lives within the step. peak_bytes: the most at a time.
-    in_place_bytes: of the state, what the new one is written over. host_bytes: temporaries in the host's memory.
+    in_place_bytes: of the state, what the new one is written over. host_bytes: what is in the host's memory, between
+    steps or within one; on a CPU that is the device's.
     """
 
     run: Step
@@ -318,8 +319,8 @@ def compile_step(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         peak,
-        memory.alias_size_in_bytes,
-        memory.host_temp_size_in_bytes,
+        memory.alias_size_in_bytes + memory.host_alias_size_in_bytes,
+        memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
     )
 
 

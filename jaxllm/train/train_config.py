@@ -10,11 +10,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from jaxllm.core.config import Section
 from jaxllm.core.dtypes import DTypeName
 from jaxllm.core.errors import UserError
+from jaxllm.core.host_memory import check_host_memory
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.kernels.attention_choice import AskedAttention
 from jaxllm.models.base import LM
-from jaxllm.models.stack import RematConfig, scan
+from jaxllm.models.stack import RematConfig, check_offload, scan
 from jaxllm.nn.loss import Objective
 from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
@@ -155,6 +156,13 @@ class TrainConfig(Section):
             return self.steps
         left = self.epochs * rows - (epoch * rows + position)
         return step + -(-left // self.batch_size)
+
+    def check_memories(self, device: Any) -> None:
+        """Raises UserError if something is to wait in the host's memory and `device` cannot reach any."""
+        check_offload(self.remat, device)
+        if self.offload_optimizer:
+            remedy = "set it to false; mesh.fsdp and train.shard_optimizer split the state over devices"
+            check_host_memory(device, "train.offload_optimizer keeps the optimizer's state", remedy)
 
     def computes_in(self, layout: Layout) -> str:
         """The compute dtype on the devices of `layout`."""
