@@ -129,8 +129,7 @@ def check_compatible(config: Config) -> list[tuple[str, str]]:
             train.offload_optimizer and (train.update == "fused" or config.peft.draws is not None),
             "train.offload_optimizer brings the optimizer's state to the device after the backward pass, and "
             "train.update fused or LISA takes it within",
-            "set offload_optimizer to false, and choose an optimizer with little state, such as adalomo, or set update to "
-            "ordinary",
+            "set offload_optimizer to false",
         ),
         (
             train.reduce_dtype is not None and (train.update == "fused" or config.peft.draws is not None),

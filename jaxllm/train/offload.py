@@ -8,7 +8,8 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jaxllm.core.host_memory import to_device, to_host, waits_on_host
 
-State, Rest = TypeVar("State"), TypeVar("Rest")
+State = TypeVar("State")
+Rest = TypeVar("Rest")
 
 
 def in_pieces(update: Callable[[State], tuple[State, Rest]], state: State) -> tuple[State, Rest]:

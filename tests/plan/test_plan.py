@@ -140,6 +140,27 @@ def test_whether_it_fits(tiny):
     assert fits(limit + MIB, limit + MIB, "cpu") == "no"
 
 
+def test_whether_it_fits_with_the_optimizer_on_the_host(tiny):
+    """Devices that are not here have no host: its state is counted, and may be what does not fit."""
+    ordinary = ("optim.type=adamw", "train.update=ordinary", "train.offload_optimizer=true")
+    planned = plan(load(tiny, ordinary, Config), jax.devices()[:1])
+    h100 = target_named("h100")
+    limit, waits = int(0.92 * h100.memory_bytes), planned.parts["optimizer state"]
+
+    def fits(peak: int, platform: str) -> str:
+        class Lm:
+            layout = type("Layout", (), {"platform": platform})
+
+        compiled = replace(planned.compiled, argument_bytes=peak, peak_bytes=peak)
+        return verdict(replace(planned, compiled=compiled, lm=Lm), h100)[0]
+
+    assert fits(limit, "gpu") == "yes"
+    assert fits(limit + waits, "gpu") == "unknown"
+    assert fits(limit + waits + MIB, "gpu") == "no"
+    assert fits(limit + waits, "cpu") == "unknown"
+    assert fits(limit + waits + MIB, "cpu") == "no"
+
+
 def test_help_names_every_gpu(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--help"])
