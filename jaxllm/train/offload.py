@@ -32,7 +32,7 @@ def in_pieces(update: Callable[[State], tuple[State, Rest]], state: State) -> tu
 
     awaited: list[tuple[dict[Any, Any], Any]] = [(values, var) for var in values]
     for piece in _pieces(program, {place for place, waits in enumerate(on_host) if waits}):
-        # Without the barrier the compiler might bring all of the state when the step begins.
+        # Without the barrier the compiler might bring all of the state when the step begins, beside the activations.
         before, brought = jax.lax.optimization_barrier(
             ([held[key] for held, key in awaited], [leaves[place] for place in piece])
         )

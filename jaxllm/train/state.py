@@ -109,7 +109,8 @@ def abstract_state(
 
     A leaf of the optimizer's state lies where its parameter does, see `laid_like`; what belongs to no parameter is held
     by every device. scattered: of optax's transforms, each replica holds a part of such leaves, see `over_replicas`.
-    offloaded: of the same, such leaves lie in the host's memory, which simulated and absent devices may not have.
+    offloaded: of the same, such leaves lie in the host's memory; of devices that are only compiled for, JAX knows no
+    memories, and they lie on these.
     """
     shapes = jax.eval_shape(lambda params: new_state(params, trainable, tx, scale_loss=scale_loss), params)
 
