@@ -216,7 +216,7 @@ def _fill(out: np.ndarray, lm: LM, entry: Entry, bounds: Bounds) -> None:
     if out.size:
         index = tuple(slice(start, end) for (start, _), end in zip(bounds, ends, strict=True))
         part = lm.source.read(entry.stored(lm.source)[0], entry.rule.operation.index(index))
-        copy(entry.rule.operation.read(part), out)
+        copy(entry.rule.operation.read(part, index), out)
 
 
 def copy(source: np.ndarray, out: np.ndarray) -> np.ndarray:

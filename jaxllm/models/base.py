@@ -15,6 +15,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 
 from jaxllm.core import tree
 from jaxllm.core.config import ByType, Section
+from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
@@ -72,7 +73,13 @@ class FamilyConfig(Section):
     @property
     def longest(self) -> int:
         """The tokens of the longest text that the model is meant for."""
-        return self.rope.longest(self.rotation)
+        longest = self.rope.longest(self.rotation)
+        return longest if self.longest_row is None else min(longest, self.longest_row)
+
+    @property
+    def longest_row(self) -> int | None:
+        """The tokens of the longest row that is computed as the model means it; None for any."""
+        return None
 
     @model_validator(mode="after")
     def _defined_rope(self) -> "FamilyConfig":
@@ -277,6 +284,11 @@ class LM:
         the `cache`.
         """
         c, front = self.config, self.prompt_tokens if begins else 0
+        if c.longest_row is not None and positions.shape[1] > c.longest_row:
+            raise UserError(
+                f"a row of {positions.shape[1]} tokens is longer than the {c.longest_row} of the model's sliding "
+                "window, which is not implemented; give rows of that length at the most, in training by data.seq_len"
+            )
         positions = positions + (self.prompt_tokens + self.prefix_tokens)
         if front:
             virtual = jnp.broadcast_to(jnp.arange(front, dtype=positions.dtype), (len(positions), front))

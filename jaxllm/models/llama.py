@@ -16,18 +16,13 @@ from jaxllm.nn.mlp import GatedMLP
 from jaxllm.nn.norm import RMSNorm
 
 
-class LlamaConfig(FamilyConfig):
-    """The shape of a Llama. `num_key_value_heads` defaults to the query heads, `head_dim` to their even share."""
+class GatedConfig(FamilyConfig):
+    """The shape of `LlamaBlock`s. `num_key_value_heads` defaults to the query heads, `head_dim` to their even share."""
 
-    type: Literal["llama"] = "llama"
     intermediate_size: PositiveInt
     """width of the feed-forward layer"""
     hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"] = "silu"
     """activation of the feed-forward layer's gate"""
-    attention_bias: bool = False
-    """whether the attention's projections have biases"""
-    mlp_bias: bool = False
-    """whether the feed-forward layer's have"""
 
     @model_validator(mode="before")
     @classmethod
@@ -48,7 +43,7 @@ class LlamaConfig(FamilyConfig):
         return values
 
     @model_validator(mode="after")
-    def _grouped(self) -> "LlamaConfig":
+    def _grouped(self) -> "GatedConfig":
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -59,11 +54,28 @@ class LlamaConfig(FamilyConfig):
         return self
 
 
-class LlamaBlock(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+class LlamaConfig(GatedConfig):
+    """The shape of a Llama."""
 
-    config: LlamaConfig
+    type: Literal["llama"] = "llama"
+    attention_bias: bool = False
+    """whether the attention's projections have biases"""
+    mlp_bias: bool = False
+    """whether the feed-forward layer's have"""
+
+
+class LlamaBlock(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`.
+
+    fused: whether queries, keys and values come of one matrix, and so do the feed-forward layer's gate and what it
+    gates.
+    """
+
+    config: GatedConfig
     dtype: DTypeLike
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    fused: bool = False
 
     @nn.compact
     def __call__(
@@ -75,37 +87,48 @@ class LlamaBlock(nn.Module):
             c.num_attention_heads,
             c.num_key_value_heads,
             c.head_dim,
-            c.attention_bias,
+            self.attention_bias,
             c.initializer_range,
             self.dtype,
+            self.fused,
             name="attn",
         )
-        mlp = GatedMLP(c.intermediate_size, c.hidden_act, c.mlp_bias, c.initializer_range, self.dtype, name="mlp")
+        mlp = GatedMLP(
+            c.intermediate_size, c.hidden_act, self.mlp_bias, c.initializer_range, self.dtype, self.fused, name="mlp"
+        )
         y, cache = attention(RMSNorm(c.rms_norm_eps, name="attn_norm")(x), ctx, cache)
         x = ctx.layout.constrain(x + ctx.drop(y, 0), "batch", "act_length", "act_embed")
         y = mlp(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x), ctx)
         return ctx.layout.constrain(x + ctx.drop(y, 1), "batch", "act_length", "act_embed"), cache
 
 
-def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
-    """The weight table of Hugging Face's LlamaForCausalLM."""
-    layer = "model.layers.{i}."
+LAYER = "model.layers.{i}."
+
+
+def outer_rules(config: GatedConfig) -> list[Rule]:
+    """The weight table of Hugging Face's LlamaForCausalLM but for attention and feed-forward layers."""
     tied = config.tie_word_embeddings
     table = Rule("embed/table", "model.embed_tokens.weight", alias="lm_head.weight" if tied else None, vocab_axis=0)
     rules = [table, Rule("norm/scale", "model.norm.weight")]
     if not tied:
         rules.append(Rule("head/kernel", "lm_head.weight", T, vocab_axis=1))
-    rules.append(Rule("layers/attn_norm/scale", layer + "input_layernorm.weight"))
-    rules.append(Rule("layers/mlp_norm/scale", layer + "post_attention_layernorm.weight"))
+    rules.append(Rule("layers/attn_norm/scale", LAYER + "input_layernorm.weight"))
+    rules.append(Rule("layers/mlp_norm/scale", LAYER + "post_attention_layernorm.weight"))
+    return rules
+
+
+def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
+    """The weight table of Hugging Face's LlamaForCausalLM."""
+    rules = outer_rules(config)
     groups = (
         ("attn", "self_attn", ("q", "k", "v", "o"), config.attention_bias),
         ("mlp", "mlp", ("gate", "up", "down"), config.mlp_bias),
     )
     for ours, theirs, names, bias in groups:
         for name in names:
-            rules.append(Rule(f"layers/{ours}/{name}/kernel", f"{layer}{theirs}.{name}_proj.weight", T))
+            rules.append(Rule(f"layers/{ours}/{name}/kernel", f"{LAYER}{theirs}.{name}_proj.weight", T))
             if bias:
-                rules.append(Rule(f"layers/{ours}/{name}/bias", f"{layer}{theirs}.{name}_proj.bias"))
+                rules.append(Rule(f"layers/{ours}/{name}/bias", f"{LAYER}{theirs}.{name}_proj.bias"))
     return tuple(rules)
 
 
@@ -113,7 +136,7 @@ FAMILIES.add(
     "llama",
     Family(
         config=LlamaConfig,
-        block=LlamaBlock,
+        block=lambda c, dtype: LlamaBlock(c, dtype, c.attention_bias, c.mlp_bias),
         rules=hf_rules,
         model_type="llama",
         architecture="LlamaForCausalLM",

@@ -16,6 +16,9 @@ from jaxllm.nn.rope import apply_rope
 class Attention(nn.Module):
     """Multi-head attention with `heads` query heads and `kv_heads` key and value heads of `head_dim` each.
 
+    fused: whether queries, keys and values come of one matrix `qkv`, whose columns have beside each key head its query
+    heads before it and its value head behind it; else of `q`, `k` and `v`.
+
     Of an adapter it applies the leaves that it finds, and makes none: `prefix_k` and `prefix_v`, `[n, kv_heads ·
     head_dim]`, keys (as after their rotation) and values in front of every row, which all of its tokens see.
     """
@@ -26,6 +29,7 @@ class Attention(nn.Module):
     use_bias: bool
     stddev: float
     dtype: DTypeLike
+    fused: bool = False
 
     @nn.compact
     def __call__(
@@ -37,8 +41,16 @@ class Attention(nn.Module):
         def linear(features: int, axes: tuple[str, str], name: str) -> Linear:
             return Linear(features, axes, self.dtype, self.stddev, self.use_bias, name=name)
 
+        parts: dict[str, jax.Array] = {}
+        if self.fused:
+            of_key = self.heads // self.kv_heads
+            y = linear((self.heads + 2 * self.kv_heads) * self.head_dim, ("embed", "kv_heads"), "qkv")(x, ctx)
+            y = y.reshape(batch, length, self.kv_heads, of_key + 2, self.head_dim)
+            y = ctx.layout.constrain(y, "batch", "act_inner_length", "act_kv_heads", None, None)
+            parts |= zip("qkv", jnp.split(y, [of_key, of_key + 1], axis=3), strict=True)
+
         def heads(count: int, axis: str, name: str) -> jax.Array:
-            y = linear(count * self.head_dim, ("embed", axis), name)(x, ctx)
+            y = parts[name] if parts else linear(count * self.head_dim, ("embed", axis), name)(x, ctx)
             y = y.reshape(batch, length, count, self.head_dim)
             return ctx.layout.constrain(y, "batch", "act_inner_length", f"act_{axis}", None)
 

@@ -155,17 +155,19 @@ class AdaLora(LowRank):
         found = list[Part]()
         for module, layers in self.target_layers(lm):
             _, width, out = tree.at(lm.abstract(), module.path).shape
+            of_output = module.operation.order
             for i, name in enumerate(module.names):
                 if not layers[i]:
                     continue
                 kept, whole = self.kept(name), slice(None)
-                for leaf, place, end, shape, turned in (
+                for leaf, place, end, shape, turned, order in (
                     # An index array puts its axis in front of that of a slice before it.
-                    ("lora_a", (i, whole, kept), "lora_A", (len(kept), width), False),
-                    ("lora_b", (i, kept), "lora_B", (out, len(kept)), True),
-                    ("lora_e", (i, kept), "lora_E", (len(kept), 1), False),
+                    ("lora_a", (i, whole, kept), "lora_A", (len(kept), width), False, None),
+                    ("lora_b", (i, kept), "lora_B", (out, len(kept)), True, of_output),
+                    ("lora_e", (i, kept), "lora_E", (len(kept), 1), False, None),
                 ):
-                    found.append(Part(f"{module.folder}/{leaf}", place, f"{PREFIX}{name}.{end}", shape, turned))
+                    path, tensor = f"{module.folder}/{leaf}", f"{PREFIX}{name}.{end}"
+                    found.append(Part(path, place, tensor, shape, turned, order))
         return found
 
     def computes(self, lm: LM) -> Any:

@@ -30,7 +30,8 @@ Take = Callable[[str, tuple[int, ...]], np.ndarray]
 class Part:
     """The tensor `name` of `shape` in the file: of the leaf at `path` the part at `place`.
 
-    turned: whether the file has the matrix the other way round.
+    turned: whether the file has the matrix the other way round. order: of which place in the file each entry of the
+    part's last axis is; None: of its own.
     """
 
     path: str
@@ -38,14 +39,18 @@ class Part:
     name: str
     shape: tuple[int, ...]
     turned: bool = False
+    order: np.ndarray | None = None
 
     def read(self, tensor: np.ndarray, leaf: np.ndarray) -> None:
         """Writes the file's tensor into the leaf."""
-        leaf[self.place] = (tensor.T if self.turned else tensor).reshape(leaf[self.place].shape)
+        part = (tensor.T if self.turned else tensor).reshape(leaf[self.place].shape)
+        leaf[self.place] = part if self.order is None else part[..., self.order]
 
     def write(self, leaf: np.ndarray) -> np.ndarray:
         """The file's tensor."""
         part = leaf[self.place]
+        if self.order is not None:
+            part = part[..., np.argsort(self.order)]
         return np.ascontiguousarray(part.T if self.turned else part).reshape(self.shape)
 
 

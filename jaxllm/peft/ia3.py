@@ -67,10 +67,11 @@ class Ia3(Targeted):
             on_input = self._on_input(module, layers)
             path = _path(module, on_input)
             size = shapes[path].shape[1]
+            order = None if on_input else module.operation.order
             for i, name in enumerate(module.names):
                 if layers[i]:
                     shape = (1, size) if on_input else (size, 1)
-                    found.append(Part(path, (i,), f"{PREFIX}{name}.ia3_l", shape))
+                    found.append(Part(path, (i,), f"{PREFIX}{name}.ia3_l", shape, order=order))
         return found
 
     def computes(self, lm: LM) -> Any:

@@ -149,6 +149,7 @@ class Target:
     def parts(self, lm: LM, magnitude: bool, principal: bool = False) -> Iterator[Part]:
         """The tensors of each layer with an adapter, by the module's name; those of PiSSA's start have START."""
         _, width, out = tree.at(lm.abstract(), self.module.path).shape
+        of_output = self.module.operation.order
         for i, rank in enumerate(self.ranks):
             if not rank:
                 continue
@@ -156,15 +157,15 @@ class Target:
             if principal:
                 ends["_start"] = (f"lora_A{START}", f"lora_B{START}")
             for end, (of_a, of_b) in ends.items():
-                for leaf, place, name, shape in (
-                    ("lora_a", (i, slice(None), slice(rank)), of_a, (rank, width)),
-                    ("lora_b", (i, slice(rank)), of_b, (out, rank)),
+                for leaf, place, name, shape, order in (
+                    ("lora_a", (i, slice(None), slice(rank)), of_a, (rank, width), None),
+                    ("lora_b", (i, slice(rank)), of_b, (out, rank), of_output),
                 ):
                     path = f"{self.module.folder}/{leaf}{end}"
-                    yield Part(path, place, f"{self.module.names[i]}.{name}", shape, turned=True)
+                    yield Part(path, place, f"{self.module.names[i]}.{name}", shape, True, order)
             if magnitude:
                 name = f"{self.module.names[i]}.lora_magnitude_vector"
-                yield Part(f"{self.module.folder}/lora_magnitude", (i,), name, (out,))
+                yield Part(f"{self.module.folder}/lora_magnitude", (i,), name, (out,), order=of_output)
 
 
 def principal_halves(kernel: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,67 @@
+"""Phi-3 and Phi-4 (Abdin et al., arXiv 2404.14219 and 2412.08905): a Llama whose queries, keys and values come of one
+matrix, as do the feed-forward layer's gate and what it gates."""
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from jaxllm.models.base import FAMILIES, Family
+from jaxllm.models.llama import LAYER, GatedConfig, LlamaBlock, outer_rules
+from jaxllm.models.rules import Interleaved, Rule, T
+
+
+class Phi3Config(GatedConfig):
+    """The shape of a Phi-3."""
+
+    type: Literal["phi3"] = "phi3"
+    sliding_window: PositiveInt | None = None
+    """tokens that a token sees, itself one of them; longer rows are refused, for which the window is not implemented"""
+
+    @property
+    def longest_row(self) -> int | None:
+        return self.sliding_window
+
+
+def hf_rules(config: Phi3Config) -> tuple[Rule, ...]:
+    """The weight table of Hugging Face's Phi3ForCausalLM."""
+    c = config
+    attention, mlp = LAYER + "self_attn.", LAYER + "mlp."
+    of_keys = c.num_key_value_heads * c.head_dim
+    qkv = Interleaved((c.num_attention_heads * c.head_dim, of_keys, of_keys), c.num_key_value_heads)
+    gate_up = Interleaved((c.intermediate_size, c.intermediate_size), c.intermediate_size)
+    return (
+        *outer_rules(c),
+        Rule("layers/attn/qkv/kernel", attention + "qkv_proj.weight", qkv),
+        Rule("layers/attn/o/kernel", attention + "o_proj.weight", T),
+        Rule("layers/mlp/gate_up/kernel", mlp + "gate_up_proj.weight", gate_up),
+        Rule("layers/mlp/down/kernel", mlp + "down_proj.weight", T),
+    )
+
+
+FAMILIES.add(
+    "phi3",
+    Family(
+        config=Phi3Config,
+        block=lambda config, dtype: LlamaBlock(config, dtype, fused=True),
+        rules=hf_rules,
+        model_type="phi3",
+        architecture="Phi3ForCausalLM",
+        # Those of transformers' Phi3Config: Phi-3 mini.
+        defaults={
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "hidden_act": "silu",
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.02,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "rope_theta": 10000.0,
+            "sliding_window": None,
+        },
+        # Dropout of training is the run's to choose.
+        neutral=dict.fromkeys(("attention_dropout", "embd_pdrop", "resid_pdrop"), (0, 0.0)),
+    ),
+)
