@@ -50,7 +50,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 REFUSED = {
-    "auto_map": "it asks to run code that came with the checkpoint, which is never done",
+    "auto_map": "it asks to run code that came with the checkpoint, which is never done; where that is the "
+    "architecture that transformers has by this name, remove the field",
     "quantization_config": "quantised weights are not implemented; use the checkpoint before quantisation",
 }
 

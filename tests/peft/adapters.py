@@ -16,9 +16,9 @@ TOKENS = np.random.default_rng(0).integers(0, 60, (2, 16))
 TOLERANCE = 1e-4  # float32, of logits with a standard deviation above 1 (DESIGN, section 5)
 
 
-def model(**changes: Any) -> tuple[LM, Params]:
-    sizes = dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
-    lm = small_lm(draw_config("llama", 1, **{**sizes, **changes}))
+def model(family: str = "llama", **changes: Any) -> tuple[LM, Params]:
+    biases = dict(attention_bias=True, mlp_bias=True) if family == "llama" else {}
+    lm = small_lm(draw_config(family, 1, **{**biases, "tie_word_embeddings": False, **changes}))
     return lm, draw_params(lm)
 
 
