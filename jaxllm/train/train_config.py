@@ -47,8 +47,8 @@ class TrainConfig(Section):
     shard_optimizer: bool = False
     """the devices along mesh.data split the optimizer's state, which each has whole otherwise (ZeRO-1)"""
     offload_optimizer: bool = False
-    """the optimizer's state waits in the host's pinned memory: the device has it for the update alone, and not beside
-    the activations; each step moves it there and back"""
+    """the optimizer's state waits in the host's pinned memory: the device has it for the update alone, a parameter's at
+    a time, and not beside the activations; each step moves it there and back"""
     reduce: Literal["each", "late"] = "each"
     """when gradients of layers are summed over mesh.fsdp: each, in every micro-batch, so that a device holds its part
     alone; late, once for all micro-batches, which sends less the more there are: a device then holds the gradients of

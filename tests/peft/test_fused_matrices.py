@@ -5,7 +5,6 @@ Their files have the rows in another order than the model has its columns."""
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -75,17 +74,15 @@ def test_files_go_both_ways(name, tmp_path):
         np.testing.assert_array_equal(tree.at(back, path), leaf, err_msg=path)
 
 
-def test_pissa_starts_without_changing_anything(tmp_path):
+def test_pissa_starts_without_changing_anything_and_loads_in_hf_peft(tmp_path):
     lm, base = model("phi3")
     method = Lora(type="lora", r=2, init_lora_weights="pissa", target_modules=tuple(FUSED))
     adapted = method.add(lm)
     params = jax.jit(adapted.with_extra)(base, jax.random.key(0))
     np.testing.assert_allclose(logits(adapted, params), logits(lm, base), atol=2e-5)
-    moved = tree.flatten(params)
-    moved["layers/attn/qkv/lora_b"] += 0.2 * jnp.sin(jnp.arange(moved["layers/attn/qkv/lora_b"].size)).reshape(
-        moved["layers/attn/qkv/lora_b"].shape
-    )
-    params = tree.insert(params, moved)
+    path, rng = "layers/attn/qkv/lora_b", np.random.default_rng(0)
+    start = tree.at(params, path)
+    params = tree.insert(params, {path: start + 0.2 * rng.normal(size=start.shape).astype(np.float32)})
     method.export(adapted, params, tmp_path / "adapter", model_folder=tmp_path, base="base")
     theirs = peft.PeftModel.from_pretrained(transformers_model(lm.config, base, tmp_path / "b"), tmp_path / "adapter")
     np.testing.assert_allclose(torch_logits(theirs.eval()), logits(adapted, params), atol=TOLERANCE)
