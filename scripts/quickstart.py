@@ -9,7 +9,7 @@ import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxllm.core.process import without_idle_cuda
+from jaxllm.core.process import prepare_backends
 from jaxllm.data.tokenizer import train_tokenizer
 from jaxllm.generate.__main__ import main as generate
 from jaxllm.train.__main__ import main as train
@@ -92,5 +92,5 @@ What to try next (after `source .venv/bin/activate`):
 
 
 if __name__ == "__main__":
-    without_idle_cuda()
+    prepare_backends()
     sys.exit(main(sys.argv[1:]))

@@ -19,9 +19,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxllm.core.process import without_idle_cuda
+from jaxllm.core.process import prepare_backends
 
-without_idle_cuda()
+prepare_backends()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,16 @@ from typing import Any, cast
 # Of a GPU's memory, what a training run takes for itself: a context, its libraries and NCCL live in the rest. JAX's
 # own default leaves a quarter to other programs.
 GPU_MEMORY_SHARE = 0.92
+
+# Of each of XLA:CPU's thread pools, for a simulated device: the launch of its next program may hold one while others
+# wait in collectives, one inside a loop and one beside it; the fourth goes on with what they wait for.
+THREADS_PER_SIMULATED_DEVICE = 4
+
+
+def prepare_backends() -> None:
+    """What every command that computes says before JAX makes its backends."""
+    without_idle_cuda()
+    with_threads_for_simulated_devices()
 
 
 def without_torch() -> None:
@@ -35,6 +46,20 @@ def without_idle_cuda() -> None:
             plugin = ModuleType(f"jax_plugins.xla_{version}")
             plugin.__dict__["initialize"] = lambda: None
             cast(dict[str, Any], sys.modules).update({plugin.__name__: plugin, f"jax_{version}_plugin": None})
+
+
+def with_threads_for_simulated_devices() -> None:
+    """Gives XLA:CPU threads enough for the simulated devices that the environment asks for.
+
+    On its own it has a thread for each device or core, and a thread that waits in a collective is not there for
+    others: where each is held so, by seven devices that wait for the eighth, the run stands still, and after a while
+    XLA aborts it.
+    """
+    flag = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    devices = int(flag[-1] if flag else os.environ.get("JAX_NUM_CPU_DEVICES", "1"))
+    if devices > 1:
+        threads = max(THREADS_PER_SIMULATED_DEVICE * devices, os.cpu_count() or 1)
+        os.environ.setdefault("PJRT_NPROC", str(threads))
 
 
 def installed(package: str) -> bool:

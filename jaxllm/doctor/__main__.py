@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from jaxllm.core.command import exit_status
 from jaxllm.core.errors import UserError
 from jaxllm.core.launch import find_place
-from jaxllm.core.process import GPU_MEMORY_SHARE, without_idle_cuda, without_torch
+from jaxllm.core.process import GPU_MEMORY_SHARE, prepare_backends, without_torch
 
 DESCRIPTION = """Says what each process sees: its host, devices, driver, free memory and disk; the versions, the
 coordinator, and the mesh of CONFIG.yaml if one is given. Then all devices add up a number together, and the time that
@@ -67,5 +67,5 @@ def _examine(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     without_torch()
-    without_idle_cuda()
+    prepare_backends()
     sys.exit(main(sys.argv[1:]))

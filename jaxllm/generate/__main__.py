@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.core.cache import keep_programs
 from jaxllm.core.command import exit_status
 from jaxllm.core.errors import UserError
-from jaxllm.core.process import without_idle_cuda, without_torch
+from jaxllm.core.process import prepare_backends, without_torch
 
 if TYPE_CHECKING:
     from jaxllm.generate.defaults import Defaults
@@ -150,6 +150,6 @@ def _defaults(folder: Path) -> Defaults:
 
 if __name__ == "__main__":
     without_torch()
-    without_idle_cuda()
+    prepare_backends()
     keep_programs()
     sys.exit(main(sys.argv[1:]))

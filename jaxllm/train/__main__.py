@@ -6,7 +6,7 @@ import sys
 from jaxllm.core.cache import keep_programs
 from jaxllm.core.command import exit_status
 from jaxllm.core.launch import find_place
-from jaxllm.core.process import GPU_MEMORY_SHARE, without_idle_cuda, without_torch
+from jaxllm.core.process import GPU_MEMORY_SHARE, prepare_backends, without_torch
 
 USAGE = """usage: python -m jaxllm.train CONFIG.yaml [section.key=value ...]
 
@@ -50,6 +50,6 @@ if __name__ == "__main__":
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     without_torch()
-    without_idle_cuda()
+    prepare_backends()
     keep_programs()
     sys.exit(main(sys.argv[1:]))

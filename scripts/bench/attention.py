@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.core.mesh import Layout
-from jaxllm.core.process import without_idle_cuda
+from jaxllm.core.process import prepare_backends
 from jaxllm.core.versions import environment
 from jaxllm.kernels.attention import AttentionForm, causal_attention
 from jaxllm.kernels.attention_choice import BY_SPEED, AttentionNeeds, fault, obstacle
@@ -138,5 +138,5 @@ def in_turns(programs: dict[tuple[str, str], Callable[[], Any]], rounds: int) ->
 
 
 if __name__ == "__main__":
-    without_idle_cuda()
+    prepare_backends()
     main()

@@ -16,7 +16,7 @@ from typing import Any
 
 from compare import CONFIGS, Run, markdown, overrides_of, parser_of, write
 
-from jaxllm.core.process import without_idle_cuda
+from jaxllm.core.process import prepare_backends
 
 RECIPES = {path.stem: path for path in sorted((CONFIGS / "optimizers").glob("*.yaml"))}
 RESULTS = Path(__file__).parent / "results" / "optimizers.json"
@@ -45,7 +45,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """The command."""
     asked = parser_of("optimizers", list(RECIPES), __doc__, RESULTS).parse_intermixed_args()
-    without_idle_cuda()
+    prepare_backends()
     results = {}
     for name in asked.optimizers:
         results[name] = Run(RECIPES[name]).measured(overrides_of(asked))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from job import SIZES
 
-from jaxllm.core.process import without_idle_cuda
+from jaxllm.core.process import prepare_backends
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--max-grad-norm", type=float)
     parser.add_argument("--results", type=Path, help="a JSON file to write")
     asked = parser.parse_args()
-    without_idle_cuda()
+    prepare_backends()
     import jax
     import jax.numpy as jnp
     from summary import spread

@@ -10,7 +10,7 @@ import numpy as np
 from job import Engine, Job, serve
 
 import jaxllm
-from jaxllm.core.process import without_idle_cuda
+from jaxllm.core.process import prepare_backends
 from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.models.stack import scan
 from jaxllm.optim.build import AdamW, build
@@ -90,5 +90,5 @@ def _arrays(ids: np.ndarray) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    without_idle_cuda()
+    prepare_backends()
     serve(WithJaxllm)

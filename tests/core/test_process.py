@@ -1,4 +1,4 @@
-"""What a command says of its process: CUDA's compiler does not disturb what runs on a CPU."""
+"""What a command says of its process: CUDA's compiler leaves a CPU alone, simulated devices do not get stuck."""
 
 import os
 import shutil
@@ -15,6 +15,44 @@ without_idle_cuda()
 import jax
 print(jax.devices()[0].platform)
 """
+
+# Programs with collectives in a loop, each launched before the last has ended. Without threads enough it stands still
+# within a second, on two cores and eight devices; a collective that waits for 10 s then aborts the process.
+IN_FLIGHT = """
+from jaxllm.core.process import prepare_backends
+prepare_backends()
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+mesh = jax.make_mesh((8,), ("x",))
+
+def mixed(x):
+    return x + 0.1 * jnp.tanh(jax.lax.all_gather(jnp.sin(x), "x").sum(0))
+
+def several(x):
+    looped, _ = jax.lax.scan(lambda x, _: (mixed(x), None), x, None, length=3)
+    return looped + mixed(jnp.cos(x))
+
+step = jax.jit(jax.shard_map(several, mesh=mesh, in_specs=P("x"), out_specs=P("x")))
+x = jax.device_put(jnp.ones(32768), NamedSharding(mesh, P("x")))
+for _ in range(300):
+    x = step(x)
+print(jnp.isfinite(x).all())
+"""
+
+
+def test_simulated_devices_that_wait_for_each_other_do_not_get_stuck():
+    flags = [
+        "--xla_force_host_platform_device_count=8",
+        *(f"--xla_cpu_collective_{name}_timeout_seconds=10" for name in ("call_warn_stuck", "call_terminate")),
+        "--xla_cpu_collective_timeout_seconds=10",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_FLIGHT], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CUDA's compiler is for Linux alone")
