@@ -39,7 +39,10 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 def named_checkpoint(path: Path) -> Checkpoint | None:
     """What `path` names: `<folder>/<step>`, or one of the files `<folder>/latest` and `<folder>/best`."""
     if path.name in POINTERS and path.is_file():
-        path = path.with_name(path.read_text().strip())
+        step = path.read_text(errors="replace").strip()
+        if not step.isdecimal():  # a damaged one
+            return None
+        path = path.with_name(step)
     is_one = path.name.isdigit() and path.is_dir()
     return Checkpoint(path.parent.absolute(), int(path.name)) if is_one else None
 

@@ -184,6 +184,12 @@ def test_names_of_checkpoints(copy):
     }
 
 
+@pytest.mark.parametrize("held", [b"", b"\xff\xfe\n", b"\0\0", b"../1\n"], ids=str)
+def test_a_damaged_pointer_names_none(copy, held):
+    (copy / "latest").write_bytes(held)
+    assert named_checkpoint(copy / "latest") is None
+
+
 BAD_CONFIGS = {
     "best without every": (dict(best="eval/a/loss"), "set every"),
     "keep_every that is never met": (dict(every=40, keep_every=100), "set it to 80 or 120"),
