@@ -35,7 +35,7 @@ from jaxllm.models.layout import fit_layout
 from jaxllm.peft.adapter import with_adapter
 from jaxllm.train.config import Config
 from jaxllm.train.model_config import NewModel
-from jaxllm.train.step import BATCH_AXES
+from jaxllm.train.step import BATCH_AXES, check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -177,10 +177,16 @@ def training_loader(rows: Rows, layout: Layout, **options: Any) -> Loader[Mappin
 
 
 def evaluation_sets(config: Config, held_out: Mapping[str, Rows], layout: Layout) -> list[EvaluationSet]:
-    """The held-out sets of the config, in batches of a micro-batch, or of some for the stages of a pipeline."""
+    """The held-out sets of the config, in batches of a micro-batch, or of some for the stages of a pipeline.
+
+    Raises UserError for rows that do not divide over the devices that share them.
+    """
     micro_batches, batch_size = config.train.accumulation(layout)
     if layout.stages > 1:  # no more than wait for their backward pass in training
         batch_size *= min(micro_batches, 2 * layout.stages - 1)
+    for rows in held_out.values():
+        for width in rows.plan.widths:  # some of which the rows to train on may not have
+            check_length(width, layout)
     return [
         EvaluationSet(chosen.name, partial(_batches, held_out[chosen.name], layout, batch_size), chosen.every)
         for chosen in config.evals

@@ -235,6 +235,18 @@ def test_data(case, place, capfd):
     assert not output.exists()
 
 
+def test_held_out_rows_that_do_not_divide(place, capfd):
+    """They are shorter than any that is trained on."""
+    short = write_jsonl(place.folder / "short.jsonl", [{"text": "No."}])
+    output, sizes = place.folder / "run", ["mesh={context: 2, fsdp: 4}", "train.micro_batch_size=2"]
+    rows = ["data.packing=grouped", "data.seq_len=40", "data.eval_fraction=0"]
+    held_out = f"evals=[{{name: short, path: {short}, every: 6}}]"
+    said = fails(capfd, place.config, f"output_dir={output}", *sizes, *rows, held_out)
+    assert "rows of 5 tokens do not divide over the 2 devices of the mesh (context 2) that share a sequence" in said
+    assert "with data.packing grouped to a multiple of 16" in said
+    assert not output.exists()
+
+
 # Folders that are there already. Each case: overrides, and what the message says; nothing in the folder changes.
 
 SAME = ["train.steps=4", "train.micro_batch_size=1"]
