@@ -45,7 +45,8 @@ class MetricsFile:
         """
         kept: list[str] = []
         if is_first() and path.exists() and resumed_at is not None:
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_at]
+            lines = path.read_text(errors="replace").splitlines()  # a disk may have damaged some
+            kept = [line for line in lines if _step_of(line) <= resumed_at]
         evaluated = gather("\n".join(line for line in kept if '"eval/' in line))[0]
         self._evaluated: dict[str, dict[int, float]] = {}
         for line in map(json.loads, evaluated.splitlines()):

@@ -40,6 +40,13 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
     assert list(lines) == [0, 1]
 
 
+def test_what_a_crash_left_of_a_line_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "train/loss": 3.0}\n\xff\xfe\0\n{"step": 2, "tra')
+    MetricsFile(path, 2).close()
+    assert written(tmp_path) == [{"step": 1, "train/loss": 3.0}]
+
+
 def log_lines(tmp_path, steps: int, **how) -> list[dict]:
     """The lines of `steps` steps of 40 tokens, 10 of them trained, in half a second each."""
     metrics = MetricsFile(tmp_path / "metrics.jsonl", None)
