@@ -36,8 +36,9 @@ def scale_by_adan(
     ) -> tuple[optax.Updates, ScaleByAdanState]:
         del params
         grads: Any = updates
-        if max_grad_norm > 0:
+        if not _is_zero(max_grad_norm):
             coefficient = clip_coefficient(jnp.asarray(optax.tree.norm(grads)), max_grad_norm, eps)
+            coefficient = jnp.where(jnp.asarray(max_grad_norm) > 0, coefficient, 1.0)
             grads = jax.tree.map(lambda g: g * coefficient, grads)
         is_first = state.step == 0
         diff: Any = jax.tree.map(lambda g, prev: jnp.where(is_first, 0.0, g - prev), grads, state.prev_grad)
@@ -52,6 +53,11 @@ def scale_by_adan(
         return direction, ScaleByAdanState(step, m, v, n, prev_grad=grads)
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_zero(setting: jax.typing.ArrayLike) -> bool:
+    """Whether a setting is known to be 0 already; `optax.inject_hyperparams` makes arrays of them."""
+    return isinstance(setting, int | float) and setting == 0
 
 
 def adan(
@@ -117,7 +123,7 @@ def adan(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     ]
-    if weight_decay and not no_prox:
+    if not (no_prox or _is_zero(weight_decay)):
         # (θ − ηu)/(1 + ηλ) − θ = −η(u + λθ)/(1 + ηλ): the decoupled step, divided.
         proximal = optax.scale_by_schedule(shrink)
         stages.append(proximal if mask is None else optax.masked(proximal, mask))

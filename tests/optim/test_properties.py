@@ -219,6 +219,28 @@ def test_sharded_equals_unsharded(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", EXPORTED)
+def test_settings_may_be_arrays_in_the_state(name: str) -> None:
+    """`optax.inject_hyperparams` traces every number, those that are 0 by default as well."""
+
+    def trained(weight_decay: float, *, injected: bool):
+        make = getattr(optim, name)
+        make = optax.inject_hyperparams(make) if injected else make
+        tx = make(learning_rate=0.1, weight_decay=weight_decay)
+        params = {"w": jnp.array([[1.0, -2.0], [3.0, 0.5]]), "b": jnp.array([5.0, -0.5])}
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = jax.jit(tx.update)(params, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    for weight_decay in (0.0, 0.1):
+        # A setting of float32 and a Python float round differently: last bits.
+        chex.assert_trees_all_close(
+            trained(weight_decay, injected=True), trained(weight_decay, injected=False), rtol=1e-5
+        )
+
+
 MODULES = [f"jaxllm.optim.{module.name}" for module in pkgutil.iter_modules(jaxllm.optim.__path__)]
 
 
