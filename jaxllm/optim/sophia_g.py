@@ -61,7 +61,7 @@ def win_rate(opt_state: optax.OptState, rho: float, batch_tokens: int, padding: 
 
     def wins(m: jax.Array, h: jax.Array) -> jax.Array:
         # Row by row: a float32 that counts one by one stops at 2²⁴.
-        of_rows = jnp.sum(jnp.abs(m) < rho * batch_tokens * h, axis=-1, dtype=jnp.int32)
+        of_rows = jnp.sum(jnp.atleast_1d(jnp.abs(m) < rho * batch_tokens * h), axis=-1, dtype=jnp.int32)
         return jnp.sum(of_rows.astype(jnp.float32))
 
     return sum(map(wins, m, h), jnp.zeros((), jnp.float32)) / float(sum(leaf.size for leaf in m) - padding)

@@ -201,3 +201,9 @@ def test_sophias_win_rate_of_more_entries_than_an_int32_counts() -> None:
     state = jax.eval_shape(optim.sophia_g(1e-3).init, params)
     rate = jax.eval_shape(lambda state: win_rate(state, 0.04, 1), state)
     assert (rate.shape, rate.dtype) == ((), jnp.float32)
+
+
+def test_sophias_win_rate_counts_scalars() -> None:
+    state = {"m": {"w": jnp.ones((2, 3)), "temperature": jnp.ones(())}, "h": {"w": jnp.zeros((2, 3))}}
+    state["h"]["temperature"] = jnp.array(2.0)
+    np.testing.assert_allclose(win_rate(state, rho=1.0, batch_tokens=1), 1 / 7, rtol=1e-6)
