@@ -48,9 +48,13 @@ def scale_by_adan(
         n: Any = jax.tree.map(lambda n, g, d: b3 * n + (1 - b3) * jnp.square(g + b2 * d), state.n, grads, diff)
 
         step = jnp.asarray(optax.safe_increment(state.step))
-        c1, c2, c3 = (1 - b**step for b in (b1, b2, b3))
-        direction: Any = jax.tree.map(lambda m, v, n: (m / c1 + b2 * v / c2) / (jnp.sqrt(n / c3) + eps), m, v, n)
-        return direction, ScaleByAdanState(step, m, v, n, prev_grad=grads)
+
+        def direction(m: jax.Array, v: jax.Array, n: jax.Array) -> jax.Array:
+            # With float64 in JAX, a Python float to the power of an array is one.
+            c1, c2, c3 = (jnp.asarray(1 - b**step, m.dtype) for b in (b1, b2, b3))
+            return (m / c1 + b2 * v / c2) / (jnp.sqrt(n / c3) + eps)
+
+        return jax.tree.map(direction, m, v, n), ScaleByAdanState(step, m, v, n, prev_grad=grads)
 
     return optax.GradientTransformation(init, update)
 

@@ -241,6 +241,17 @@ def test_settings_may_be_arrays_in_the_state(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", EXPORTED)
+def test_float32_stays_float32_where_jax_has_float64(name: str) -> None:
+    """`optax.apply_if_finite` among others wants the updates in the dtype of the gradients."""
+    params = model()
+    with jax.enable_x64(True):
+        tx = optax.apply_if_finite(transform(name, optax.linear_schedule(0.1, 0.0, 100)), 3)
+        updates, state = jax.eval_shape(lambda: tx.update(params, tx.init(params), params))
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        assert jnp.dtype("float64") not in {leaf.dtype for leaf in jax.tree.leaves(state)}
+
+
 MODULES = [f"jaxllm.optim.{module.name}" for module in pkgutil.iter_modules(jaxllm.optim.__path__)]
 
 
