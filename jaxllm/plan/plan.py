@@ -62,6 +62,7 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
     Raises UserError for what a run would refuse too: a mesh that does not fit the devices, a batch that does not
     divide, a model without a shape.
     """
+    config.train.check_dtypes()
     layout = Layout.of(config.mesh, devices)
     config.train.accumulation(layout)
     check_length(config.data.seq_len, layout)

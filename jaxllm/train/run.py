@@ -63,6 +63,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     say = saying(console)
     resume = find_resume(config)
     require_same("where the run goes on from", resume)
+    config.train.check_dtypes()
     layout = Layout.of(config.mesh, devices)
     micro_batches, micro_batch = config.train.accumulation(layout)
     check_length(config.data.seq_len, layout)

@@ -164,6 +164,15 @@ class TrainConfig(Section):
             remedy = "set it to false; mesh.fsdp and train.shard_optimizer split the state over devices"
             check_host_memory(device, "train.offload_optimizer keeps the optimizer's state", remedy)
 
+    def check_dtypes(self) -> None:
+        """Raises UserError for float64 where JAX would take float32 in its place."""
+        for key in ("param_dtype", "compute_dtype"):
+            if getattr(self, key) == "float64" and not jax.config.jax_enable_x64:
+                raise UserError(
+                    f"train.{key} is float64, which JAX has only where it is asked for; set the environment variable "
+                    f"JAX_ENABLE_X64=1, or train.{key} to float32"
+                )
+
     def computes_in(self, layout: Layout) -> str:
         """The compute dtype on the devices of `layout`."""
         return self.compute_dtype or ("bfloat16" if layout.platform == "gpu" else "float32")

@@ -100,6 +100,7 @@ def test_what_it_prints_without_the_compiler_of_cuda(tiny, on_cpu, capsys):
         (["mesh.data=2"], "train.batch_size 1 is not a multiple of 2"),
         (["optim.type=adalom"], "'adalomo'"),
         (["train.attention=flash"], "train.attention: flash cannot be used here"),
+        (["train.compute_dtype=float64"], "train.compute_dtype is float64, which JAX has only where it is asked for"),
         (["model.vocab_size=null"], "the tokenizer folder nowhere does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

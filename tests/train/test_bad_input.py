@@ -80,6 +80,10 @@ CONFIGS = {
         ["mesh={data: 2, fsdp: 4}", "train.batch_size=40", "train.micro_batch_size=2"],
         ["train.batch_size 40", "multiple of 16", "train.micro_batch_size 2", "32 or 48"],
     ),
+    "float64 that JAX would not take": (
+        ["train.param_dtype=float64"],
+        ["train.param_dtype is float64", "JAX_ENABLE_X64=1", "train.param_dtype to float32"],
+    ),
     "no such data file": (["data.sources.0.path=nowhere.jsonl"], ["no data file matches 'nowhere.jsonl'"]),
     "mesh": (["mesh={fsdp: 3}"], ["fsdp 3", "8 device(s)", "-1"]),
     "tensor axis and heads": (
