@@ -338,7 +338,8 @@ class _Schema:
 
     def meaning(self, section: Node, name: str) -> str:
         """What a key is: the docstring below its field, and the kind of its value."""
-        description = section["cls"].model_fields[name].description
+        in_model = section["type"] == "model"  # and not in a tuple, whose items have no names
+        description = section["cls"].model_fields[name].description if in_model else None
         kind = _KINDS.get(self._inner(section, name)["type"])
         first = " ".join(description.partition("\n\n")[0].split()).rstrip(".") if description else ""
         return f"{first} ({kind})" if first and kind else first or kind or "it has no default"

@@ -297,6 +297,10 @@ def test_every_problem_is_listed_in_the_order_of_the_file(problems):
         ("stop: []", "stop: must be a whole number or 'never', got []"),
         ("shares: {a: b}", "shares.a: must be a number, got 'b'"),
         ("second: lion", "second: must be a section of keys and values, got 'lion'"),
+        (
+            "second: {type: adamw, learning_rate: 1, betas: [0.9]}",
+            "second.betas.1: required, but missing: a number",
+        ),
         ("second: {learning_rate: 1}", "second.type: required, but missing: one of adamw, lion"),
         ("second: {type: adam}",
          "second.type: there is no second type 'adam'. Did you mean 'adamw'? Known: adamw, lion."),
