@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -167,7 +168,7 @@ class TrainConfig(Section):
     def check_dtypes(self) -> None:
         """Raises UserError for float64 where JAX would take float32 in its place."""
         for key in ("param_dtype", "compute_dtype"):
-            if getattr(self, key) == "float64" and not jax.config.jax_enable_x64:
+            if getattr(self, key) == "float64" and jnp.result_type(float) != jnp.float64:
                 raise UserError(
                     f"train.{key} is float64, which JAX has only where it is asked for; set the environment variable "
                     f"JAX_ENABLE_X64=1, or train.{key} to float32"
