@@ -22,7 +22,8 @@ class Targeted(AdapterOfParts):
     """the matrices that get them: all-linear (all of the layers), a list of names such as [q_proj, v_proj], or a
     regular expression of the whole name, such as '.*layers\\.[0-3]\\..*_proj'"""
     modules_to_save: tuple[str, ...] = ()
-    """modules that train as a whole, such as [lm_head, embed_tokens], and are in the adapter's files"""
+    """modules that train as a whole, such as [lm_head, embed_tokens], and are in the adapter's files; as in HF PEFT, a
+    name also means those that it is the end of: norm all norms of a Llama, model.norm the last one"""
     lisa: LayerDraws | None = None
     """the adapters of a few layers train at a time, as with type: lisa; default: those of all layers"""
 
@@ -72,7 +73,18 @@ class Targeted(AdapterOfParts):
         saved = self.saved(lm)
         names = [name for module in every for name in module.names]
         check_each("modules_to_save", saved, names, {module.short for module in every})
-        return {module.path for module in every if is_named(module.names[0], saved)}
+        paths = set[str]()
+        for module in every:
+            # Any end of a name counts, as in HF PEFT, where norm also means input_layernorm.
+            chosen = [name.endswith(saved) for name in module.names]
+            if any(chosen) and not all(chosen):
+                raise UserError(
+                    f"peft.modules_to_save means {module.short} in some of its layers only, which is not implemented; "
+                    f"name it without a layer: {module.short}"
+                )
+            if any(chosen):
+                paths.add(module.path)
+        return paths
 
     def saved(self, lm: LM) -> tuple[str, ...]:
         """modules_to_save, in which the head of a model that has none of its own is the embedding."""

@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": dict(r=2, modules_to_save=("lm_head",)),
     "token rows": dict(r=2, target_modules=("q_proj",), modules_to_save=("lm_head",), trainable_token_indices=ROWS),
     "tied token rows": dict(r=2, target_modules=("q_proj",), use_dora=True, trainable_token_indices=ROWS),
+    "norms": dict(r=2, target_modules=("q_proj",), modules_to_save=("norm",)),
     "biases of the adapted": dict(r=2, target_modules=("q_proj",), bias="lora_only"),
 }
 
@@ -78,7 +79,7 @@ def trained(lm: LM, base: Params, method: Lora) -> Params:
 
 
 @pytest.mark.parametrize(
-    "variant", dear(VARIANTS, "some layers", "patterns", "modules to save", "tied", "tied token rows")
+    "variant", dear(VARIANTS, "some layers", "patterns", "modules to save", "norms", "tied", "tied token rows")
 )
 def test_its_files_load_in_hf_peft_and_come_back(variant, tmp_path):
     """And at the start it changes nothing; and what it has become can be merged."""
@@ -122,12 +123,13 @@ SAVED: dict[str, dict[str, Any]] = {
         modules_to_save=["lm_head"],
     ),
     "tied": dict(r=2, target_modules=".*q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "norms": dict(r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
     "token rows": dict(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [*ROWS]}),
     "tied token rows": dict(r=2, target_modules=["q_proj"], trainable_token_indices=[*ROWS]),
 }
 
 
-@pytest.mark.parametrize("variant", dear(SAVED, "dora", "tied", "token rows"))
+@pytest.mark.parametrize("variant", dear(SAVED, "dora", "norms", "tied", "token rows"))
 def test_files_of_hf_peft_load_and_merge(variant, tmp_path, shared):
     lm, base = model(tie_word_embeddings=variant.startswith("tied"), num_attention_heads=8, num_key_value_heads=2)
     module = transformers_model(lm.config, base, tmp_path / "base")
@@ -244,6 +246,11 @@ def test_an_adapter_of_a_wider_model(adapter):
         (dict(target_modules=("q_proj", "k_prj")), "names 'k_prj', .* Did you mean 'k_proj'"),
         (dict(target_modules="lm_head"), "matches no matrix of the layers"),
         (dict(layers_to_transform=(2,)), "names layer 2, and the model has 0 to 1"),
+        (
+            dict(modules_to_save=("layers.1.mlp.up_proj",)),
+            "up_proj in some of its layers only.* without a layer: up_proj",
+        ),
+        (dict(modules_to_save=("model.layers.0.mlp.up_proj",)), "up_proj in some of its layers only"),
         (dict(modules_to_save=("score",)), "names 'score', which the model does not have"),
         (dict(rank_pattern={"c_attn": 2}), "rank_pattern has 'c_attn', which matches none"),
         (dict(bias="all"), "has no such bias"),
