@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from jaxllm.core.errors import UserError
 from jaxllm.models.base import LM
@@ -65,6 +65,19 @@ class Lora(LowRank):
                     f"a rank of {rank} adds nothing; set it to 1 or more, such as 8, or remove the peft section to "
                     "train the whole model"
                 )
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _are_expressions(cls, value: dict[str, V], info: ValidationInfo) -> dict[str, V]:
+        for pattern in value:
+            try:
+                re.compile(_expression(pattern))
+            except re.error as error:
+                raise ValueError(
+                    f"{info.field_name} has {pattern!r}, which is no regular expression: {error}; give the end of a "
+                    "name, such as q_proj, or an expression of it, such as 'layers.0.*'"
+                ) from error
         return value
 
     @field_validator("trainable_token_indices", mode="before")
@@ -159,8 +172,13 @@ class Lora(LowRank):
         return Target(module, tuple(ranks), tuple(scales))
 
 
+def _expression(pattern: str) -> str:
+    """Of whole names, which HF PEFT makes of a pattern of their ends."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _fits(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return re.match(_expression(pattern), name) is not None
 
 
 def _first_fit(patterns: Mapping[str, V], name: str, otherwise: V) -> V:

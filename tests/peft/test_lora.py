@@ -253,6 +253,8 @@ def test_an_adapter_of_a_wider_model(adapter):
         (dict(modules_to_save=("model.layers.0.mlp.up_proj",)), "up_proj in some of its layers only"),
         (dict(modules_to_save=("score",)), "names 'score', which the model does not have"),
         (dict(rank_pattern={"c_attn": 2}), "rank_pattern has 'c_attn', which matches none"),
+        (dict(rank_pattern={"*.q_proj": 2}), "rank_pattern has '[*].q_proj', which is no regular expression"),
+        (dict(alpha_pattern={"(q_proj": 2.0}), "alpha_pattern has '[(]q_proj', which is no regular expression"),
         (dict(bias="all"), "has no such bias"),
         (dict(bias="lora_only", layers_to_transform=(0,)), "has an adapter in some layers only"),
         (dict(r=0), "a rank of 0 adds nothing; set it to 1 or more"),
