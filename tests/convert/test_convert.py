@@ -94,6 +94,19 @@ def test_what_cannot_be_converted(run, tmp_path, capsys):
     assert list(out.iterdir()) == [out / "thesis.tex"]
 
 
+def test_an_adapter_is_never_overwritten(shared, tmp_path, capsys):
+    """As where the folder to write is forgotten after two of them."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / name / file).write_text("{}")
+    adapters = [tmp_path / "first", tmp_path / "second"]
+    source = shared / "models" / "stories260K"
+    for command in (["merge", source, *adapters], ["to-hf", source, adapters[1]]):
+        assert "second: holds an adapter, which a model would replace" in fails(capsys, *command)
+    assert (adapters[1] / "adapter_config.json").read_text() == "{}"
+
+
 def test_the_source_is_never_overwritten(shared, tmp_path, capsys):
     source: Path = shared / "models" / "stories260K"
     before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
