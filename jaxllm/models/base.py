@@ -284,7 +284,8 @@ class LM:
         the `cache`.
         """
         c, front = self.config, self.prompt_tokens if begins else 0
-        if c.longest_row is not None and positions.shape[1] > c.longest_row:
+        # With a cache the decoder has counted the tokens, of which a row has fewer than it is padded to.
+        if c.longest_row is not None and cache is None and positions.shape[1] > c.longest_row:
             raise UserError(
                 f"a row of {positions.shape[1]} tokens is longer than the {c.longest_row} of the model's sliding "
                 "window, which is not implemented; give rows of that length at the most, in training by data.seq_len"
