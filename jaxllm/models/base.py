@@ -284,13 +284,15 @@ class LM:
         the `cache`.
         """
         c, front = self.config, self.prompt_tokens if begins else 0
+        row, before = positions.shape[1], self.prompt_tokens + self.prefix_tokens
         # With a cache the decoder has counted the tokens, of which a row has fewer than it is padded to.
-        if c.longest_row is not None and cache is None and positions.shape[1] > c.longest_row:
+        if c.longest_row is not None and cache is None and row + before > c.longest_row:
+            behind = f" behind {before} virtual ones" if before else ""
             raise UserError(
-                f"a row of {positions.shape[1]} tokens is longer than the {c.longest_row} of the model's sliding "
-                "window, which is not implemented; give rows of that length at the most, in training by data.seq_len"
+                f"a row of {row} tokens{behind} is longer than the {c.longest_row} of the model's sliding window, "
+                f"which is not implemented; give rows of {c.longest_row - before} at most, in training by data.seq_len"
             )
-        positions = positions + (self.prompt_tokens + self.prefix_tokens)
+        positions = positions + before
         if front:
             virtual = jnp.broadcast_to(jnp.arange(front, dtype=positions.dtype), (len(positions), front))
             positions = jnp.concatenate([virtual, positions], axis=1)
