@@ -56,7 +56,7 @@ class LowRank(Targeted):
         return super().section({**raw, "layers_to_transform": [layers] if isinstance(layers, int) else layers})
 
     def is_target(self, name: str, layer: int) -> bool:
-        if self.layers_to_transform is not None and layer not in self.layers_to_transform:
+        if self.layers_to_transform and layer not in self.layers_to_transform:  # none means all, as in HF PEFT
             return False
         return super().is_target(name, layer)
 

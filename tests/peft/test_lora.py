@@ -123,7 +123,7 @@ SAVED: dict[str, dict[str, Any]] = {
         modules_to_save=["lm_head"],
     ),
     "tied": dict(r=2, target_modules=".*q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True),
-    "norms": dict(r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
+    "norms": dict(r=2, target_modules=["q_proj"], layers_to_transform=[], modules_to_save=["norm"]),
     "token rows": dict(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [*ROWS]}),
     "tied token rows": dict(r=2, target_modules=["q_proj"], trainable_token_indices=[*ROWS]),
 }
