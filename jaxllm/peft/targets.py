@@ -59,9 +59,10 @@ class Targeted(AdapterOfParts):
         found = [(module, layers) for module, layers in found if any(layers)]
         names = {name: module.short for module in every for name in module.names}
         if not found:
+            a_text = " (a text must match whole names: give a list)" if isinstance(self.target_modules, str) else ""
             raise UserError(
-                f"peft.target_modules {shown(self.target_modules)} matches no matrix of the layers; choose among "
-                f"{', '.join(dict.fromkeys(names.values()))}, or {ALL_LINEAR}"
+                f"peft.target_modules {shown(self.target_modules)} matches no matrix of the layers{a_text}; "
+                f"choose among {', '.join(dict.fromkeys(names.values()))}, or {ALL_LINEAR}"
             )
         if not isinstance(self.target_modules, str):
             check_each("target_modules", self.target_modules, names, set(names.values()))

@@ -244,7 +244,10 @@ def test_an_adapter_of_a_wider_model(adapter):
     [
         (dict(target_modules=("c_attn",)), "matches no matrix of the layers; choose among q_proj, k_proj"),
         (dict(target_modules=("q_proj", "k_prj")), "names 'k_prj', .* Did you mean 'k_proj'"),
-        (dict(target_modules="lm_head"), "matches no matrix of the layers"),
+        (
+            dict(target_modules="q_proj"),
+            r"matches no matrix of the layers \(a text must match whole names: give a list\)",
+        ),
         (dict(layers_to_transform=(2,)), "names layer 2, and the model has 0 to 1"),
         (
             dict(modules_to_save=("layers.1.mlp.up_proj",)),
