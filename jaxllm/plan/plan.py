@@ -24,13 +24,17 @@ from jaxllm.train.step import CompiledStep, check_length
 # Memory does not depend on how long a run is; one of epochs alone is taken to be so long, since only data can tell.
 ASSUMED_STEPS = 10**6
 
+# What XLA says where it has no tiling for a product of matrices of odd lengths, such as those with virtual tokens. With
+# a card it would try several, cuBLAS among them; without one it takes what it believes in, and breaks off.
+NO_TILING = "find output tile sizes"
+
 
 @dataclass(frozen=True)
 class Plan:
     """A compiled training step.
 
     lm: the model, without what a PEFT method adds. parts: bytes on each device by what they hold, which add up to the
-    peak.
+    peak. by_cublas: all products of matrices were left to cuBLAS, since XLA had no tiling for one.
     """
 
     lm: LM
@@ -38,6 +42,7 @@ class Plan:
     attention: AttentionChoice
     compiled: CompiledStep
     parts: Mapping[str, int]
+    by_cublas: bool
 
 
 def devices_for(config: Config, target: Target | None, count: int | None) -> Sequence[Any]:
@@ -74,8 +79,14 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
     )
     lm = replace(lm, attention=attention.form)
     program = Program.of(config, lm, _steps(config))
-    compiled = program.compile([config.data.seq_len], compiler_options(config.train, program.lm))
-    return Plan(lm, program, attention, compiled, _parts(program, compiled))
+    widths, options, by_cublas = [config.data.seq_len], compiler_options(config.train, program.lm), False
+    try:
+        compiled = program.compile(widths, options)
+    except jax.errors.JaxRuntimeError as error:
+        if NO_TILING not in str(error):
+            raise
+        compiled, by_cublas = program.compile(widths, {**options, "xla_gpu_enable_triton_gemm": False}), True
+    return Plan(lm, program, attention, compiled, _parts(program, compiled), by_cublas)
 
 
 def _steps(config: Config) -> int:

@@ -187,6 +187,17 @@ def test_the_command_plans_for_a_gpu_that_is_not_here(tmp_path):
     assert "fits      yes" in done.stdout
 
 
+@needs_compiler
+def test_lengths_for_which_xla_has_no_tiling(tmp_path, shared):
+    """36 tokens, 4 of them virtual: where XLA breaks off, as it does without a card to try on, cuBLAS multiplies."""
+    config = config_of(tmp_path, {}, update="ordinary", param_dtype="float32")
+    prompt = ["peft.type=prompt_tuning", "peft.num_virtual_tokens=4", "optim.type=adamw"]
+    model = f"model={{path: {shared / 'models' / 'stories260K'}}}"
+    (planned,) = gpu_plans(config, [model, *prompt, "data.seq_len=32", "train.batch_size=2"])
+    moments = 2 * 4 * 64 * 4  # two of 4 virtual tokens of width 64, in float32
+    assert moments <= planned.parts["optimizer state"] <= moments + 64
+
+
 @pytest.mark.full
 @needs_compiler
 def test_8b_in_the_memory_of_its_weights(tmp_path):
