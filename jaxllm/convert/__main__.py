@@ -75,6 +75,7 @@ def _to_hf(src: str, dst: Path, dtype: str | None, adapters: Sequence[Path] = ()
     check_replaceable(dst, model.lm.source)
     load = model.load
     for adapter in adapters:
+        model.check_lacks(adapter)
         load = with_adapter(adapter, model.lm, load)
     save(model.lm, load(), dst, model_folder=model.folder)
     print(f"{dst}: {model.lm.parameter_count():,} parameters, for transformers")

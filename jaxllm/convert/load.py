@@ -64,6 +64,18 @@ class OpenModel:
                 f"{run / AdapterConfig.exported_to}, which HF peft loads, and model.adapter takes"
             )
 
+    def check_lacks(self, adapter: str | Path) -> None:
+        """Raises UserError for the adapter of the run that this is the model of: it is merged into it already."""
+        run = self.folder.parent
+        if self.folder.name != RUN_MODEL or not (run / RESOLVED).is_file():
+            return
+        own = run.resolve(), (run / AdapterConfig.exported_to).resolve()
+        if Path(adapter).resolve() in own and isinstance(_method(run), AdapterConfig):
+            raise UserError(
+                f"{adapter}: is merged into the model of {run} already; give the model that the run began with, or no "
+                "adapter"
+            )
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer in `folder`. Raises UserError if it has a token that the model has no row for."""
         return fitting_tokenizer(self.folder, self.lm.config.vocab_size)

@@ -62,6 +62,7 @@ def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
         quantized.abstract()  # of a shape that it cannot store
         model = replace(model, load=lambda: load_params(quantized))
     for i, adapter in enumerate(chosen.adapters, 1):
+        model.check_lacks(adapter)
         trains_on = config.peft if i == len(chosen.adapters) else None
         model = replace(model, load=with_adapter(adapter, model.lm, model.load, trains_on))
     if chosen.tokenizer is not None:

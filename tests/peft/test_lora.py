@@ -307,6 +307,9 @@ def test_what_a_run_leaves_is_merged_trained_on_and_generated_from(place, capsys
     for path, leaf in tree.flatten(jaxllm.load_hf(folder / "of_run")[1]).items():
         np.testing.assert_array_equal(leaf, tree.at(merged, path), err_msg=path)
     capsys.readouterr()
+    for adapter in (whole, whole / "export" / "adapter"):  # a second time would change the model
+        assert convert(["merge", str(whole), str(adapter), str(folder / "twice")]) == 2
+        assert f"{adapter}: is merged into the model of {whole} already" in capsys.readouterr().err
     said = []
     for name in ("whole", "merged"):
         assert generate([str(folder / name), "--prompt", "Once", "--max-new-tokens", "8"]) == 0
@@ -317,6 +320,8 @@ def test_what_a_run_leaves_is_merged_trained_on_and_generated_from(place, capsys
     assert on.status == full.status == 0
     end, *starts = (held_out(folder / name) for name in ("whole", "on", "full"))
     np.testing.assert_allclose([start[0] for start in starts], end[-1], rtol=1e-5)
+    with pytest.raises(UserError, match="is merged into the model of"):
+        train(config, f"output_dir={folder / 'x'}", f"model={{path: {whole}}}", f"model.adapter={whole}")
     with pytest.raises(UserError, match=r"another adapter than the peft section describes; it is .*r: 4"):
         train(config, f"output_dir={folder / 'x'}", *base, "peft.type=lora", "peft.r=5", f"model.adapter={whole}")
 
