@@ -62,14 +62,10 @@ def main(arguments: list[str]) -> int:
 
 def _to_hf(src: str, dst: Path, dtype: str | None, adapters: Sequence[Path] = ()) -> None:
     from jaxllm.convert.load import open_model
-    from jaxllm.core.errors import UserError
     from jaxllm.core.mesh import Layout
     from jaxllm.hf.export import check_replaceable, save
-    from jaxllm.hf.source import ADAPTER_CONFIG
     from jaxllm.peft.adapter import with_adapter
 
-    if (dst / ADAPTER_CONFIG).is_file():  # the last of several, where the folder to write was forgotten
-        raise UserError(f"{dst}: holds an adapter, which a model would replace; give a folder to write after it")
     model = open_model(src, Layout.single(), dtype)
     model.check_whole()
     check_replaceable(dst, model.lm.source)

@@ -109,23 +109,23 @@ def write_tensors(tensors: dict[str, np.ndarray], file: Path) -> None:
         file.chmod(file.parent.stat().st_mode & 0o666)
 
 
-def check_replaceable(folder: Path, source: Source | None = None) -> None:
-    """Raises UserError unless an export may take the place of `folder`: none, empty or an older export."""
+def check_replaceable(folder: Path, source: Source | None = None, *, adapter: bool = False) -> None:
+    """Raises UserError unless an export may take the place of `folder`: none, empty or an older one of its kind.
+
+    adapter: whether an adapter is exported, and not a model.
+    """
     if source is not None and folder.resolve() == source.folder.resolve():
         raise UserError(f"{folder}: is the checkpoint that this model came from; write to another folder")
     if not folder.exists():
         return
-    others = [folder] if folder.is_file() else [path for path in folder.iterdir() if not _is_export_file(path)]
+    known = {ADAPTER_CONFIG} if adapter else {"config.json", INDEX, *SIDE_FILES}
+    files = [folder] if folder.is_file() else [*folder.iterdir()]
+    others = [file for file in files if not file.is_file() or not (file.suffix == ".safetensors" or file.name in known)]
     if others:
         raise UserError(
-            f"{folder}: holds {others[0].name!r}, which is not part of a Hugging Face export; nothing was "
-            "written. Choose an empty or new folder."
+            f"{folder}: holds {others[0].name!r}, which is not part of a Hugging Face export of "
+            f"{'an adapter' if adapter else 'a model'}; nothing was written. Choose an empty or new folder."
         )
-
-
-def _is_export_file(path: Path) -> bool:
-    known = {"config.json", ADAPTER_CONFIG, INDEX, *SIDE_FILES}
-    return path.is_file() and (path.name in known or path.suffix == ".safetensors")
 
 
 def _side_files(source: Source | None, model_folder: str | Path | None) -> list[Path]:

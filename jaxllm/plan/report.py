@@ -39,10 +39,7 @@ def report(console: Console, planned: Plan, target: Target, config: Config) -> N
     say("attention", planned.attention)
     say("compiled", f"the training step in {planned.compiled.compile_s:.1f} s; nothing was run")
     if planned.by_cublas:
-        say(
-            "",
-            "all products of matrices by cuBLAS: XLA has no tiling for one, unless it can try some on a card",
-        )
+        say("", "all products of matrices by cuBLAS: XLA has no tiling for one, unless it can try some on a card")
     console.print(_table(planned))
     say("in place", f"{_gib(planned.compiled.in_place_bytes)} of the state are written over by the new state")
     if planned.compiled.host_bytes:

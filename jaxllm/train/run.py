@@ -28,6 +28,7 @@ from jaxllm.evaluate.perplexity import Perplexity
 from jaxllm.hf.export import check_replaceable
 from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.peft.base import describe
+from jaxllm.peft.files import AdapterConfig
 from jaxllm.train.compiler import compiler_options, describe_determinism, describe_options
 from jaxllm.train.config import Config
 from jaxllm.train.folder import METRICS, prepare
@@ -89,7 +90,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     own_tokenizer = lm.source is not None and model.folder == lm.source.folder
     special_ids = None if own_tokenizer else _special_ids(tokenizer)
     folder = Path(config.output_dir)
-    check_replaceable(folder / config.peft.exported_to, lm.source)
+    check_replaceable(folder / config.peft.exported_to, lm.source, adapter=isinstance(config.peft, AdapterConfig))
 
     inputs = read_inputs(config, tokenizer, say)
     store, plan = inputs.train
