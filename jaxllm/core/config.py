@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
+from jaxllm.core.bounds import bound
 from jaxllm.core.config_errors import describe
 from jaxllm.core.config_file import ConfigFile, is_mapping, use_core_schema
 from jaxllm.core.errors import UserError
@@ -27,10 +28,17 @@ S = TypeVar("S", bound="Section")
 class Section(BaseModel):
     """A part of a config: immutable, and an unknown key is an error.
 
-    The docstring below a field is its description, which the message about a missing key quotes.
+    The docstring below a field is its description, which the message about a missing key quotes. A number whose field
+    sets no bound has the bounds of `core.bounds`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        bound(schema)
+        return schema
 
 
 @dataclass(frozen=True)

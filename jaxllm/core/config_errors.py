@@ -7,6 +7,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from jaxllm.core.bounds import at_most
 from jaxllm.core.config_file import ConfigFile, Loc, dotted, is_list, is_mapping, shown
 from jaxllm.core.errors import did_you_mean, nearest
 
@@ -196,6 +197,8 @@ def _problem(detail: ErrorDetails, known: "_Schema", data: Any) -> tuple[Loc, st
             return loc, f"must be {context['expected']}, got {shown(given)}{hint and '.' + hint}"
         case "value_error":
             return loc, str(context["error"])
+        case "less_than_equal":
+            return loc, f"must be {at_most(context['le'])}, got {shown(given)}"
         case _ if kind in _KINDS:
             return loc, f"must be {_KINDS[kind]}, got {shown(given)}{_conversion(kind, given)}"
         case _:

@@ -8,11 +8,13 @@ from typing import Any, ClassVar, TypeGuard
 
 import yaml
 
+from jaxllm.core.bounds import INTEGERS, text_fault
 from jaxllm.core.errors import UserError, did_you_mean
 
 Loc = tuple[str | int, ...]
 
 COMMAND_LINE = math.inf
+LARGEST_FILE = 16 << 20  # bytes
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -53,8 +55,7 @@ def shown(value: Any) -> str:
     """A value as a message quotes it: short, and as YAML would write it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _cut(repr(value))
 
 
 class ConfigFile:
@@ -77,6 +78,10 @@ class ConfigFile:
     def read(cls, path: Path) -> "ConfigFile":
         """Raises UserError when there is no such file or it is not UTF-8 text."""
         try:
+            if path.stat().st_size > LARGEST_FILE:
+                raise UserError(
+                    f"{path}: has more than {LARGEST_FILE >> 20} MiB, too large for a config; give its YAML file."
+                )
             return cls(str(path), path.read_bytes().decode("utf-8-sig"))
         except FileNotFoundError:
             siblings = path.parent.glob("*.y*ml") if path.parent.is_dir() else ()
@@ -88,6 +93,8 @@ class ConfigFile:
             raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+        except ValueError:  # a name with NUL
+            raise UserError(f"{str(path)!r}: is no file name; give the YAML file of a config.") from None
 
     def override(self, text: str) -> None:
         """Sets one key from `section.key=value`; sections and list items on the way appear as needed."""
@@ -98,7 +105,8 @@ class ConfigFile:
         document = _Document(value)
         if document.problems:
             why = document.problems[0][1]
-            raise UserError(f"command line: {key}: {why} To mean text, quote it: {key}='\"{value}\"'.")
+            quote = f" To mean text, quote it: {key}='\"{value}\"'." if document.can_quote and len(value) <= 200 else ""
+            raise UserError(f"command line: {key}: {why}{quote}")
         self._put(self.data, (), keys, document.value)
 
     def _put(self, container: Any, at: Loc, keys: list[str], value: Any) -> None:
@@ -161,6 +169,7 @@ class _Document:
     def __init__(self, text: str) -> None:
         self.lines: dict[Loc, int] = {}
         self.problems: list[tuple[int, str]] = []
+        self.can_quote = True  # whether quotes would make a text of what is wrong
         self._seen: set[int] = set()
         self.value: Any = None
         try:
@@ -168,8 +177,11 @@ class _Document:
             self.value = None if node is None else self._build(node, ())
         except yaml.YAMLError as error:
             self.problems.append(_syntax_problem(error))
+        except RecursionError:
+            self.problems.append((1, "nests lists or sections too deeply; a config has about five levels."))
 
-    def _problem(self, node: yaml.Node, loc: Loc, what: str) -> None:
+    def _problem(self, node: yaml.Node, loc: Loc, what: str, can_quote: bool = True) -> None:
+        self.can_quote &= can_quote
         self.problems.append((node.start_mark.line + 1, f"{dotted(loc)}: {what}" if loc else what))
 
     def _build(self, node: yaml.Node, loc: Loc) -> Any:
@@ -199,6 +211,8 @@ class _Document:
                 self._problem(key_node, here, f"is given twice; the first is in line {self.lines[here]}.")
                 continue
             self.lines[here] = key_node.start_mark.line + 1
+            if (fault := text_fault(key)) is not None:
+                self._problem(key_node, loc, f"the key {key!r} {fault}", can_quote=False)
             yield key, child
 
     def _scalar(self, node: yaml.ScalarNode, loc: Loc) -> Any:
@@ -206,13 +220,19 @@ class _Document:
         try:
             match node.tag.removeprefix(_TAG):
                 case "str":
+                    if (fault := text_fault(text)) is not None:
+                        self._problem(node, loc, fault, can_quote=False)
                     return text
                 case "null":
                     return None
                 case "bool":
                     return {"true": True, "false": False}[text.lower()]
                 case "int":
-                    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+                    number = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+                    if abs(number) > INTEGERS:
+                        too_large = f"{_cut(text)} is too large for any setting; write a smaller number."
+                        self._problem(node, loc, too_large, can_quote=False)
+                    return number
                 case "float":
                     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
                 case _:
@@ -220,6 +240,10 @@ class _Document:
         except (ValueError, KeyError):
             self._problem(node, loc, f"{shown(text)} is no {node.tag.removeprefix(_TAG)}.")
         return None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _syntax_problem(error: yaml.YAMLError) -> tuple[int, str]:

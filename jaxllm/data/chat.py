@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
+from jaxllm.core.bounds import Integer
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
 from jaxllm.data.messages import Message, tool_name
@@ -31,7 +32,7 @@ class RenderConfig(Section):
     """assistant: every answer (assistant turns, completions, outputs); last: the last answer; all: every token"""
     chat_template: str | None = Field(default=None, min_length=1)
     """a file with the chat template of conversations (Jinja); default: the tokenizer's own"""
-    template_options: dict[str, str | bool | int | float] = Field(default_factory=dict)
+    template_options: dict[str, str | bool | Integer | float] = Field(default_factory=dict)
     """variables of the chat template, such as {enable_thinking: false}"""
     split_turns: bool = False
     """each assistant turn, with all before it, is a sample of its own: for chat templates that rewrite earlier turns"""

@@ -25,6 +25,7 @@ Arrays = dict[str, np.ndarray]
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches read ahead on the host
 PLACED_AHEAD = 2  # batches on the devices before they are asked for
 ENDLESS = 1 << 62
+LONGEST_ROW = 1 << 24  # tokens; the longest contexts that models are published with have 10 million
 
 
 class DataConfig(Section):
@@ -32,7 +33,7 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = Field(min_length=1)
     """where records come from; without weights they are all shuffled together"""
-    seq_len: int = Field(ge=1)
+    seq_len: int = Field(ge=1, le=LONGEST_ROW)
     """tokens in a row"""
     packing: Packing = "best_fit"
     """how samples share rows: best_fit (whole samples), concat (one stream, cut at the borders of rows), none (one

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from pydantic import BeforeValidator, Field, PositiveInt
 
+from jaxllm.core.bounds import WHOLE_NUMBERS
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
 from jaxllm.core.registry import Registry
@@ -17,7 +18,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _steps_or_share(value: Any) -> Any:
-    is_steps = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    is_steps = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= WHOLE_NUMBERS
     is_share = isinstance(value, float) and 0 <= value < 1
     if not (is_steps or is_share):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from jaxllm.callbacks.base import CALLBACKS, CallbackConfig
 from jaxllm.callbacks.tensorboard import TensorBoardConfig
@@ -50,7 +50,7 @@ class Config(Section):
 
     output_dir: str = Field(min_length=1)
     """the folder that the run writes"""
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)  # JAX keeps 32 bits of a seed, and drops the others without a word
     """of new weights, of the order of the data and of what is held out"""
     model: Annotated[PretrainedModel | NewModel, ByType(NEW_MODELS, otherwise=PretrainedModel)]
     data: DataConfig

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from jaxllm.core.bounds import Integer, PositiveOrInfinite
 from jaxllm.core.config import Section
 from jaxllm.core.dtypes import DTypeName
 from jaxllm.core.errors import UserError
@@ -85,13 +86,13 @@ class TrainConfig(Section):
     leaks between documents before the run starts"""
     stochastic_rounding: bool = False
     """bfloat16 parameters are rounded up or down at random after an update, so that small ones count on average"""
-    max_grad_norm: PositiveFloat | None = 1.0
+    max_grad_norm: PositiveOrInfinite | None = 1.0
     """gradients are scaled down to this global norm; null: never"""
-    max_grad_value: PositiveFloat | None = None
+    max_grad_value: PositiveOrInfinite | None = None
     """every entry of a gradient is clamped to this magnitude, before the norm's scale; null: never"""
     deterministic: bool = False
     """whether the same run gives the same bits on a GPU, at some cost; on a CPU it always does"""
-    xla: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    xla: dict[str, bool | Integer | float | str] = Field(default_factory=dict)
     """options of XLA for the training step, in place of those chosen for the mesh, which the log lists, such as
     {xla_gpu_enable_latency_hiding_scheduler: false}"""
     max_bad_steps: PositiveInt = 3

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from jaxllm.core.config import ByType, Section, dump, load
 from jaxllm.core.config_errors import FOREIGN_NAMES
+from jaxllm.core.config_file import ConfigFile
 from jaxllm.core.errors import UserError
 from jaxllm.core.registry import Registry
 
@@ -202,11 +203,14 @@ def test_a_config_is_frozen(write):
         ("1.5e-05", 1.5e-5),
         (".5", 0.5),
         ("2", 2.0),
-        (".Inf", float("inf")),
     ],
 )
 def test_numbers_are_read_as_in_yaml_1_2(write, text, value):
     assert load(write(GOOD), [f"optim.learning_rate={text}"], Root).optim.learning_rate == value
+
+
+def test_infinity_is_read_as_in_yaml_1_2():
+    assert ConfigFile("a.yaml", "x: [.Inf, -.inf]").data == {"x": [float("inf"), float("-inf")]}
 
 
 @pytest.mark.parametrize("text", ["yes", "on", "2024-01-01", "1:30", "1_000", "0x", "~x", "null and void"])
@@ -447,6 +451,41 @@ def test_yaml_syntax_errors_name_the_line(problems, text, line, remedy):
     assert message.endswith(remedy)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=1000000000000000000000", "seed: 1000000000000000000000 is too large for any setting"),
+        ("seed=0x" + "f" * 6000, "is too large for any setting; write a smaller number."),
+        ("seed=" + "9" * 5000, " is no int."),
+        ("seed=2147483648", "seed: must be at most 2147483647, which 32 bits hold, got 2147483648"),
+        ("train.batch_size=4294967296", "train.batch_size: must be at most 2147483647, which 32 bits hold"),
+        (
+            "optim.learning_rate=1e39",
+            "must be at most 1.70141e+38, which float32 holds, got 1e+39",
+        ),
+        ("optim.weight_decay=-.inf", "optim.weight_decay: must be a finite number, got -inf"),
+        ("optim.betas=[.nan, 0.9]", "optim.betas.0: must be a finite number, got nan"),
+        ('output_dir="a\\0b"', "output_dir: has the character NUL"),
+        ('output_dir="\\ud800"', "output_dir: has '\\ud800', half of a surrogate pair"),
+        ('shares={"\\0": 1}', r"shares: the key '\x00' has the character NUL"),
+        ("evals=" + "[" * 6000 + "]" * 6000, "evals: nests lists or sections too deeply"),
+    ],
+)
+def test_numbers_and_texts_have_bounds(problems, override, message):
+    (problem,) = problems(GOOD, override)
+    assert problem.startswith("command line: ")
+    assert message in problem
+    assert len(problem) < 300
+
+
+def test_a_file_too_large_for_a_config_is_not_read(tmp_path):
+    path = tmp_path / "weights.yaml"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="has more than 16 MiB"):
+        load(path, [], Root)
+
+
 def test_files_that_cannot_be_read(write, tmp_path):
     write(GOOD)
     with pytest.raises(UserError, match=r"^confg.yaml: there is no such config file\. Did you mean 'config.yaml'\?$"):
@@ -455,6 +494,10 @@ def test_files_that_cannot_be_read(write, tmp_path):
         load("nowhere/a.yaml", [], Root)
     with pytest.raises(UserError, match=r"is a folder; give the YAML file in it\.$"):
         load(tmp_path, [], Root)
+    with pytest.raises(UserError, match="File name too long"):
+        load("x" * 300, [], Root)
+    with pytest.raises(UserError, match="is no file name"):
+        load("a\0b", [], Root)
 
 
 def test_a_byte_order_mark_is_no_content(write):
@@ -471,7 +514,7 @@ def test_round_trip(write, tmp_path):
         write(GOOD),
         [
             "optim.learning_rate=1e-05",
-            "train.max_grad_norm=.inf",
+            "train.max_grad_norm=1e38",
             "second={type: lion, learning_rate: 1e-300}",
             "evals=[{name: '1e-4'}, {name: 'yes'}, {name: '', every: 3}]",
             "shares={a b: 1, 'null': 2}",
@@ -483,7 +526,11 @@ def test_round_trip(write, tmp_path):
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(text=st.text(), number=st.floats(allow_nan=False), whole=st.integers(-(2**63), 2**63))
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+    number=st.floats(-(2.0**127), 2.0**127),
+    whole=st.integers(-(2**31) + 1, 2**31 - 1),
+)
 def test_any_text_and_number_survive_the_round_trip(tmp_path_factory, text, number, whole):
     config = Root(
         output_dir=Path("x"),
