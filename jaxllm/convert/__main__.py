@@ -56,8 +56,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Runs the command. Returns its exit status: 0 done, 2 wrong input, 130 interrupted."""
-    options = _parser().parse_args(arguments)
-    return exit_status(lambda: options.run(options), interrupted="interrupted; nothing was written")
+
+    def convert() -> None:
+        options = _parser().parse_args(arguments)
+        options.run(options)
+
+    return exit_status(convert, interrupted="interrupted; nothing was written")
 
 
 def _to_hf(src: str, dst: Path, dtype: str | None, adapters: Sequence[Path] = ()) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.core.errors import UserError
+from jaxllm.core.errors import UserError, explained
 from jaxllm.core.launch import Place
 from jaxllm.core.rendezvous import meet
 from jaxllm.core.watch import DistributedConfig, Watch
@@ -34,8 +34,8 @@ def joined(
     """JAX's devices are those of all processes within the block, which none of them leaves alone.
 
     facts: what must be alike in all processes besides `versions`. error: what is wrong with the input of this process.
-    An exception within the block ends all processes: with status 2 and one message if it is a UserError, else with 1
-    and a traceback. Raises UserError or Ended as `rendezvous.meet` does.
+    An exception within the block ends all processes: with status 2 and one message if it is a UserError or
+    `errors.explained`, otherwise with 1 and a traceback. Raises UserError or Ended as `rendezvous.meet` does.
     """
     meeting = meet(place, {**versions(), **facts}, None if error is None else str(error), config.start_timeout)
     watch = Watch(meeting, config)
@@ -57,6 +57,8 @@ def joined(
     except UserError as wrong:
         watch.fail(2, str(wrong))
     except Exception as unexpected:
+        if (explanation := explained(unexpected)) is not None:
+            watch.fail(2, explanation)
         watch.crashed(unexpected)
     watch.close()
 

@@ -32,8 +32,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Runs the command. Returns its exit status: 0 all is well; 2 something is wrong, and the message says what; 1 a
     process died or a device failed; 130 interrupted."""
-    options = _parser().parse_args(arguments)
-    return exit_status(lambda: _examine(options))
+    return exit_status(lambda: _examine(_parser().parse_args(arguments)))
 
 
 def _examine(options: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,14 +72,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Runs the command. Returns its exit status: 0 done, 2 wrong input, 130 interrupted."""
-    options = _parser().parse_args(arguments)
 
     def generate() -> None:
+        options = _parser().parse_args(arguments)
         _check(options)
-        try:
-            _write(options)
-        except BrokenPipeError:  # whoever read the text has enough of it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write(options)
 
     return exit_status(generate)
 

@@ -42,8 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Runs the command. Returns its exit status: 0 planned, whether it fits or not; 2 wrong input; 130 interrupted."""
-    options = _parser().parse_intermixed_args(arguments)
-    return exit_status(lambda: _plan(options))
+    return exit_status(lambda: _plan(_parser().parse_intermixed_args(arguments)))
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -16,11 +16,14 @@ The keys are those of `python -m jaxllm.train --help`.
 
 def main(arguments: list[str]) -> int:
     """Runs the command. Returns its exit status: 0 done, 2 wrong input, 130 interrupted."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+    asks_help = not arguments or arguments[0] in ("-h", "--help")
+    command = _help if asks_help else _prepare
+    return exit_status(lambda: command(arguments), interrupted="interrupted; nothing of what was tokenized is kept")
 
-    return exit_status(lambda: _prepare(arguments), interrupted="interrupted; nothing of what was tokenized is kept")
+
+def _help(arguments: list[str]) -> int:
+    print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+    return 0 if arguments else 2
 
 
 def _prepare(arguments: list[str]) -> None:

@@ -19,14 +19,17 @@ Every key, its default and its meaning ([x]: of the type x alone):
 
 def main(arguments: list[str]) -> int:
     """Runs the command. Returns its exit status: 0 done, 2 wrong input, 128 + signal when interrupted."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        from jaxllm.core.config_reference import reference
-        from jaxllm.train.config import Config
+    asks_help = not arguments or arguments[0] in ("-h", "--help")
+    command = _help if asks_help else _train
+    return exit_status(lambda: command(arguments), interrupted="interrupted before the run began")
 
-        print(USAGE + reference(Config), file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
 
-    return exit_status(lambda: _train(arguments), interrupted="interrupted before the run began")
+def _help(arguments: list[str]) -> int:
+    from jaxllm.core.config_reference import reference
+    from jaxllm.train.config import Config
+
+    print(USAGE + reference(Config), file=sys.stdout if arguments else sys.stderr)
+    return 0 if arguments else 2
 
 
 def _train(arguments: list[str]) -> int:
