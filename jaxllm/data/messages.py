@@ -38,14 +38,14 @@ def check_messages(value: Any, column: str) -> list[Message]:
     return [_check_message(message, i) for i, message in enumerate(cast(list[Any], value), 1)]
 
 
-def from_sharegpt(value: Any, system: Any) -> list[Message]:
-    """The messages of a `conversations` column, whose items are `{from, value}`, after an optional `system` text.
+def from_sharegpt(value: Any) -> list[Message]:
+    """The messages of a `conversations` column, whose items are `{from, value}`.
 
     Raises UserError naming the first item that is none.
     """
     if not isinstance(value, list) or not value:
         raise UserError(f"column 'conversations' must be a list of turns with at least one, not {value!r:.60}")
-    messages = [{"role": "system", "content": system}] if system else []
+    messages: list[Message] = []
     for i, turn in enumerate(cast(list[Any], value), 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
             raise UserError(f"turn {i} must be an object with `from` and `value`, not {turn!r:.60}")
@@ -54,7 +54,7 @@ def from_sharegpt(value: Any, system: Any) -> list[Message]:
             raise UserError(f"turn {i} is from {turn['from']!r}.{hint} Known: {', '.join(SHAREGPT_ROLES)}")
         if not isinstance(turn.get("value"), str):
             raise UserError(f"turn {i}: `value` must be a string, not {turn.get('value')!r:.60}")
-        flags = {name: turn[name] for name in TRAIN_FLAGS if name in turn}
+        flags = {name: turn[name] for name in (*TRAIN_FLAGS, *_FOREIGN_FLAGS) if name in turn}
         said = {"content": turn["value"]}
         if turn["from"] == "function_call":
             said = {"tool_calls": _sharegpt_calls(turn["value"], i)}

@@ -27,8 +27,11 @@ _SIDE_FILES = {
     "dataset_info.json",
     "dataset_infos.json",
     "state.json",
+    "LICENSE",
+    "LICENSE.md",
     "LICENSE.txt",
     "requirements.txt",
+    README,
 }
 
 
@@ -56,10 +59,14 @@ def choose(names: Iterable[str], readme: str, wanted: Choice) -> list[str]:
     return chosen
 
 
-def _is_data(name: str) -> bool:
+def is_side(name: str) -> bool:
+    """Whether a file of a folder is hidden, or describes the data beside it and is none itself."""
     *folders, file = name.split("/")
-    hidden = any(part.startswith(".") for part in (*folders, file))
-    return Suffix.of(file).kind is not None and file not in _SIDE_FILES and not hidden
+    return file in _SIDE_FILES or any(part.startswith(".") for part in (*folders, file))
+
+
+def _is_data(name: str) -> bool:
+    return Suffix.of(name).kind is not None and not is_side(name)
 
 
 def _pick(what: str, groups: dict[str, Any], asked: str | None, default: str, where: str) -> str:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 VERSION = 3  # of the files' meaning; another version is another folder
 BATCH_RECORDS = 4096  # records tokenized in one call …
 BATCH_BYTES = 1 << 20  # … or fewer, once they take so many bytes of their file
+MOST_COLUMNS = 8  # that are not read, by name
 STALE_SECONDS = 24 * 3600.0  # a build that wrote nothing for so long was killed
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -56,7 +57,8 @@ class Summary:
 
     `untrained`, `torn`: samples left out because nothing in them is trained, or because they are not read exactly
     (see `segments.Text`); `torn_at` is where the first of these stands. `unended`: samples that do not
-    train the end of a turn. `formats`: label of each source → its format, found or given.
+    train the end of a turn. `formats`: label of each source → its format, found or given. `unread`: label of each
+    source → those columns of its records that its format does not read.
     """
 
     samples: int = 0
@@ -67,9 +69,10 @@ class Summary:
     torn_at: str = ""
     unended: int = 0
     formats: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        formats = ", ".join(f"{path} as {name}" for path, name in self.formats.items())
+        formats = ", ".join(f"{path} as {name}{self._not_read(path)}" for path, name in self.formats.items())
         notes = (
             (self.untrained, "left out: nothing in them is trained"),
             (self.torn, f"left out: a trained turn begins or ends inside a token (first: {self.torn_at})"),
@@ -79,6 +82,12 @@ class Summary:
             f"{self.samples:,} samples, {self.tokens:,} tokens, {self.trained_tokens:,} of them trained ({formats})"
             + "".join(f"; {count:,} samples {what}" for count, what in notes if count)
         )
+
+    def _not_read(self, path: str) -> str:
+        columns = self.unread.get(path, [])
+        named = ", ".join(repr(column)[1:-1] for column in columns[:MOST_COLUMNS])  # which may have any character
+        more = f" and {len(columns) - MOST_COLUMNS} more" if len(columns) > MOST_COLUMNS else ""
+        return f" without the columns {named}{more}" if columns else ""
 
 
 class Store:
@@ -266,6 +275,8 @@ def _write(
                     append["splittable"]([given.splittable])
                     append["file"]([files.setdefault(record.file, len(files))])
                     append["record"]([record.index])
+            if render.unread:
+                summary.unread[source.label(config)] = list(render.unread)
             _check_trained(config, render.name, before, summary)
             source_ends.append(summary.samples)
     meta = {"summary": asdict(summary), "files": list(files), "source_ends": source_ends}

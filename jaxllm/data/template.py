@@ -32,6 +32,15 @@ FOREIGN_FORMATS = {
     "tokenized": "tokens",
 }
 
+# Columns that rate an answer (KTO's, and LLaMA-Factory's name for it), and the words for good and bad.
+RATING_COLUMNS = ("label", "kto_tag")
+_RATINGS = {
+    *("true", "t", "yes", "y", "+", "chosen", "accept", "accepted", "desirable", "good", "positive", "correct"),
+    *("right", "up", "thumbs_up", "like", "upvote", "win"),
+    *("false", "f", "no", "n", "-", "rejected", "reject", "undesirable", "bad", "negative", "incorrect", "wrong"),
+    *("down", "thumbs_down", "dislike", "downvote", "lose"),
+}
+
 Columns = Mapping[str, Any]
 
 
@@ -76,11 +85,8 @@ def detect(columns: Columns) -> str:
             "the columns chosen and rejected are preferences, which are not trained on here."
             + _chosen_alone(columns["chosen"], columns.get("prompt"))
         )
-    if fitting and fitting != ["text"] and isinstance(columns.get("label"), bool):
-        raise UserError(
-            "the column label rates each answer, true or false, and such preferences are not trained on here; all "
-            f"answers would be trained alike. Keep the good ones, or set `format: {fitting[0]}` to train on all"
-        )
+    if fitting and fitting != ["text"]:
+        _refuse_ratings(columns, fitting[0])
     if len(fitting) == 1:
         return fitting[0]
     found = ", ".join(columns)
@@ -93,6 +99,33 @@ def detect(columns: Columns) -> str:
         f"the columns {found} fit no format.{hints} Rename them by `fields: {{ours: theirs}}`. "
         f"Formats and their columns: {needs}."
     )
+
+
+def _refuse_ratings(columns: Columns, name: str) -> bool:
+    """Raises UserError where a column says of the answer that it is good or bad; `name`: the format of the record.
+
+    False: the column is another thing, a number beyond 0, 1 and -1, so that those are no ratings in its source either.
+    """
+    for column in RATING_COLUMNS:
+        value = columns.get(column)
+        word = value.strip().casefold() if isinstance(value, str) else value
+        number = _number(word)
+        if number is not None and number not in (0, 1, -1):
+            return False
+        if number is not None or (isinstance(word, str) and word in _RATINGS):
+            raise UserError(
+                f"the column {column} ({value!r}) says whether the answer is good or bad, and such preferences are not "
+                "trained on here; all answers would be trained alike. Keep the good ones, or set "
+                f"`format: {name}` to train on all"
+            )
+    return True
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, str | bool | int | float) else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def _chosen_alone(chosen: Any, prompt: Any) -> str:
@@ -112,6 +145,7 @@ class Renderer:
     def __init__(self, name: str, config: RenderConfig, tokenizer: PreTrainedTokenizerBase, *, detected: bool) -> None:
         """`detected`: the format was told from the columns of the first record, and not chosen by the user.
 
+        `unread` collects the columns of the rendered records that the format does not read.
         Raises UserError for options that do not apply to the format, and when its chat template cannot be used.
         """
         self.name = name
@@ -120,6 +154,8 @@ class Renderer:
         self._format = FORMATS[name]
         self._detected = detected
         self._seen: set[tuple[str, ...]] = set()
+        self._may_be_rated = detected and name != "text"
+        self.unread: dict[str, None] = {}
         if self._format.own_mask and config.train_on != "assistant":
             raise UserError(
                 f"records of format {name!r} say themselves what is trained; remove `train_on: {config.train_on}`"
@@ -164,6 +200,10 @@ class Renderer:
         if tuple(columns) not in self._seen:
             self._check_columns(columns)
             self._seen.add(tuple(columns))
+            read = {*self._format.columns, *self._format.optional}
+            self.unread |= {column: None for column in columns if column not in read}
+        if self._may_be_rated:
+            self._may_be_rated = _refuse_ratings(columns, self.name)
         samples = self._format.render(columns, self)
         for sample in samples:
             if isinstance(sample, Text):
@@ -200,6 +240,11 @@ def _string(columns: Columns, name: str) -> str:
     return value
 
 
+def _optional(columns: Columns, name: str) -> str:
+    """The text of a column that may be missing; empty then."""
+    return "" if columns.get(name) is None else _string(columns, name)
+
+
 def _text(columns: Columns, renderer: Renderer) -> list[Rendered]:
     return [Text((Segment(_string(columns, "text"), True),), splittable=True)]
 
@@ -216,23 +261,34 @@ def _prompt_completion(columns: Columns, renderer: Renderer) -> list[Rendered]:
     prompt, completion = columns["prompt"], columns["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         renderer.refuse_chat_options("a prompt and a completion that are strings")
+        _refuse_conversation_columns(columns)
         return _answer(prompt, completion, renderer)
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         raise UserError(
             "the columns 'prompt' and 'completion' must be two strings or two lists of messages, not "
             f"{prompt!r:.40} and {completion!r:.40}"
         )
-    given = check_messages(prompt, "prompt")
+    given = _with_system(check_messages(prompt, "prompt"), columns)
     if renderer.config.train_on != "all":
         given = [message | ({"train": False} if message["role"] == "assistant" else {}) for message in given]
     return _conversation([*given, *check_messages(completion, "completion")], columns, renderer)
 
 
+def _refuse_conversation_columns(columns: Columns) -> None:
+    for column, given in (("system", _optional(columns, "system")), ("tools", check_tools(columns.get("tools")))):
+        if given:
+            raise UserError(
+                f"the column {column!r} is for conversations, and a prompt and a completion that are strings are none: "
+                "the model would not read it. Write its text into the prompt, or write prompt and completion as lists "
+                f"of messages; to leave it out set `fields: {{unread: {column}}}`"
+            )
+
+
 def _instruction(columns: Columns, renderer: Renderer) -> list[Rendered]:
     """Alpaca's headings; the rounds of `history`, pairs of instruction and answer, stand before, each with its EOS."""
     segments: list[Segment] = []
-    if columns.get("system"):
-        segments.append(Segment(_string(columns, "system") + "\n\n", renderer.trains(last=False, prompt=True)))
+    if system := _optional(columns, "system"):
+        segments.append(Segment(system + "\n\n", renderer.trains(last=False, prompt=True)))
     for instruction, answer in _history(columns.get("history")):
         eos = renderer.tokenizer.eos_token
         if not isinstance(eos, str) or getattr(renderer.tokenizer, "split_special_tokens", False):
@@ -248,8 +304,7 @@ def _instruction(columns: Columns, renderer: Renderer) -> list[Rendered]:
             Segment(eos, trained, ends=True),
             Segment("\n\n", renderer.trains(last=False, prompt=True)),
         ]
-    given = _string(columns, "input") if columns.get("input") else ""
-    prompt = _alpaca(_string(columns, "instruction"), given)
+    prompt = _alpaca(_string(columns, "instruction"), _optional(columns, "input"))
     segments += [
         Segment(prompt, renderer.trains(last=True, prompt=True)),
         Segment(_string(columns, "output"), True),
@@ -273,17 +328,23 @@ def _history(value: Any) -> list[tuple[str, str]]:
 
 
 def _messages(columns: Columns, renderer: Renderer) -> list[Rendered]:
-    messages = check_messages(columns["messages"], "messages")
-    if columns.get("system"):
-        if messages[0]["role"] == "system":
-            raise UserError("there are a column 'system' and a system message; keep one of them")
-        messages = [{"role": "system", "content": _string(columns, "system")}, *messages]
+    messages = _with_system(check_messages(columns["messages"], "messages"), columns)
     return _conversation(messages, columns, renderer)
 
 
+def _with_system(messages: list[Message], columns: Columns) -> list[Message]:
+    """The messages after the text of the column `system`, where there is one."""
+    system = _optional(columns, "system")
+    if not system:
+        return messages
+    if messages[0]["role"] == "system":
+        raise UserError("there are a column 'system' and a system message; keep one of them")
+    return [{"role": "system", "content": system}, *messages]
+
+
 def _conversations(columns: Columns, renderer: Renderer) -> list[Rendered]:
-    system = _string(columns, "system") if columns.get("system") else None
-    return _conversation(from_sharegpt(columns["conversations"], system), columns, renderer)
+    messages = _with_system(from_sharegpt(columns["conversations"]), columns)
+    return _conversation(messages, columns, renderer)
 
 
 def _conversation(messages: list[Message], columns: Columns, renderer: Renderer) -> list[Rendered]:

@@ -21,6 +21,7 @@ from jaxllm.core import hub
 from jaxllm.core.distributed import is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
+from jaxllm.data.left_out import left_out
 from jaxllm.data.loader import Arrays, Loader, plans
 from jaxllm.data.pack import PackPlan
 from jaxllm.data.preview import preview, require_ends
@@ -160,12 +161,14 @@ def _open(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast) -
 
 
 def _say_files(sources: Iterable[SourceConfig], say: Say) -> None:
-    """Names the files that were chosen where the config names a folder or a data set of the Hub."""
+    """Names the files that were chosen, or left out, where the config names a folder or a data set of the Hub."""
     for source in sources:
         files = find_files(source)
         if not glob.has_magic(source.path) and files != [os.path.expanduser(source.path)]:
             more = f" and {len(files) - 1} more" if len(files) > 1 else ""
             say("files", f"{source.path}: {hub.shown(files[0])}{more}")
+        if note := left_out(source.path):
+            say("left out", note)
 
 
 def training_loader(rows: Rows, layout: Layout, **options: Any) -> Loader[Mapping[str, jax.Array]]:

@@ -431,6 +431,7 @@ def test_messages_that_are_none(chatml, messages, said: str):
         ([{"role": "user"}], "turn 1 must be an object with `from` and `value`"),
         ([{"from": "humans", "value": "a"}], "turn 1 is from 'humans'. Did you mean 'human'?"),
         ([{"from": "human", "value": 1}], "turn 1: `value` must be a string"),
+        ([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "mask": True}], "is said by `train`"),
         ([{"from": "function_call", "value": "x"}], "must be JSON"),
         ([{"from": "function_call", "value": "[]"}], '{"name": …, "arguments": …}'),
     ],

@@ -68,6 +68,16 @@ def test_samples_come_back_with_their_origin(write_lines, byte_tokenizer, tmp_pa
     assert "2 samples left out: nothing in them is trained" in str(summary)
 
 
+def test_columns_that_are_not_read_are_said(write_lines, byte_tokenizer, tmp_path: Path):
+    path = write_lines([{"text": "ab"}, {"text": "cd", "id": 1, "so\ud800": "x"}])
+    summary = build(SourceConfig(path=path), byte_tokenizer, tmp_path / "cache").summary
+    assert f"({path} as text without the columns id, so\\ud800)" in str(summary)
+    many = write_lines([{"text": "ab"} | dict.fromkeys("abcdefghij", 1)], "many.jsonl")
+    assert "a, b, c, d, e, f, g, h and 2 more" in str(
+        build(SourceConfig(path=many), byte_tokenizer, tmp_path / "cache").summary
+    )
+
+
 def test_it_is_built_once(write_lines, byte_tokenizer, tmp_path: Path, counted_builds):
     config = SourceConfig(path=write_lines([{"text": "ab"}]))
     first = build(config, byte_tokenizer, tmp_path)

@@ -84,6 +84,13 @@ def test_columns_that_fit_no_format():
         ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": TURNS[1:]}, "`fields: {completion: chosen}`"),
         ({"chosen": TURNS, "rejected": TURNS}, "`fields: {messages: chosen}`"),
         ({"messages": TURNS, "label": False}, "Keep the good ones"),
+        *(
+            ({"prompt": "a", "completion": "b", column: value}, f"the column {column} ({value!r}) says whether")
+            for column, value in [
+                *(("label", word) for word in ("True", "false ", "0", 1, 0.0, "Chosen", "bad", "-1", "thumbs_up")),
+                ("kto_tag", True),
+            ]
+        ),
     ],
 )
 def test_preferences_are_refused(columns: dict, remedy: str):
@@ -95,6 +102,83 @@ def test_preferences_are_refused(columns: dict, remedy: str):
 def test_a_class_beside_a_text_is_no_preference():
     assert detect({"text": "a", "label": True}) == "text"
     assert detect({"prompt": "a", "completion": "b", "label": 3}) == "prompt_completion"
+
+
+def test_a_rating_is_refused_in_whichever_record_it_is(byte_tokenizer):
+    pair = {"prompt": "a", "completion": "b"}
+    renderer = Renderer("prompt_completion", RenderConfig(), byte_tokenizer, detected=True)
+    renderer(pair)
+    with pytest.raises(UserError, match=r"'no'\) says whether the answer is good or bad.*`format: prompt_completion`"):
+        renderer(pair | {"label": "no"})
+    assert render("prompt_completion", pair | {"label": "no"}, byte_tokenizer)  # the user chose the format
+    scale = Renderer("prompt_completion", RenderConfig(), byte_tokenizer, detected=True)
+    for label in ("", "news", 3, 1, "0"):  # a number beyond the two ratings: the others are none either
+        scale(pair | {"label": label})
+
+
+# A record of each format in which every column matters; as the chat template, one that writes all it is given.
+TELLING = {
+    "text": [{"text": "abc"}],
+    "prompt_completion": [
+        {"prompt": "a ", "completion": "b"},
+        {"prompt": TURNS[:1], "completion": TURNS[1:], "system": "Be exact.", "tools": [{"name": "sum"}]},
+    ],
+    "instruction": [
+        {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be exact.", "history": [["a", "b"]]}
+    ],
+    "input_output": [{"input": "a", "output": "b"}],
+    "messages": [{"messages": TURNS, "system": "Be exact.", "tools": '[{"name": "sum"}]'}],
+    "conversations": [RECORDS["conversations"] | {"system": "Be exact.", "tools": [{"name": "sum"}]}],
+    "tokens": [{"input_ids": [1, 2, 3], "labels": [1, 2, -100], "attention_mask": [0, 1, 1]}],
+    "segments": [RECORDS["segments"]],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "column"),
+    [(name, record, column) for name in FORMATS for record in TELLING[name] for column in record],
+)
+def test_no_column_that_a_format_declares_is_ignored(byte_tokenizer, tmp_path, name: str, record: dict, column: str):
+    options = {}
+    if FORMATS[name].chat and not isinstance(record.get("prompt"), str):
+        (tmp_path / "tools.jinja").write_text("{{ tools | tojson if tools }}" + byte_tokenizer.chat_template)
+        options = {"chat_template": str(tmp_path / "tools.jinja")}
+
+    def facts(columns: dict) -> object:
+        rendered = render(name, columns, byte_tokenizer, **options)
+        return [[part.ids.tolist(), part.trained.tolist()] if isinstance(part, Tokens) else part for part in rendered]
+
+    rest = {key: value for key, value in record.items() if key != column}
+    if column in FORMATS[name].columns:
+        assert f"needs the column {column!r}" in message(name, rest, byte_tokenizer, **options)
+    else:
+        assert facts(rest) != facts(record)
+
+
+def test_every_declared_column_is_in_that_table():
+    for name in FORMATS:
+        declared = {*FORMATS[name].columns, *FORMATS[name].optional}
+        assert set().union(*TELLING[name]) == declared
+
+
+@pytest.mark.parametrize("column", ["system", "tools"])
+def test_strings_have_no_place_for_a_system_text_or_tools(byte_tokenizer, column: str):
+    pair = {"prompt": "a", "completion": "b"}
+    given = {"system": "Be exact.", "tools": [{"name": "sum"}]}[column]
+    text = message("prompt_completion", pair | {column: given}, byte_tokenizer)
+    assert f"the column {column!r} is for conversations" in text
+    assert f"`fields: {{unread: {column}}}`" in text
+    assert parts(render("prompt_completion", pair | {column: "", "unread": given}, byte_tokenizer)) == [
+        ("a", False),
+        ("b", True),
+    ]
+
+
+def test_columns_that_a_format_does_not_read_are_collected(byte_tokenizer):
+    renderer = Renderer("input_output", RenderConfig(), byte_tokenizer, detected=True)
+    renderer({"input": "a", "output": "b", "system": "Be exact."})
+    renderer({"id": 1, "input": "a", "output": "b"})
+    assert list(renderer.unread) == ["system", "id"]
 
 
 def test_every_format_names_a_missing_column(byte_tokenizer):
