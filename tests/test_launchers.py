@@ -107,12 +107,43 @@ raise SystemExit(9)
     assert process.returncode == 9
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the state of a process is read from /proc")
+def test_a_stopped_process_is_ended_once_another_has_ended(tmp_path):
+    program = f"""
+import os, signal, sys, time
+if os.environ["JAX_PROCESS_ID"] == "0":
+    while not os.path.exists({str(tmp_path / "stopped")!r}):
+        time.sleep(0.05)
+    raise SystemExit(3)
+open({str(tmp_path / "stopped")!r}, "w").close()
+os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(100)
+"""
+    begun, used = time.monotonic(), os.times().children_user + os.times().children_system
+    ended = launch("2", program)
+    assert ended.returncode == 3
+    assert "is stopped and others have ended: it is sent SIGTERM" in ended.stderr
+    assert time.monotonic() - begun < 60
+    # A launcher that spins takes a core for the whole wait.
+    assert os.times().children_user + os.times().children_system - used < 3
+
+
+def test_processes_of_one_launch_share_a_token_of_their_own():
+    tell = "import os; os.write(1, (os.environ['JAXLLM_RUN_TOKEN'] + '\\n').encode())"
+    tokens = [launch("2", tell).stdout.split() for _ in range(2)]
+    assert [len(set(pair)) for pair in tokens] == [1, 1]
+    assert tokens[0][0] != tokens[1][0]
+    assert len(tokens[0][0]) == 32
+
+
 def test_kubernetes_gives_each_pod_its_place():
     service, job = yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text())
     assert (service["kind"], job["kind"], job["spec"]["completionMode"]) == ("Service", "Job", "Indexed")
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    env = {item["name"]: item["value"] for item in container["env"]}
+    env = {item["name"]: item["value"] for item in container["env"] if "value" in item}
+    (token,) = (item["valueFrom"] for item in container["env"] if item["name"] == "JAXLLM_RUN_TOKEN")
+    assert token["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/controller-uid']"
     # What Kubernetes itself sets in a pod of an indexed Job.
     env |= {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
     place = find_place(env)

@@ -46,6 +46,7 @@ def joined(
             place.num_processes,
             place.process_id,
             local_device_ids=place.gpus,
+            coordinator_bind_address=meeting.listens,
             cluster_detection_method="deactivate",
             initialization_timeout=int(config.start_timeout) + 1,
             heartbeat_timeout_seconds=int(2 * config.dead_after) + 30,  # a second net: the watch is first

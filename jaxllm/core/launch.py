@@ -3,9 +3,11 @@
 Either the launcher says it (Slurm's srun, Open MPI's mpirun, an indexed Job of Kubernetes), or three variables do:
 JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; each of them goes before what
 the launcher says, and JAX_NUM_PROCESSES=1 makes any process a run of its own. JAX_COORDINATOR_PORT changes the port
-alone, JAX_LOCAL_DEVICE_IDS says which GPUs of its host a process has.
+alone, JAX_LOCAL_DEVICE_IDS says which GPUs of its host a process has. JAXLLM_RUN_TOKEN, the same text in all processes
+of a run, keeps processes of other runs and other programs out; without it, the launcher's number of the job does.
 """
 
+import hashlib
 import ipaddress
 import os
 import re
@@ -18,49 +20,56 @@ from typing import NamedTuple
 from jaxllm.core.errors import UserError
 
 COORDINATOR, COUNT, ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+TOKEN = "JAXLLM_RUN_TOKEN"
 
 
 class Launcher(NamedTuple):
     """What a launcher tells each process; `needs`: variables without which it is none.
 
-    per_host: how many processes are on this host; hosts: how many hosts there are.
+    num_processes: the first of these variables that is set. per_host: how many processes are on this host; hosts: how
+    many hosts there are. job: variables that are the same in all processes of a run, and in no other run.
     """
 
     name: str
     needs: tuple[str, ...]
     process_id: str
-    num_processes: str
+    num_processes: tuple[str, ...]
     local_id: str
     per_host: str = ""
     hosts: str = ""
+    job: tuple[str, ...] = ()
 
 
-# In a batch script of Slurm, before srun, SLURM_NTASKS is set and the step's list of nodes is not.
+# In a batch script of Slurm, before srun, SLURM_NTASKS is set and the step's list of nodes is not. In the shell of an
+# interactive step SLURM_NTASKS is the job's number of tasks, and the step has one.
 SLURM = Launcher(
     "Slurm",
     ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"),
     "SLURM_PROCID",
-    "SLURM_NTASKS",
+    ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
     "SLURM_LOCALID",
     per_host="SLURM_STEP_TASKS_PER_NODE",
     hosts="SLURM_STEP_NUM_NODES",
+    job=("SLURM_JOB_ID", "SLURM_STEP_ID"),
 )
 OPEN_MPI = Launcher(
     "Open MPI",
     (),
     "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_SIZE",
+    ("OMPI_COMM_WORLD_SIZE",),
     "OMPI_COMM_WORLD_LOCAL_RANK",
     per_host="OMPI_COMM_WORLD_LOCAL_SIZE",
+    job=("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
 )
-KUBERNETES = Launcher("Kubernetes", ("KUBERNETES_SERVICE_HOST",), "JOB_COMPLETION_INDEX", "", "")
+KUBERNETES = Launcher("Kubernetes", ("KUBERNETES_SERVICE_HOST",), "JOB_COMPLETION_INDEX", (), "")
 
 
 @dataclass(frozen=True)
 class Place:
     """This process among those of a run.
 
-    coordinator: host:port, where process 0 listens. gpus: those of its host that it uses; None: all that it sees.
+    coordinator: host:port, where process 0 listens. launcher: what said so. gpus: the GPUs of its host that it uses;
+    None: all that it sees. run: which run it belongs to; empty where nothing says it.
     """
 
     process_id: int
@@ -68,6 +77,7 @@ class Place:
     coordinator: str
     launcher: str = COORDINATOR
     gpus: tuple[int, ...] | None = None
+    run: str = ""
 
     @property
     def host(self) -> str:
@@ -98,16 +108,18 @@ def find_place(env: Mapping[str, str] = os.environ, timeout: float = 300) -> Pla
                 f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} set and {', '.join(missing)} not: a process "
                 "of several needs all three; to run one process, unset them"
             )
-        place = Place(_number(env, ID), _number(env, COUNT), _address(given[COORDINATOR]))
+        place = Place(_number(env, ID), _number(env, COUNT), _address(given[COORDINATOR]), run=_run(None, env))
     else:
-        count = _number(env, COUNT if COUNT in given else launcher.num_processes) if launcher.num_processes else 0
+        count = _number(env, COUNT if COUNT in given else _count(launcher, env)) if launcher.num_processes else 0
         if count == 1:
             return None
         own = _number(env, ID if ID in given else launcher.process_id)
         if launcher is KUBERNETES:
             count = _number(env, COUNT) if COUNT in given else _pods(launcher)
         address = _address(given[COORDINATOR]) if COORDINATOR in given else _detected(launcher, env, timeout)
-        place = Place(own, count, address, launcher.name, _gpus(launcher, env))
+        place = Place(
+            own, count, address, launcher.name, _gpus(launcher, env), _run(None if ID in given else launcher, env)
+        )
     if place.num_processes < 1 or not 0 <= place.process_id < place.num_processes:
         raise UserError(
             f"this is process {place.process_id} of {place.num_processes}, as {place.launcher} says; processes are "
@@ -132,9 +144,22 @@ def is_loopback(host: str) -> bool:
 
 def _launcher(env: Mapping[str, str]) -> Launcher | None:
     for launcher in (OPEN_MPI, SLURM, KUBERNETES):
-        if all(name in env for name in filter(None, (*launcher.needs, launcher.process_id, launcher.num_processes))):
+        needs = all(name in env for name in (*launcher.needs, launcher.process_id))
+        if needs and (not launcher.num_processes or any(name in env for name in launcher.num_processes)):
             return launcher
     return None
+
+
+def _count(launcher: Launcher, env: Mapping[str, str]) -> str:
+    """The variable that says how many processes there are."""
+    return next(name for name in launcher.num_processes if name in env)
+
+
+def _run(launcher: Launcher | None, env: Mapping[str, str]) -> str:
+    """Which run this process belongs to, as a hash that does not tell the token."""
+    job = () if launcher is None else tuple(env.get(name, "") for name in launcher.job)
+    text = env.get(TOKEN) or (repr((launcher.name, job)) if launcher is not None and any(job) else "")
+    return hashlib.sha256(text.encode()).hexdigest()[:32] if text else ""
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
@@ -188,7 +213,7 @@ def _several_hosts(launcher: Launcher | None, env: Mapping[str, str]) -> bool:
         return False  # whoever set the variables knows
     if launcher is SLURM:
         return int(env.get(launcher.hosts, "1")) > 1
-    return launcher is KUBERNETES or env.get(launcher.per_host) != env[launcher.num_processes]
+    return launcher is KUBERNETES or env.get(launcher.per_host) != env[_count(launcher, env)]
 
 
 def _gpus(launcher: Launcher, env: Mapping[str, str]) -> tuple[int, ...] | None:

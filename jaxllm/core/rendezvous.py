@@ -1,35 +1,28 @@
 """The processes of a run meet before JAX is started in them: JAX ends a process that waits in vain with a C++ trace.
 
-Process 0 listens at the coordinator's address; each other one says who it is and what it was started with. When all
-have come, or when they cannot come together, process 0 tells everybody. Messages are JSON, one a line.
+Process 0 listens at the coordinator's address. Each other process connects and says which run it belongs to, who it is
+and what it was started with. A connection that says something else, or nothing, is turned away and changes nothing.
+When all have come, or when they cannot come together, process 0 tells everybody. Messages are JSON, one a line.
 """
 
 from __future__ import annotations
 
-import errno
 import json
+import math
 import os
 import socket
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.launch import COORDINATOR, Place, is_loopback
+from jaxllm.core.launch import COORDINATOR, COUNT, TOKEN, Place, is_loopback
+from jaxllm.core.reception import LONGEST, Hello, Member, Reception, listen
 
-LONGEST = 1 << 22  # bytes in a message
+NOTICE_S = 3.0  # after which a process that waits says for what
 ANSWER_S = 30.0  # what a verdict may take beyond the time in which all were to come
-
-
-class Member(NamedTuple):
-    """A process of the run. seat: its number."""
-
-    seat: int
-    pid: int
-    host: str
-
-    def __str__(self) -> str:
-        return f"process {self.seat} (pid {self.pid} on {self.host})"
 
 
 class Ended(Exception):
@@ -44,22 +37,14 @@ class Meeting(NamedTuple):
     """All processes are there.
 
     links: by seat, the connections of process 0 to the others, or of another to process 0. coordinator: host:port for
-    JAX's own service.
+    JAX's own service. listens: where process 0 serves it; None: at all addresses of its host.
     """
 
     me: Member
     members: tuple[Member, ...]
     links: Mapping[int, socket.socket]
     coordinator: str
-
-
-class _Hello(NamedTuple):
-    """What a process says of itself. error: what is wrong with its input. facts: what must be alike everywhere."""
-
-    me: Member
-    count: int
-    error: str | None
-    facts: Mapping[str, Any]
+    listens: str | None
 
 
 def meet(place: Place, facts: Mapping[str, Any], error: str | None, timeout: float) -> Meeting:
@@ -70,7 +55,7 @@ def meet(place: Place, facts: Mapping[str, Any], error: str | None, timeout: flo
     `timeout` seconds.
     """
     me = Member(place.process_id, os.getpid(), socket.gethostname())
-    hello = _Hello(me, place.num_processes, error, facts)
+    hello = Hello(me, place.num_processes, error, facts)
     return _receive(place, hello, timeout) if place.process_id == 0 else _join(place, hello, timeout)
 
 
@@ -79,27 +64,29 @@ def send(link: socket.socket, message: Mapping[str, Any]) -> None:
     link.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _receive(place: Place, own: _Hello, timeout: float) -> Meeting:
-    came: dict[int, tuple[socket.socket, _Hello]] = {}
-    twice: list[_Hello] = []
-    deadline = time.monotonic() + timeout
-    with _listen(place) as server:
-        while len(came) < place.num_processes - 1 and not twice and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            try:
-                link, _ = server.accept()
-            except TimeoutError:
-                break
-            if (hello := _hello(link)) is None:  # somebody else's
-                link.close()
-            elif hello.me.seat in came or hello.me.seat == 0:
-                twice = [came[hello.me.seat][1] if hello.me.seat in came else own, hello]
-                came[-1] = link, hello
-            else:
+def _receive(place: Place, own: Hello, timeout: float) -> Meeting:
+    came: dict[int, tuple[socket.socket, Hello]] = {}
+    twice: list[Hello] = []
+    server, where = listen(place, _say)
+    with closing(Reception(server, place)) as reception:
+        deadline = time.monotonic() + timeout
+        notice = time.monotonic() + NOTICE_S
+        while len(came) < place.num_processes - 1 and not twice and (now := time.monotonic()) < deadline:
+            for link, hello in reception.next(min(deadline, max(notice, now + 0.01)) - now):
+                if hello.me.seat in came or hello.me.seat == 0:
+                    twice = [came[hello.me.seat][1] if hello.me.seat in came else own, hello]
+                    came[-1] = link, hello
+                    break
                 came[hello.me.seat] = link, hello
+            if notice <= time.monotonic() and len(came) < place.num_processes - 1:
+                notice = math.inf
+                missing = _numbers({*range(1, place.num_processes)} - came.keys())
+                who = f"this is process 0 of {place.num_processes}, as {place.launcher} says"
+                _say(f"{who}; it waits at {where} for {missing}")
+        strangers = reception.strangers
     members = (own.me, *(came[seat][1].me for seat in sorted(came)))
-    coordinator = f"{place.coordinator.rpartition(':')[0]}:{_free_port()}"
-    wrong = _problem(place, [own, *(came[seat][1] for seat in sorted(came))], twice, timeout)
+    coordinator = f"{place.coordinator.rpartition(':')[0]}:{_free_port(where.host)}"
+    wrong = _problem(place, [own, *(came[seat][1] for seat in sorted(came))], twice, timeout, strangers)
     verdict = {"end": 2} if wrong else {"members": members, "coordinator": coordinator}
     for link, _ in came.values():
         try:
@@ -108,44 +95,57 @@ def _receive(place: Place, own: _Hello, timeout: float) -> Meeting:
             continue
     if wrong:
         raise UserError(wrong)
-    return Meeting(own.me, members, {seat: link for seat, (link, _) in came.items()}, coordinator)
+    links = {seat: link for seat, (link, _) in came.items()}
+    return Meeting(own.me, members, links, coordinator, where.address(coordinator))
 
 
-def _join(place: Place, hello: _Hello, timeout: float) -> Meeting:
+def _join(place: Place, hello: Hello, timeout: float) -> Meeting:
     link = _connect(place, timeout)
     try:
-        send(link, {"hello": hello.me, "count": hello.count, "error": hello.error, "facts": hello.facts})
+        send(
+            link,
+            {"hello": hello.me, "run": place.run, "count": hello.count, "error": hello.error, "facts": hello.facts},
+        )
         verdict = _read(link, timeout + ANSWER_S)
     except (OSError, ValueError) as error:
         raise UserError(
             f"process {place.process_id}: what answers at the coordinator {place.coordinator} is not process 0 of this "
             f"run, or it has ended ({error}); set {COORDINATOR} to a free port of process 0's host"
         ) from error
+    if "other" in verdict:
+        raise UserError(
+            f"process {place.process_id}: at the coordinator {place.coordinator} another run waits for its processes; "
+            f"set {COORDINATOR} to another port for one of the two runs. {TOKEN}, where it is set, must be the same in "
+            "all processes of a run"
+        )
     if "end" in verdict:
         raise Ended(int(verdict["end"]))
     members = tuple(Member(*member) for member in verdict["members"])
-    return Meeting(hello.me, members, {0: link}, verdict["coordinator"])
+    return Meeting(hello.me, members, {0: link}, verdict["coordinator"], None)
 
 
-def _listen(place: Place) -> socket.socket:
-    try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", place.port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", place.port))
-    except OSError as error:
-        in_use = error.errno == errno.EADDRINUSE
-        raise UserError(
-            f"process 0 cannot listen at port {place.port} of {socket.gethostname()}, as the coordinator "
-            f"{place.coordinator} says: {'another program uses it' if in_use else error.strerror}; set {COORDINATOR} "
-            "to another port in all processes"
-        ) from error
+def _say(message: str) -> None:
+    print(f"{message}. For a run of one process, set {COUNT}=1", file=sys.stderr, flush=True)
+
+
+def _numbers(seats: Collection[int]) -> str:
+    """Such as `process 2` or `processes 1, 2, 3 and 4 more`."""
+    named = ", ".join(map(str, sorted(seats)[:10])) + (f" and {len(seats) - 10} more" if len(seats) > 10 else "")
+    return f"{'process' if len(seats) == 1 else 'processes'} {named}"
 
 
 def _connect(place: Place, timeout: float) -> socket.socket:
     deadline, reason = time.monotonic() + timeout, "no answer"
+    notice = time.monotonic() + NOTICE_S
     while (left := deadline - time.monotonic()) > 0:
+        if notice <= time.monotonic():
+            notice = math.inf
+            _say(
+                f"this is process {place.process_id} of {place.num_processes}, as {place.launcher} says; it looks for "
+                f"process 0 at {place.coordinator} ({reason})"
+            )
         try:
-            link = socket.create_connection((place.host, place.port), timeout=left)
+            link = socket.create_connection((place.host, place.port), timeout=min(left, 10.0))
             if link.getsockname() != link.getpeername():  # a port of this host can be connected to itself
                 return link
             link.close()
@@ -164,14 +164,6 @@ def _connect(place: Place, timeout: float) -> socket.socket:
     )
 
 
-def _hello(link: socket.socket) -> _Hello | None:
-    try:
-        said = _read(link, 10)
-        return _Hello(Member(*said["hello"]), said["count"], said["error"], said["facts"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _read(link: socket.socket, timeout: float) -> dict[str, Any]:
     """The next message. Raises OSError or ValueError if none comes within `timeout` seconds."""
     deadline, data = time.monotonic() + timeout, b""
@@ -184,12 +176,15 @@ def _read(link: socket.socket, timeout: float) -> dict[str, Any]:
     return json.loads(data)
 
 
-def _free_port() -> int:
-    with socket.create_server(("", 0)) as probe:
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as probe:
         return probe.getsockname()[1]
 
 
-def _problem(place: Place, hellos: Sequence[_Hello], twice: Sequence[_Hello], timeout: float) -> str | None:
+def _problem(
+    place: Place, hellos: Sequence[Hello], twice: Sequence[Hello], timeout: float, strangers: int
+) -> str | None:
     """Why these processes are not one run; None if they are. Process 0 comes first."""
     own, *others = hellos
     if twice:
@@ -207,11 +202,17 @@ def _problem(place: Place, hellos: Sequence[_Hello], twice: Sequence[_Hello], ti
                 f"{own.me} was started as one of {own.count}, and {other.me} as one of {other.count}; start them alike"
             )
     if missing := sorted({*range(place.num_processes)} - {hello.me.seat for hello in hellos}):
-        named = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        turned_away = (
+            f" {strangers} connections of other programs or other runs were turned away; {TOKEN} must be the same text "
+            "in all processes of a run."
+            if strangers
+            else ""
+        )
         return (
-            f"of {place.num_processes} processes number {named} {'has' if len(missing) == 1 else 'have'} not come to "
+            f"{_numbers(missing)} of {place.num_processes} {'has' if len(missing) == 1 else 'have'} not come to "
             f"{place.coordinator} in {timeout:g} s; look whether they were started, and whether their hosts reach this "
-            "one. distributed.start_timeout is how long they may take"
+            f"one.{turned_away} distributed.start_timeout is how long they may take; {COUNT}=1 makes this process a "
+            "run of its own"
         )
     for other in others:
         for name in (*own.facts, *other.facts):

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, NoReturn
 from pydantic import PositiveFloat
 
 from jaxllm.core.config import Section
-from jaxllm.core.rendezvous import LONGEST, Meeting, Member, send
+from jaxllm.core.reception import LONGEST, Member
+from jaxllm.core.rendezvous import Meeting, send
 
 POLL_S = 0.2
 BEAT_S = 5.0

@@ -26,13 +26,22 @@ OPEN_MPI = {
 }
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node7:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
 
+OTHERS = (
+    "JOB_COMPLETION_INDEX",
+    "JAXLLM_RUN_TOKEN",
+    "KUBERNETES_SERVICE_HOST",
+    "PMIX_NAMESPACE",
+    "SLURM_STEP_ID",
+    "SLURM_STEP_NUM_TASKS",
+)
+
 
 @pytest.fixture
 def place(monkeypatch):
     """`find_place` in an environment of these variables alone; JAX's own detection reads the real one."""
 
     def find(variables):
-        for name in (*SLURM, *OPEN_MPI, *EXPLICIT, "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"):
+        for name in (*SLURM, *OPEN_MPI, *EXPLICIT, *OTHERS):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -54,6 +63,34 @@ def test_slurm(place):
     assert (found.process_id, found.num_processes, found.launcher) == (3, 4, "Slurm")
     assert found.host == "node007"
     assert found.port == 61440 + 4711 - 4096  # JAX's: 4711 % 2¹² above the last 2¹² ports
+
+
+def test_the_shell_of_an_interactive_step_is_one_process(place):
+    # `salloc -n 4` starts it by `srun --interactive --preserve-env --pty`: the job's number of tasks stays.
+    step = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_ID": "4294967290"}
+    alone = {**SLURM, **step, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    assert place(alone) is None
+    assert place({**alone, "SLURM_STEP_NUM_TASKS": "4"}).num_processes == 4
+    assert place({**SLURM, "SLURM_STEP_NUM_TASKS": "6"}).num_processes == 6
+
+
+def test_runs_are_told_apart(place):
+    def runs(*variables):
+        return [place(each).run for each in variables]
+
+    one, same, other_step, other_job = runs(
+        {**SLURM, "SLURM_STEP_ID": "0"},
+        {**SLURM, "SLURM_STEP_ID": "0", "SLURM_PROCID": "2"},
+        {**SLURM, "SLURM_STEP_ID": "1"},
+        {**SLURM, "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "4712"},
+    )
+    assert one == same != ""
+    assert len({one, other_step, other_job}) == 3
+    # Two steps that are made one run by hand have no job of their own.
+    assert runs({**SLURM, "SLURM_STEP_ID": "1", "JAX_PROCESS_ID": "1"}, EXPLICIT) == ["", ""]
+    token, again, other = runs(*({**EXPLICIT, "JAXLLM_RUN_TOKEN": text} for text in ("secret", "secret", "other")))
+    assert token == again != other
+    assert "secret" not in token
 
 
 def test_open_mpi(place):

@@ -1,5 +1,6 @@
 """Processes that meet, here on threads: either all are alike and go on, or all end and process 0 says why."""
 
+import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +9,10 @@ from typing import Any
 import pytest
 from processes import free_address
 
+from jaxllm.core import reception, rendezvous
 from jaxllm.core.errors import UserError
 from jaxllm.core.launch import Place
+from jaxllm.core.reception import listen
 from jaxllm.core.rendezvous import Ended, Meeting, meet
 
 
@@ -83,7 +86,7 @@ def test_processes_that_were_started_wrongly():
 
 def test_a_process_that_does_not_come():
     told = meeting({}, {}, counts={0: 3, 1: 3}, timeout=1)
-    assert_ended(told, "of 3 processes number 2 has not come to 127.0.0.1:")
+    assert_ended(told, "process 2 of 3 has not come to 127.0.0.1:")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
@@ -109,19 +112,126 @@ def test_a_port_that_another_program_has():
     assert "is not process 0 of this run" in str(told)
 
 
-def test_strangers_at_the_port_are_ignored():
+HELLO = {"hello": [1, 7, "elsewhere"], "run": "job 1", "count": 2, "error": None, "facts": {}}
+STRANGERS = [
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"",
+    b"\x16\x03\x01\x02\x00\x01\n",
+    b"[" * 100_000 + b"\n",
+    b"[]\n",
+    b'{"hello": 1}\n',
+    *(
+        json.dumps({**HELLO, **wrong}).encode() + b"\n"
+        for wrong in (
+            {"run": "job 2"},
+            {"run": None},
+            {"run": ""},
+            {"hello": ["1", 7, "elsewhere"]},
+            {"hello": [-1, 7, "elsewhere"]},
+            {"hello": [True, 7, "elsewhere"]},
+            {"count": None},
+            {"facts": []},
+            {"error": {}},
+        )
+    ),
+    json.dumps({**HELLO, "run": "job 2", "error": "stop"}).encode() + b"\n",
+]
+
+
+def test_256_processes_meet_among_50_strangers_who_say_nothing_or_nonsense():
+    count, address = 256, free_address()
+    port = int(address.rpartition(":")[2])
+    strangers: list[socket.socket] = []
+    with ThreadPoolExecutor(count) as pool:
+        first = pool.submit(outcome, Place(0, count, address, run="job 1"), {"seed": 0}, None, 120)
+        for i in range(50):
+            strangers.append(connected(port))
+            strangers[-1].sendall(STRANGERS[i % len(STRANGERS)])
+        begun = time.monotonic()
+        others = [
+            pool.submit(outcome, Place(seat, count, address, run="job 1"), {"seed": 0}, None, 120)
+            for seat in range(1, count)
+        ]
+        told = [future.result(timeout=120) for future in (first, *others)]
+    # Strangers are heard for 10 s each; side by side they cost nothing.
+    assert time.monotonic() - begun < 60
+    assert [type(met) for met in told] == [Meeting] * count
+    assert [met.me.seat for met in told if isinstance(met, Meeting)] == list(range(count))
+    for met in told:
+        if isinstance(met, Meeting):
+            for link in met.links.values():
+                link.close()
+    for stranger in strangers:
+        stranger.close()
+
+
+def connected(port: int) -> socket.socket:
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            time.sleep(0.02)
+
+
+def test_two_runs_on_one_port_are_told_apart():
+    address = free_address()
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(outcome, Place(0, 2, address, run="job 1"), {}, None, 30)
+        foreign = pool.submit(outcome, Place(1, 2, address, run="job 2"), {}, None, 30).result(timeout=60)
+        own = pool.submit(outcome, Place(1, 2, address, run="job 1"), {}, None, 30)
+        told = [future.result(timeout=60) for future in (first, own)]
+    assert "another run waits for its processes; set JAX_COORDINATOR_ADDRESS to another port" in str(foreign)
+    assert [type(met) for met in told] == [Meeting, Meeting]
+
+
+def test_what_was_turned_away_is_said_when_a_process_does_not_come():
     address = free_address()
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(outcome, Place(0, 2, address), {}, None, 30)
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"hello": 1}\n', b""):
-            while True:
-                try:
-                    stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))
-                    break
-                except OSError:
-                    time.sleep(0.05)
-            with stranger:
-                stranger.sendall(said)
-        second = pool.submit(outcome, Place(1, 2, address), {}, None, 30)
-        told = [future.result(timeout=60) for future in (first, second)]
+        first = pool.submit(outcome, Place(0, 2, address, run="job 1"), {}, None, 2)
+        pool.submit(outcome, Place(1, 2, address, run="job 2"), {}, None, 30).result(timeout=60)
+        assert " 1 connections of other programs or other runs were turned away" in str(first.result(timeout=60))
+
+
+def test_process_0_listens_at_the_address_of_the_coordinator_alone():
+    place = Place(0, 2, free_address())
+    server, where = listen(place, lambda _: None)
+    with server:
+        assert server.getsockname() == ("127.0.0.1", place.port)
+        assert where.address("127.0.0.1:77") == "127.0.0.1:77"
+        with pytest.raises(UserError, match="another program uses it"):
+            listen(place, lambda _: None)
+
+
+@pytest.mark.parametrize("means", ["127.0.1.1", "192.0.2.1"])  # as Debian's /etc/hosts says; the outside of a router
+def test_a_name_that_means_no_address_of_this_host_for_others(means, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 1, 6, "", (means, 0))])
+    said: list[str] = []
+    server, where = listen(Place(0, 2, f"node7:{free_address().rpartition(':')[2]}"), said.append)
+    server.close()
+    assert (where.host, where.address("node7:77")) == ("", None)
+    assert "process 0 listens at all of its addresses" in said[0]
+
+
+def test_who_waits_says_within_seconds_for_what(monkeypatch, capsys):
+    monkeypatch.setattr(rendezvous, "NOTICE_S", 0.2)
+    address = free_address()
+    outcome(Place(0, 4, address, "Slurm"), {}, None, 0.5)
+    outcome(Place(2, 4, address, "Slurm"), {}, None, 0.5)
+    zero, two = capsys.readouterr().err.splitlines()
+    assert zero.startswith(f"this is process 0 of 4, as Slurm says; it waits at {address} for processes 1, 2, 3.")
+    assert two.startswith(f"this is process 2 of 4, as Slurm says; it looks for process 0 at {address}")
+    for line in (zero, two):
+        assert line.endswith("For a run of one process, set JAX_NUM_PROCESSES=1")
+
+
+def test_a_crowd_of_silent_connections_is_bounded():
+    address = free_address()
+    port = int(address.rpartition(":")[2])
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(outcome, Place(0, 2, address, run="job 1"), {}, None, 60)
+        crowd = [connected(port) for _ in range(reception.STRANGERS + 20)]
+        own = pool.submit(outcome, Place(1, 2, address, run="job 1"), {}, None, 60)
+        told = [future.result(timeout=60) for future in (first, own)]
+    for link in crowd:
+        link.close()
     assert [type(met) for met in told] == [Meeting, Meeting]
