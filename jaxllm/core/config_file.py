@@ -97,12 +97,16 @@ class ConfigFile:
             raise UserError(f"{str(path)!r}: is no file name; give the YAML file of a config.") from None
 
     def override(self, text: str) -> None:
-        """Sets one key from `section.key=value`; sections and list items on the way appear as needed."""
+        """Sets one key from `section.key=value`; sections and list items on the way appear as needed.
+
+        The value is YAML, in which a text needs no quotes: what YAML would cut from it, such as a comment, belongs
+        to the text.
+        """
         key, equals, value = text.partition("=")
         keys = key.split(".")
         if not equals or key.startswith("-") or not all(keys):
             raise UserError(f"command line: {text!r} is no override; write section.key=value, such as train.steps=100.")
-        document = _Document(value)
+        document = _Document(value, typed=True)
         if document.problems:
             why = document.problems[0][1]
             quote = f" To mean text, quote it: {key}='\"{value}\"'." if document.can_quote and len(value) <= 200 else ""
@@ -155,6 +159,12 @@ class _Loader(yaml.SafeLoader):
     """Knows the scalars of YAML 1.2 alone."""
 
     yaml_implicit_resolvers: ClassVar[Any] = {}
+    comments = False  # whether there were any
+
+    def scan_to_next_token(self) -> None:
+        start = self.pointer
+        super().scan_to_next_token()
+        self.comments |= "#" in self.buffer[start : self.pointer]
 
 
 use_core_schema(_Loader)
@@ -166,14 +176,21 @@ class _Document:
     Anchors, aliases and tags are refused: they let a short file grow without bound, or name Python objects.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, typed: bool = False) -> None:
+        """typed: `text` is the value of an override, as somebody typed it."""
         self.lines: dict[Loc, int] = {}
         self.problems: list[tuple[int, str]] = []
         self.can_quote = True  # whether quotes would make a text of what is wrong
         self._seen: set[int] = set()
         self.value: Any = None
         try:
-            node = _Loader(text).get_single_node()
+            loader = _Loader(text)
+            node = loader.get_single_node()
+            if typed and _cuts_text(node, text):
+                node = yaml.ScalarNode(_TAG + "str", text, loader.get_mark())
+            elif typed and loader.comments:
+                self.problems.append((1, "what follows the # would be a comment; leave it out."))
+                self.can_quote = False
             self.value = None if node is None else self._build(node, ())
         except yaml.YAMLError as error:
             self.problems.append(_syntax_problem(error))
@@ -240,6 +257,16 @@ class _Document:
         except (ValueError, KeyError):
             self._problem(node, loc, f"{shown(text)} is no {node.tag.removeprefix(_TAG)}.")
         return None
+
+
+def _cuts_text(node: yaml.Node | None, text: str) -> bool:
+    """Whether YAML reads a `text` without quotes, of which `node` is the value, as less than it is: it drops comments,
+    line ends and `---`."""
+    if node is None:
+        return bool(text)
+    quoted_or_tagged = text.lstrip(" ").startswith(('"', "'", "!", "&", "*"))
+    is_block = isinstance(node, yaml.ScalarNode) and node.style is not None and "\n" in text
+    return isinstance(node, yaml.ScalarNode) and not (quoted_or_tagged or is_block) and node.value != text.strip(" ")
 
 
 def _cut(text: str) -> str:

@@ -10,7 +10,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxllm.core.errors import UserError
@@ -21,25 +21,45 @@ CHUNK = 1 << 20  # bytes read at a time from a file whose lines mean nothing
 Place = tuple[int, Any, int]
 
 
-def read_text(stream: io.BufferedReader, file: str, separator: str | None) -> Iterator[Place]:
+class Separator:
+    """What stands between the documents of a text file; `found` counts how often it did.
+
+    A line end is one of Unix or of Windows. `\\n`, `\\r`, `\\t` and `\\\\`, as typed in a shell or in plain YAML, are
+    the characters that they stand for.
+    """
+
+    def __init__(self, typed: str) -> None:
+        self.text = re.sub(r"\\([nrt\\])", lambda match: _ESCAPES[match[1]], typed)
+        lines = self.text.replace("\r\n", "\n").encode().split(b"\n")
+        self._pattern = re.compile(rb"\r?\n".join(map(re.escape, lines)))
+        self._most = sum(map(len, lines)) + 2 * (len(lines) - 1)  # bytes
+        self.found = 0
+
+    def split(self, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+        """The offset and the bytes of each document."""
+        held, offset = bytearray(), 0  # `held` begins at `offset`
+        while chunk := stream.read(CHUNK):
+            searched, done = max(0, len(held) - self._most), 0
+            held += chunk
+            for match in self._pattern.finditer(held, searched):
+                self.found += 1
+                yield offset + done, bytes(held[done : match.start()])
+                done = match.end()
+            del held[:done]
+            offset += done
+        yield offset, bytes(held)
+
+
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+
+
+def read_text(stream: io.BufferedReader, file: str, separator: Separator | None) -> Iterator[Place]:
     """One record `{text}` a document; `separator` stands between them, None makes the file one document."""
-    offset = 0
-    for index, raw in enumerate(_documents(stream, separator), 1):
+    documents = [(0, stream.read())] if separator is None else separator.split(stream)
+    for index, (offset, raw) in enumerate(documents, 1):
         text = decode(raw, file, offset)
-        offset += len(raw) + len((separator or "").encode())
         if text and not text.isspace():
             yield index, {"text": text}, len(raw)
-
-
-def _documents(stream: io.BufferedReader, separator: str | None) -> Iterator[bytes]:
-    if separator is None:
-        yield stream.read()
-        return
-    rest = b""
-    while chunk := stream.read(CHUNK):
-        *documents, rest = (rest + chunk).split(separator.encode())
-        yield from documents
-    yield rest
 
 
 def read_json_lines(stream: io.BufferedReader, file: str) -> Iterator[Place]:
@@ -163,12 +183,55 @@ class _JsonText:
         return True
 
 
-def read_rows(stream: io.BufferedReader, file: str, delimiter: str, names: Sequence[str]) -> Iterator[Place]:
+def read_rows(
+    stream: io.BufferedReader,
+    file: str,
+    delimiter: str,
+    names: Sequence[str],
+    quotes: bool,
+    note: Callable[[str], object],
+) -> Iterator[Place]:
     """The rows of a CSV or TSV file, whose values are strings; the index is the line where a row begins.
 
-    names: of the columns; where there are none the first row names them. Raises UserError for a row that has not one
-    value a name, and for quotes that do not close.
+    names: of the columns; where there are none the first row names them. quotes: those around a value are no part of
+    it, and delimiters and line ends between them are. note: gets what is to be said of the file. Raises UserError for a
+    row that has not one value a name, and for quotes that do not close.
     """
+    noted = quotes
+    for line, row in _quoted_rows(stream, file, delimiter) if quotes else _plain_rows(stream, file, delimiter):
+        if not names:
+            names = _header(row, file, line, quotes)
+            continue
+        if len(row) != len(names):
+            remedy = "" if quotes or not any('"' in value for value in row) else f". {_SET_QUOTES}"
+            raise UserError(
+                f"{file}, line {line} has {len(row)} values and not {len(names)}, one for each of the columns "
+                f"{', '.join(names)}{remedy}"
+            )
+        if not noted and (value := next(filter(_is_quoted, row), None)) is not None:
+            noted = True
+            note(f"{file}, line {line}: the quotes around {_short(value)} are text to the model. {_SET_QUOTES}")
+        yield line, dict(zip(names, row, strict=True)), sum(map(len, row)) + len(row)
+
+
+_SET_QUOTES = "If quotes enclose the values of the file set `quotes: true`"
+
+
+def _is_quoted(value: str) -> bool:
+    return len(value) > 1 and value[0] == value[-1] == '"'
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 40 else f"{value[:30]} … {value[-10:]}"
+
+
+def _plain_rows(stream: io.BufferedReader, file: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    for line, text in _lines(stream, file):
+        if row := text.removesuffix("\n").removesuffix("\r"):
+            yield line, row.split(delimiter)
+
+
+def _quoted_rows(stream: io.BufferedReader, file: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(sys.maxsize)  # of the whole process, and 128 KiB by default
     rows = csv.reader((line for _, line in _lines(stream, file)), delimiter=delimiter, strict=True)
     while True:
@@ -180,22 +243,16 @@ def read_rows(stream: io.BufferedReader, file: str, delimiter: str, names: Seque
         except csv.Error as error:
             raise UserError(
                 f"{file}: the row that begins in line {line} cannot be read: {error}. A value that holds a quote, "
-                "a line end or the delimiter stands in quotes, and quotes in it are doubled"
+                "a line end or the delimiter stands in quotes, and quotes in it are doubled; if the file has no such "
+                "quotes set `quotes: false`"
             ) from None
-        if not row:
-            continue
-        if not names:
-            names = _header(row, file, line)
-        elif len(row) != len(names):
-            raise UserError(
-                f"{file}, line {line} has {len(row)} values and not {len(names)}, one for each of the columns "
-                f"{', '.join(names)}"
-            )
-        else:
-            yield line, dict(zip(names, row, strict=True)), sum(map(len, row)) + len(row)
+        if row:
+            yield line, row
 
 
-def _header(row: list[str], file: str, line: int) -> list[str]:
+def _header(row: list[str], file: str, line: int, quotes: bool) -> list[str]:
+    if not quotes and any(map(_is_quoted, row)):
+        raise UserError(f"{file}, line {line} names the columns in quotes ({', '.join(row)}). {_SET_QUOTES}")
     problem = None
     if "" in row:
         problem = f"the name of column {row.index('') + 1} is empty"

@@ -17,7 +17,7 @@ from jaxllm.core import hub
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.data.chat import RenderConfig
 from jaxllm.data.files import SUFFIXES, Suffix, describe_place, open_file
-from jaxllm.data.lines import Place, read_json, read_json_lines, read_rows, read_text
+from jaxllm.data.lines import Place, Separator, read_json, read_json_lines, read_rows, read_text
 from jaxllm.data.splits import README, Choice, choose
 from jaxllm.data.tables import read_arrow, read_parquet
 from jaxllm.data.template import AUTO, FOREIGN_FORMATS, FORMATS
@@ -33,8 +33,12 @@ class RecordsConfig(RenderConfig):
     such as {messages: data.conversation, completion: answers.text.0}"""
     columns: list[str] | None = Field(default=None, min_length=1)
     """the names of the columns of CSV or TSV files that have no line of names"""
+    quotes: bool | None = None
+    """whether quotes enclose values of CSV or TSV files, so that these may hold delimiters and line ends; false: quotes
+    are text. Default: true for CSV, false for TSV"""
     separator: str | None = Field(default=None, min_length=1)
-    """what stands between the documents of one text file; without it a file is one document"""
+    """what stands between the documents of one text file, such as \\n###\\n, where \\n is a line end; without it a file
+    is one document"""
     split: str | None = None
     """of a folder or a Hub data set; default: train, where there is more than one"""
     subset: str | None = None
@@ -159,17 +163,22 @@ def names_hint(config: SourceConfig, file: str) -> str:
     return " If the file begins with a record, and not with the names, give those by `columns: [first, second, …]`."
 
 
-def read(config: SourceConfig, advance: Callable[[int], object] = lambda _: None) -> Iterator[Record]:
+def read(
+    config: SourceConfig,
+    advance: Callable[[int], object] = lambda _: None,
+    note: Callable[[str], object] = lambda _: None,
+) -> Iterator[Record]:
     """Every record of a source: files in sorted order, records as they stand in the file.
 
     Lines and documents of white space alone are no records. All but a text of one document is streamed.
-    `advance(n)` is called for every n bytes that are read from disk. Raises UserError for what cannot be read, naming
-    file and place, and when there is no record at all.
+    `advance(n)` is called for every n bytes that are read from disk, `note(text)` with what is to be said of the files.
+    Raises UserError for what cannot be read, naming file and place, and when there is no record at all.
     """
     files = find_files(config)
     found = False
+    separator = None if config.separator is None else Separator(config.separator)
     for file in files:
-        reader = _reader(config, file)
+        reader = _reader(config, file, separator, note)
         with open_file(file, advance) as stream:
             for index, value, size in reader(stream, file):
                 found = True
@@ -177,15 +186,23 @@ def read(config: SourceConfig, advance: Callable[[int], object] = lambda _: None
     if not found:
         what = f"the data file {files[0]!r} is" if len(files) == 1 else f"all {len(files)} files of {config.path!r} are"
         raise UserError(f"{what} empty: there is no record to train on")
+    if separator is not None:
+        where = files[0] if len(files) == 1 else f"the {len(files)} files of {config.path}"
+        missing = "" if separator.found else ", so each file is one document"
+        note(f"the separator {separator.text!r} stands {separator.found:,} times in {where}{missing}")
 
 
 def fingerprint(sources: Sequence[SourceConfig]) -> str:
     """A hash of the content of every file of `sources` and of all options that decide what is in a record."""
     digest = hashlib.blake2b(digest_size=16)
     for config in sources:
-        digest.update(config.model_dump_json(exclude={"weight"}).encode())
+        # Without `quotes` the text is the same as before there was that option, when those of TSV had a meaning too.
+        unset = {"quotes"} if config.quotes is None else set[str]()
+        digest.update(config.model_dump_json(exclude={"weight", *unset}).encode())
         for file in find_files(config):
             digest.update(json.dumps(file).encode())
+            if unset and Suffix.of(file).kind == "tsv":
+                digest.update(b"quotes are text")
             with open(file, "rb") as stream:
                 digest.update(hashlib.file_digest(stream, "blake2b").digest())
     return digest.hexdigest()
@@ -194,7 +211,7 @@ def fingerprint(sources: Sequence[SourceConfig]) -> str:
 Reader = Callable[[io.BufferedReader, str], Iterator[Place]]
 
 
-def _reader(config: SourceConfig, file: str) -> Reader:
+def _reader(config: SourceConfig, file: str, separator: Separator | None, note: Callable[[str], object]) -> Reader:
     kind = Suffix.of(file).kind or ("text" if config.format == "text" else None)
     if kind is None:
         raise UserError(
@@ -205,12 +222,19 @@ def _reader(config: SourceConfig, file: str) -> Reader:
         raise UserError(f"data file {file!r}: `separator` is for text files; remove it")
     if config.columns is not None and kind not in ("csv", "tsv"):
         raise UserError(f"data file {file!r}: `columns` names those of .csv and .tsv files; rename others by `fields`")
+    if config.quotes is not None and kind not in ("csv", "tsv"):
+        raise UserError(f"data file {file!r}: `quotes` is for .csv and .tsv files; remove it")
+
+    def rows(delimiter: str, quotes: bool) -> Reader:
+        quotes = quotes if config.quotes is None else config.quotes
+        return lambda stream, file: read_rows(stream, file, delimiter, config.columns or (), quotes, note)
+
     readers: dict[str, Reader] = {
-        "text": lambda stream, file: read_text(stream, file, config.separator),
+        "text": lambda stream, file: read_text(stream, file, separator),
         "jsonl": read_json_lines,
         "json": read_json,
-        "csv": lambda stream, file: read_rows(stream, file, ",", config.columns or ()),
-        "tsv": lambda stream, file: read_rows(stream, file, "\t", config.columns or ()),
+        "csv": rows(",", quotes=True),
+        "tsv": rows("\t", quotes=False),
         "parquet": read_parquet,
         "arrow": read_arrow,
     }

@@ -58,7 +58,7 @@ class Summary:
     `untrained`, `torn`: samples left out because nothing in them is trained, or because they are not read exactly
     (see `segments.Text`); `torn_at` is where the first of these stands. `unended`: samples that do not
     train the end of a turn. `formats`: label of each source → its format, found or given. `unread`: label of each
-    source → those columns of its records that its format does not read.
+    source → those columns of its records that its format does not read. `notes`: what else is to be said.
     """
 
     samples: int = 0
@@ -70,6 +70,7 @@ class Summary:
     unended: int = 0
     formats: dict[str, str] = field(default_factory=dict)
     unread: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         formats = ", ".join(f"{path} as {name}{self._not_read(path)}" for path, name in self.formats.items())
@@ -260,7 +261,7 @@ def _write(
         task = bar.add_task("tokenizing", total=size)
         for config, render in zip(sources, renderers, strict=True):
             before = replace(summary)
-            for records in _batches(source.read(config, partial(bar.advance, task))):
+            for records in _batches(source.read(config, partial(bar.advance, task), summary.notes.append)):
                 rendered = [(record, sample) for record in records for sample in _render(render, record)]
                 encoded = encoder.encode([sample for _, sample in rendered])
                 for (record, given), found in zip(rendered, encoded, strict=True):

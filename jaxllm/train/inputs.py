@@ -135,6 +135,7 @@ def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) ->
     store = _open(config.data.sources, tokenizer)
     plan, held_out_share = plans(config.data, store, config.seed, config.train.batch_size)
     say("data", store.summary)
+    _say_notes(store, say)
     say("", plan)
     require_ends(store, plan)
     say("sample", preview(store, plan, tokenizer))
@@ -150,6 +151,7 @@ def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) ->
         data = config.data.model_copy(update={"sources": [source], "eval_fraction": 0.0})
         held_out[chosen.name] = Rows(own, plans(data, own, config.seed, config.train.batch_size)[0])
         say("held out", f"{chosen.name}: {own.summary}")
+        _say_notes(own, say)
     return Inputs(Rows(store, plan), held_out)
 
 
@@ -158,6 +160,11 @@ def _open(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast) -
     store = open_or_build(sources, tokenizer, progress=is_first())
     require_same("the content of the data", store.folder.name)
     return store
+
+
+def _say_notes(store: Store, say: Say) -> None:
+    for note in store.summary.notes:
+        say("note", note)
 
 
 def _say_files(sources: Iterable[SourceConfig], say: Say) -> None:

@@ -238,6 +238,29 @@ def test_overrides(write):
     assert load(write(GOOD + "checkpoint:\n"), ["checkpoint.keep=3"], Root).checkpoint.keep == 3
 
 
+@pytest.mark.parametrize(
+    "text", ["###", "run #1", "#1", "---", "--- a", "|", ">", " ", "\n", "\n##\n", "\nEND\n", "a\nb", "5 # five", r"\n"]
+)
+def test_a_text_of_an_override_is_what_was_typed(write, text):
+    """YAML reads a comment, the start of a document, nothing, or folded lines."""
+    (evaluation,) = load(write(GOOD), [f"evals.0.name={text}"], Root).evals
+    assert evaluation.name == text
+
+
+@pytest.mark.parametrize("text", ["", "null", "~", "Null"])
+def test_an_override_may_be_null(problems, text):
+    assert problems(GOOD, f"train.batch_size={text}") == [
+        "command line: train.batch_size: must be a whole number, got null"
+    ]
+
+
+@pytest.mark.parametrize("value", ["[0.8, 0.9] # betas", "[0.8, # b1\n 0.9]"])
+def test_an_override_has_no_comments(problems, value):
+    assert problems(GOOD, f"optim.betas={value}") == [
+        "command line: optim.betas: what follows the # would be a comment; leave it out."
+    ]
+
+
 NO_OVERRIDE = "is no override; write section.key=value, such as train.steps=100."
 WRONG_INDEX = "evals is a list of 1; write an index from 0 to 1 (the last adds an item), got"
 

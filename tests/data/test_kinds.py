@@ -77,17 +77,23 @@ def message(path: Path, **options) -> str:
     return str(caught.value)
 
 
+def reading(suffix: str) -> dict:
+    """The options that a file of `WRITERS` needs: Python's csv writes TSV with quotes."""
+    return {"quotes": True} if suffix == ".tsv" else {}
+
+
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_kind_gives_the_same_records(tmp_path: Path, suffix: str):
     path = tmp_path / f"a{suffix}"
     WRITERS[suffix](path, VALUES)
-    assert columns(path) == VALUES
+    options = reading(suffix)
+    assert columns(path, **options) == VALUES
     fields = {"text": "completion"}
-    assert columns(path, fields=fields)[3] == {"prompt": 'say "3",\tplease', "text": VALUES[3]["completion"]}
+    assert columns(path, fields=fields, **options)[3] == {"prompt": 'say "3",\tplease', "text": VALUES[3]["completion"]}
     for compression in COMPRESSIONS:
         packed = compress(path, compression)
         assert packed.read_bytes() != path.read_bytes()
-        assert columns(packed) == VALUES
+        assert columns(packed, **options) == VALUES
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow", ".file.arrow"])
@@ -105,7 +111,7 @@ def test_progress_is_in_bytes_of_the_file(tmp_path: Path, suffix: str):
     packed = [compress(path, compression) for compression in COMPRESSIONS]
     for file in (path, *packed):
         steps: list[int] = []
-        assert sum(1 for _ in read(SourceConfig(path=str(file)), steps.append)) == len(VALUES)
+        assert sum(1 for _ in read(SourceConfig(path=str(file), **reading(suffix)), steps.append)) == len(VALUES)
         # Of a columnar file padding is passed over, and the end, up to 64 KiB of it, read twice.
         columnar = suffix.endswith((".parquet", ".arrow"))
         least, most = (0.99, 70_000) if columnar else (1, 0)
@@ -119,7 +125,7 @@ def test_origins(tmp_path: Path):
         path = tmp_path / f"a{suffix}"
         WRITERS[suffix](path, [{"text": "two\nlines"}, {"text": "and\ntwo"}, {"text": "one"}])
         for file in (path, compress(path, ".gz")):
-            *_, last = read(SourceConfig(path=str(file)))
+            *_, last = read(SourceConfig(path=str(file), **reading(suffix)))
             assert last.origin == f"{file}, {place}"
 
 
@@ -185,6 +191,45 @@ def test_csv_that_is_wrong(tmp_path: Path, content: str):
     said = message(path)
     assert f"{path}" in said
     assert CSV[content] in said
+
+
+def test_quotes_of_tsv_are_text(tmp_path: Path):
+    """As in the TSV of IANA, GLUE and spreadsheets without text delimiters; CSV may be written so too."""
+    path = tmp_path / "a.tsv"
+    path.write_text('input\toutput\r\n"so be it\tA\r\n\nhe said "\t"C" \n""\t\n', newline="")
+    assert columns(path) == [
+        {"input": '"so be it', "output": "A"},
+        {"input": 'he said "', "output": '"C" '},
+        {"input": '""', "output": ""},
+    ]
+    path = tmp_path / "a.csv"
+    path.write_text('input,output\n"so be it,A\nhe said ",C\n')
+    assert columns(path) == [{"input": "so be it,A\nhe said ", "output": "C"}]
+    assert columns(path, quotes=False) == [
+        {"input": '"so be it', "output": "A"},
+        {"input": 'he said "', "output": "C"},
+    ]
+    path.write_text('text\n"a" b\n')
+    assert "set `quotes: false`" in message(path)
+
+
+def test_a_tsv_that_may_be_quoted_is_said(tmp_path: Path):
+    path = tmp_path / "a.tsv"
+    path.write_text('input\toutput\n"a"\tb\n"c"\td\n')
+    notes: list[str] = []
+    assert sum(1 for _ in read(SourceConfig(path=str(path)), note=notes.append)) == 2
+    assert notes == [
+        f'{path}, line 2: the quotes around "a" are text to the model. If quotes enclose the values of the file set '
+        "`quotes: true`"
+    ]
+    write_delimited(path, [{"input": "a\nb", "output": "c"}], "\t")
+    assert "line 2 has 1 values and not 2" in message(path)
+    assert "`quotes: true`" in message(path)
+    path.write_text('"input"\t"output"\n"a"\t"b"\n')
+    assert 'names the columns in quotes ("input", "output")' in message(path)
+    assert columns(path, quotes=True) == [{"input": "a", "output": "b"}]
+    WRITERS[".jsonl"](tmp_path / "a.jsonl", VALUES)
+    assert "`quotes` is for .csv and .tsv files" in message(tmp_path / "a.jsonl", quotes=False)
 
 
 def test_csv_without_a_line_of_names(tmp_path: Path, byte_tokenizer):

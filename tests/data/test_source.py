@@ -39,6 +39,45 @@ def test_a_separator_divides_documents_wherever_the_chunks_end(tmp_path: Path, m
     assert found == [(1, {"text": "one"}), (2, {"text": "\ntwö\n"}), (4, {"text": "three<|end"})]
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
+@pytest.mark.parametrize("typed", ["\n##\n", r"\n##\n", "\r\n##\r\n", r"\r\n##\n"])
+def test_line_ends_of_a_separator_are_of_both_kinds(tmp_path: Path, monkeypatch, chunk: int, typed: str):
+    monkeypatch.setattr(lines, "CHUNK", chunk)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\n##\r\ntwo\r\n\r\nends\n##\r\nthree\xf0")
+    with pytest.raises(UserError, match="0xf0 at offset 30"):
+        records(path, separator=typed)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert records(path, separator=typed) == [
+        (1, {"text": "one"}),
+        (2, {"text": "two\r\n\r\nends"}),
+        (3, {"text": "three"}),
+    ]
+
+
+def test_a_separator_may_be_typed_in_a_shell(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_text("a\tb\\nc\nd")
+    assert [columns["text"] for _, columns in records(path, separator=r"\n")] == ["a\tb\\nc", "d"]
+    assert [columns["text"] for _, columns in records(path, separator=r"\t")] == ["a", "b\\nc\nd"]
+    assert [columns["text"] for _, columns in records(path, separator=r"\\n")] == ["a\tb", "c\nd"]
+
+
+def test_how_often_a_separator_is_found_is_said(tmp_path: Path):
+    def notes(path: Path, separator: str) -> list[str]:
+        said: list[str] = []
+        for _ in read(SourceConfig(path=str(path), separator=separator), note=said.append):
+            pass
+        return said
+
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("one##two\n##")
+    path = tmp_path / "a.txt"
+    assert notes(path, "##") == [f"the separator '##' stands 2 times in {path}"]
+    assert notes(path, r"##\n") == [f"the separator '##\\n' stands 0 times in {path}, so each file is one document"]
+    assert notes(tmp_path / "*.txt", "##") == [f"the separator '##' stands 4 times in the 2 files of {tmp_path}/*.txt"]
+
+
 def test_lines_keep_their_numbers(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b\\n"}')
@@ -217,8 +256,8 @@ def test_the_fingerprint_follows_content_and_options(tmp_path: Path):
     path.write_text('{"text": "b"}')
     seen.add(fingerprint([config]))
     (tmp_path / "b.jsonl").write_text('{"text": "a"}')
-    seen.add(fingerprint([config]))
-    assert len(seen) == 5
+    seen |= {fingerprint([config]), fingerprint([config.model_copy(update={"quotes": True})])}
+    assert len(seen) == 6
 
 
 def test_real_files(shared: Path):
