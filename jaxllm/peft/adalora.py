@@ -21,7 +21,7 @@ from jaxllm.core.tree import Params
 from jaxllm.models.base import LM, ExtraLeaf
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, AdapterConfig, Part
-from jaxllm.peft.low_rank import LowRank, Positive
+from jaxllm.peft.low_rank import LowRank, Positive, Rank
 from jaxllm.peft.modules import Module
 
 STDDEV = 0.02  # of the singular vectors at the start, as in HF PEFT
@@ -32,9 +32,9 @@ class AdaLora(LowRank):
     AdaLoraConfig; its total_step is the number of the run's steps."""
 
     type: Literal["adalora"]
-    init_r: PositiveInt = 12
+    init_r: Rank = 12
     """triplets of each matrix at the start"""
-    target_r: PositiveInt = 8
+    target_r: Rank = 8
     """triplets that are left in the end, on average over the matrices; below init_r"""
     tinit: NonNegativeInt = 0
     """steps before the first are taken away"""

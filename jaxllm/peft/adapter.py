@@ -7,24 +7,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from pydantic import ValidationError
 
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
-from jaxllm.hf.config import read_json
 from jaxllm.hf.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_weights
 from jaxllm.hf.weights import weight_table
 from jaxllm.models.base import LM
+from jaxllm.peft.adapter_config import read_adapter_config
 from jaxllm.peft.base import PeftConfig
-from jaxllm.peft.files import ADAPTERS, PREFIX, AdapterConfig, StoredAdapter
+from jaxllm.peft.files import PREFIX, AdapterConfig, StoredAdapter
 from jaxllm.peft.merge import merge
-
-# Fields of adapter_config.json that change nothing of what a finished adapter computes, whatever its method.
-_INERT = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
-    "task_type",
-)
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class Adapter:
             whole = self.method.whole(lm)
             saved = self.method.saved(lm)
         except UserError as error:
-            raise UserError(f"{self.folder}: is the adapter of another model: {error}") from error
+            raise UserError(f"{self.folder / ADAPTER_CONFIG}, for this model: {error}") from error
         if lm.config.tie_word_embeddings and "embed_tokens" in saved and not self.ties:
             raise UserError(
                 f"{self.folder / ADAPTER_CONFIG}: modules_to_save has the embedding without ensure_weight_tying, so "
@@ -139,29 +132,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         named = ", ".join(sorted(str(inner.parent) for inner in folder.glob(f"*/{ADAPTER_CONFIG}")))
         remedy = f"it has those of {named}" if named else "give the folder of an adapter, such as <run>/export/adapter"
         raise UserError(f"{folder}: has no {ADAPTER_CONFIG}; {remedy}")
-    raw = read_json(file)
-    if raw.get("peft_type") not in ADAPTERS:
-        raise UserError(
-            f"{file}: peft_type is {raw.get('peft_type')!r}, which is not implemented; {', '.join(ADAPTERS)} are"
-        )
-    chosen = ADAPTERS[raw["peft_type"]]
-    if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        raise UserError(f"{file}: task_type is {raw['task_type']!r}; the model must be a language model, CAUSAL_LM")
-    init = raw.get("init_lora_weights", True)
-    if init not in (True, False, "gaussian", "orthogonal"):
-        raise UserError(
-            f"{file}: init_lora_weights is {init!r}, which also changes the base model; save the adapter with HF "
-            "peft's path_initial_model_for_weight_conversion, which makes it a plain one"
-        )
-    for name, value in raw.items():
-        if name not in (*chosen.described, *chosen.inert, *_INERT) and value not in (None, False, [], {}):
-            raise UserError(f"{file}: {name} is {value!r}, which is not implemented; merge the adapter with HF peft")
-    try:
-        method = chosen.model_validate(chosen.section(raw))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise UserError(f"{file}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
-    return Adapter(folder, method, bool(raw.get("ensure_weight_tying")), _read_tensors(folder))
+    method, ties = read_adapter_config(file)
+    return Adapter(folder, method, ties, _read_tensors(folder))
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:

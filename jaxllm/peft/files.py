@@ -71,8 +71,7 @@ class AdapterConfig(PeftConfig):
     def section(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The section that describes the adapter of an adapter_config.json."""
         values = {name: raw[name] for name in cls.described if raw.get(name) is not None}
-        # The order of lists is HF PEFT's chance.
-        values = {name: tuple(sorted(value)) if isinstance(value, list) else value for name, value in values.items()}
+        values = {name: _as_tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return {"type": get_args(cls.model_fields["type"].annotation)[0], **values}
 
     @abstractmethod
@@ -165,10 +164,15 @@ class AdapterOfParts(StoredAdapter):
     def leaves(self, lm: LM, take: Take) -> dict[str, np.ndarray]:
         shapes, found = tree.flatten(lm.abstract()), dict[str, np.ndarray]()
         for part in self.parts(lm):
-            shape = shapes[part.path]
-            leaf = found.setdefault(part.path, np.zeros(shape.shape, shape.dtype))
-            part.read(take(part.name, part.shape), leaf)
+            shape, tensor = shapes[part.path], take(part.name, part.shape)
+            part.read(tensor, found.setdefault(part.path, np.zeros(shape.shape, shape.dtype)))
         return found
+
+
+def _as_tuple(values: list[Any]) -> tuple[Any, ...]:
+    """The list of a file, in order if it is one of texts or numbers: HF PEFT's order is chance."""
+    alike = {type(value) for value in values} in ({str}, {int})
+    return tuple(sorted(values) if alike else values)
 
 
 def on_host(lm: LM, leaf: jax.Array) -> np.ndarray:

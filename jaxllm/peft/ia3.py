@@ -13,7 +13,7 @@ from jaxllm.models.base import LM, ExtraLeaf
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, Part
 from jaxllm.peft.modules import Module
-from jaxllm.peft.targets import Targeted, check_each, check_expression, is_chosen, shown
+from jaxllm.peft.targets import Targeted, check_each, check_expression, chosen_names, shown
 
 
 class Ia3(Targeted):
@@ -81,7 +81,8 @@ class Ia3(Targeted):
     def _on_input(self, module: Module, layers: tuple[bool, ...]) -> bool:
         """Whether the inputs of the matrix are multiplied. Raises UserError if some layers' are and others' not."""
         names = [name for name, chosen in zip(module.names, layers, strict=True) if chosen]
-        found = {is_chosen(name, self.feedforward_modules) for name in names}
+        chosen = chosen_names("feedforward_modules", self.feedforward_modules, names)
+        found = {name in chosen for name in names}
         if len(found) > 1:
             raise UserError(
                 f"peft.feedforward_modules {shown(self.feedforward_modules)} means {module.short} in some of its "

@@ -1,21 +1,22 @@
 """LoRA (Hu et al., arXiv 2106.09685), and what has grown from it: rsLoRA, LoRA+, DoRA and PiSSA."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator
 
 from jaxllm.core.errors import UserError
 from jaxllm.models.base import LM
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, Part
-from jaxllm.peft.low_rank import START, LowRank, Positive, Target
+from jaxllm.peft.low_rank import START, LowRank, Positive, Rank, Target
 from jaxllm.peft.modules import Module, is_named
+from jaxllm.peft.patterns import ExpressionError, check, matching
+from jaxllm.peft.targets import shown
 from jaxllm.peft.tokens import token_leaves, token_part
 
 V = TypeVar("V")
@@ -25,7 +26,7 @@ class Lora(LowRank):
     """Matrices of low rank beside those of the layers. Names and meanings are those of HF PEFT's LoraConfig."""
 
     type: Literal["lora"]
-    r: PositiveInt = 8
+    r: Rank = 8
     """rank of the added matrices"""
     lora_alpha: Positive = 8.0
     """what they add is multiplied by lora_alpha / r"""
@@ -34,7 +35,7 @@ class Lora(LowRank):
     init_lora_weights: Literal[True, "pissa"] = True
     """what they are at the start: true (nothing is added), or pissa, the largest singular values and vectors of the
     matrix, whose part of it then trains, at a lower learning rate (PiSSA: Meng et al., arXiv 2404.02948)"""
-    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """ranks of single matrices, by a name or a regular expression of its end"""
     alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
     """the same of lora_alpha"""
@@ -54,6 +55,7 @@ class Lora(LowRank):
     inert: ClassVar[tuple[str, ...]] = (
         *("ensure_weight_tying", "init_lora_weights", "layers_pattern", "lora_dropout", "megatron_core"),
         "qalora_group_size",  # of use_qalora
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # of kinds of init_lora_weights
     )
 
     @field_validator("r", "rank_pattern", mode="before")
@@ -72,11 +74,11 @@ class Lora(LowRank):
     def _are_expressions(cls, value: dict[str, V], info: ValidationInfo) -> dict[str, V]:
         for pattern in value:
             try:
-                re.compile(_expression(pattern))
-            except re.error as error:
+                check(pattern, ends=True)
+            except ExpressionError as error:
                 raise ValueError(
-                    f"{info.field_name} has {pattern!r}, which is no regular expression: {error}; give the end of a "
-                    "name, such as q_proj, or an expression of it, such as 'layers.0.*'"
+                    f"{info.field_name} has {shown(pattern)}, which {error}; give the end of a name, such as q_proj, "
+                    "or an expression of it, such as 'layers.0.*'"
                 ) from error
         return value
 
@@ -85,13 +87,18 @@ class Lora(LowRank):
     def _of_the_embedding(cls, value: Any) -> Any:
         """HF PEFT also takes the ids by the name of the module; those of a tied head are those of the embedding."""
         if isinstance(value, dict):
-            of_modules = {name.rpartition(".")[2]: tuple(ids) for name, ids in value.items()}
+            of_modules = {name.rpartition(".")[2]: ids for name, ids in value.items()}
             value = of_modules.pop("embed_tokens", ())
             if any(ids != value for ids in of_modules.values()) or of_modules.keys() - {"lm_head"}:
                 raise ValueError(f"only tokens of embed_tokens can train; got some of {', '.join(of_modules)}")
-        if value is not None and len(set(value)) < len(value):
-            raise ValueError(f"each id once; got {[*value]}")
         return tuple(value) if isinstance(value, list) else () if value is None else value
+
+    @field_validator("trainable_token_indices")
+    @classmethod
+    def _each_once(cls, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"each id once; got {[*ids]}")
+        return ids
 
     @classmethod
     def section(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,13 +148,10 @@ class Lora(LowRank):
 
     def targets(self, lm: LM) -> list[Target]:
         """The matrices that get an adapter. Raises UserError if the config names what the model does not have."""
-        found = [self._target(module, layers) for module, layers in self.target_layers(lm)]
-        targeted = self.adapted(lm)
-        for key, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for one in patterns:
-                if not any(_fits(one, name) for name in targeted):
-                    raise UserError(f"peft.{key} has {one!r}, which matches none of the matrices with an adapter")
-        return found
+        names = tuple(sorted(self.adapted(lm)))
+        ranks = _by_name("rank_pattern", self.rank_pattern, names)
+        alphas = _by_name("alpha_pattern", self.alpha_pattern, names)
+        return [self._target(module, layers, ranks, alphas) for module, layers in self.target_layers(lm)]
 
     def description(self, lm: LM) -> dict[str, Any]:
         content = super().description(lm)
@@ -162,27 +166,32 @@ class Lora(LowRank):
             }
         return content
 
-    def _target(self, module: Module, layers: tuple[bool, ...]) -> Target:
-        ranks, scales = [], []
-        for name, is_chosen in zip(module.names, layers, strict=True):
-            r = _first_fit(self.rank_pattern, name, self.r) if is_chosen else 0
-            alpha = _first_fit(self.alpha_pattern, name, self.lora_alpha)
-            ranks.append(r)
-            scales.append(alpha / (math.sqrt(r) if self.use_rslora else r) if r else 0.0)
-        return Target(module, tuple(ranks), tuple(scales))
+    def _target(
+        self, module: Module, layers: tuple[bool, ...], ranks: Mapping[str, int], alphas: Mapping[str, float]
+    ) -> Target:
+        of_layers = [
+            ranks.get(name, self.r) if chosen else 0 for name, chosen in zip(module.names, layers, strict=True)
+        ]
+        scales = [
+            alphas.get(name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r) if r else 0.0
+            for name, r in zip(module.names, of_layers, strict=True)
+        ]
+        return Target(module, tuple(of_layers), tuple(scales))
 
 
-def _expression(pattern: str) -> str:
-    """Of whole names, which HF PEFT makes of a pattern of their ends."""
-    return rf"(.*\.)?({pattern})$"
-
-
-def _fits(pattern: str, name: str) -> bool:
-    return re.match(_expression(pattern), name) is not None
-
-
-def _first_fit(patterns: Mapping[str, V], name: str, otherwise: V) -> V:
-    return next((value for pattern, value in patterns.items() if _fits(pattern, name)), otherwise)
+def _by_name(key: str, patterns: Mapping[str, V], names: tuple[str, ...]) -> dict[str, V]:
+    """The value of the first pattern that fits, by the name that it fits."""
+    values = dict[str, V]()
+    for pattern, value in patterns.items():
+        try:
+            fitting = matching(pattern, names, ends=True)
+        except ExpressionError as error:
+            raise UserError(f"peft.{key} has {shown(pattern)}, which {error}") from error
+        if not fitting:
+            raise UserError(f"peft.{key} has {shown(pattern)}, which matches none of the matrices with an adapter")
+        for name in fitting:
+            values.setdefault(name, value)
+    return values
 
 
 METHODS.add("lora", Lora)

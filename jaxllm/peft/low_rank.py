@@ -23,9 +23,12 @@ from jaxllm.models.base import LM, ExtraLeaf
 from jaxllm.nn.quantized import STORED, kernel_of
 from jaxllm.peft.files import Part
 from jaxllm.peft.modules import Module, modules
-from jaxllm.peft.targets import ALL_LINEAR, Targeted
+from jaxllm.peft.targets import ALL_LINEAR, Targeted, shown
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# What float32 holds, multiplied by a weight and divided by the root of a rank.
+Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
+# Above the width of any matrix it is for.
+Rank = Annotated[int, Field(ge=1, le=2**16)]
 
 # The leaves that a matrix may be stored in.
 MATRIX = ("kernel", *STORED)
@@ -47,18 +50,20 @@ class LowRank(Targeted):
     @model_validator(mode="after")
     def _layers_of_names(self) -> "LowRank":
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR and self.layers_to_transform:
-            raise ValueError("layers_to_transform goes with names; write the layers into the regular expression")
+            raise ValueError(
+                f"layers_to_transform goes with a list of names, and target_modules is {shown(self.target_modules)}, a "
+                "regular expression; write the layers into it, or give a list"
+            )
         return self
 
     @classmethod
     def section(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
         layers = raw.get("layers_to_transform")
-        return super().section({**raw, "layers_to_transform": [layers] if isinstance(layers, int) else layers})
+        return super().section({**raw, "layers_to_transform": [layers] if type(layers) is int else layers})
 
-    def is_target(self, name: str, layer: int) -> bool:
-        if self.layers_to_transform and layer not in self.layers_to_transform:  # none means all, as in HF PEFT
-            return False
-        return super().is_target(name, layer)
+    def is_in_layer(self, name: str, layer: int | None) -> bool:
+        # As in HF PEFT: no layers mean all, and a whole name means its matrix, whatever the layers are.
+        return not self.layers_to_transform or layer in self.layers_to_transform or name in self.target_modules
 
     def target_layers(self, lm: LM) -> list[tuple[Module, tuple[bool, ...]]]:
         count = lm.config.num_hidden_layers

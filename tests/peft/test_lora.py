@@ -124,12 +124,18 @@ SAVED: dict[str, dict[str, Any]] = {
     ),
     "tied": dict(r=2, target_modules=".*q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True),
     "norms": dict(r=2, target_modules=["q_proj"], layers_to_transform=[], modules_to_save=["norm"]),
+    "whole modules and names": dict(
+        r=2,
+        target_modules=["model.layers.1.self_attn.q_proj", "v_proj", "up_proj"],
+        layers_to_transform=[0],
+        modules_to_save=["mlp"],
+    ),
     "token rows": dict(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [*ROWS]}),
     "tied token rows": dict(r=2, target_modules=["q_proj"], trainable_token_indices=[*ROWS]),
 }
 
 
-@pytest.mark.parametrize("variant", dear(SAVED, "dora", "norms", "tied", "token rows"))
+@pytest.mark.parametrize("variant", dear(SAVED, "dora", "norms", "tied", "token rows", "whole modules and names"))
 def test_files_of_hf_peft_load_and_merge(variant, tmp_path, shared):
     lm, base = model(tie_word_embeddings=variant.startswith("tied"), num_attention_heads=8, num_key_value_heads=2)
     module = transformers_model(lm.config, base, tmp_path / "base")
@@ -214,13 +220,13 @@ def adapter(tmp_path: Path) -> tuple[LM, Params, Path]:
         (dict(alora_invocation_tokens=[1]), "alora_invocation_tokens is .1., which is not implemented"),
         (dict(some_new_key=3), "some_new_key is 3, which is not implemented"),
         (dict(init_lora_weights="pissa"), "also changes the base model"),
-        (dict(peft_type="VERA"), "peft_type is 'VERA', which is not implemented; .*LORA"),
-        (dict(r=0), "r: .*a rank of 0 adds nothing; set it to 1 or more"),
+        (dict(peft_type="VERA"), "peft_type is .VERA., which is not implemented; .*LORA"),
+        (dict(r=0), "r is 0: a rank of 0 adds nothing; set it to 1 or more"),
         (dict(r=4), r"lora_A.weight has the shape \[2, .*\], and for this model it is \[4,"),
         (dict(target_modules=["q_proj", "k_proj"]), "lacks .*k_proj.lora_A.weight"),
         (dict(target_modules=["k_proj"], layers_to_transform=[0]), "lacks .*k_proj.lora_A.weight"),
         (dict(layers_to_transform=[0]), "holds 2 tensors that .* does not ask for"),
-        (dict(target_modules=["c_attn"]), "is the adapter of another model: .*matches no matrix"),
+        (dict(target_modules=["c_attn"]), "adapter_config.json, for this model: .*matches no matrix"),
     ],
 )
 def test_what_is_wrong_with_an_adapter_is_one_message(adapter, changes, message):
@@ -242,11 +248,11 @@ def test_an_adapter_of_a_wider_model(adapter):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(target_modules=("c_attn",)), "matches no matrix of the layers; choose among q_proj, k_proj"),
+        (dict(target_modules=("c_attn",)), "matches no matrix of the model; choose among q_proj, k_proj"),
         (dict(target_modules=("q_proj", "k_prj")), "names 'k_prj', .* Did you mean 'k_proj'"),
         (
             dict(target_modules="q_proj"),
-            r"matches no matrix of the layers \(a text must match whole names: give a list\)",
+            r"matches no matrix of the model \(a text must match whole names: give a list\)",
         ),
         (dict(layers_to_transform=(2,)), "names layer 2, and the model has 0 to 1"),
         (
@@ -255,6 +261,9 @@ def test_an_adapter_of_a_wider_model(adapter):
         ),
         (dict(modules_to_save=("model.layers.0.mlp.up_proj",)), "up_proj in some of its layers only"),
         (dict(modules_to_save=("score",)), "names 'score', which the model does not have"),
+        (dict(modules_to_save=("layers",)), "means model.layers, a list of layers, which HF peft does not save"),
+        (dict(modules_to_save=("layers.1.mlp",)), "means up_proj in some of its layers only|gate_proj in some"),
+        (dict(target_modules=("up_proj",), modules_to_save=("mlp",)), "that modules_to_save trains as a whole, and no"),
         (dict(rank_pattern={"c_attn": 2}), "rank_pattern has 'c_attn', which matches none"),
         (dict(rank_pattern={"*.q_proj": 2}), "rank_pattern has '[*].q_proj', which is no regular expression"),
         (dict(alpha_pattern={"(q_proj": 2.0}), "alpha_pattern has '[(]q_proj', which is no regular expression"),

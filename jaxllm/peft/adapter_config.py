@@ -1,0 +1,147 @@
+"""`adapter_config.json`, as HF PEFT or a run has written it, read into the section that describes the adapter."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jaxllm.core.errors import UserError
+from jaxllm.hf.config import read_json
+from jaxllm.hf.rope import shown
+from jaxllm.peft.files import ADAPTERS, StoredAdapter
+from jaxllm.peft.targets import Targeted
+
+# Kinds of init_lora_weights that draw nothing but the adapter's first values; of the others, a base that is changed
+# first, so that the adapter is one of that base.
+_DRAWS = ("gaussian", "eva", "orthogonal", "mica")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+Whole = Annotated[int, Field(ge=0, lt=2**31)]
+Number = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
+class _Inert(BaseModel):
+    """Fields that change nothing of what a finished adapter computes. Which they are depends on the method."""
+
+    model_config = ConfigDict(strict=True)
+
+    # of every method
+    auto_mapping: dict[str, Any] | None = None
+    base_model_name_or_path: str | None = None
+    inference_mode: bool | None = None
+    peft_type: str | None = None
+    peft_version: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    # of methods with matrices
+    alpha_pattern: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool | None = None
+    eva_config: dict[str, Any] | None = None
+    init_ia3_weights: bool | None = None
+    init_lora_weights: bool | str | None = None
+    layers_pattern: str | list[str] | None = None
+    loftq_config: dict[str, Any] | None = None
+    lora_dropout: Number | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    megatron_core: str | None = None
+    qalora_group_size: Whole | None = None
+    r: Whole | None = None
+    use_rslora: bool | None = None
+    # of AdaLoRA's training
+    beta1: Number | None = None
+    beta2: Number | None = None
+    deltaT: Whole | None = None
+    orth_reg_weight: Number | None = None
+    target_r: Whole | None = None
+    tfinal: Whole | None = None
+    tinit: Whole | None = None
+    total_step: Whole | None = None
+    # of virtual tokens
+    encoder_dropout: Number | None = None
+    encoder_hidden_size: Whole | None = None
+    encoder_num_layers: Whole | None = None
+    encoder_reparameterization_type: str | None = None
+    init_weights: str | None = None
+    num_attention_heads: Whole | None = None
+    num_layers: Whole | None = None
+    num_transformer_submodules: Whole | None = None
+    prefix_projection: bool | None = None
+    prompt_tuning_init: str | None = None
+    prompt_tuning_init_text: str | None = None
+    token_dim: Whole | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+    tokenizer_name_or_path: str | None = None
+
+
+_OF_EVERY_METHOD = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
+    "task_type",
+)
+
+
+def read_adapter_config(file: Path, **more: Any) -> tuple[StoredAdapter, bool]:
+    """The section that describes the adapter, and whether a head that is the embedding stays that
+    (`ensure_weight_tying`). more: what else the section has.
+
+    Raises UserError naming file, field and value for what is wrong, and for what is not implemented.
+    """
+    raw = read_json(file)
+    kind = raw.get("peft_type")
+    if not isinstance(kind, str) or kind not in ADAPTERS:
+        raise UserError(f"{file}: peft_type is {shown(kind)}, which is not implemented; {', '.join(ADAPTERS)} are")
+    chosen = ADAPTERS[kind]
+    inert = (*_OF_EVERY_METHOD, *chosen.inert)
+    for name, value in raw.items():
+        if name not in (*chosen.described, *inert) and value not in (None, False, [], {}):
+            raise UserError(
+                f"{file}: {name} is {shown(value)}, which is not implemented; merge the adapter with HF peft "
+                "(merge_and_unload), and take the model that it saves"
+            )
+    try:
+        _Inert.model_validate({name: raw[name] for name in inert if name in raw})
+    except ValidationError as error:
+        raise _wrong(file, raw, error) from error
+    _check_fields(file, raw, chosen)
+    try:
+        return chosen.model_validate({**chosen.section(raw), **more}), bool(raw.get("ensure_weight_tying"))
+    except ValidationError as error:
+        raise _wrong(file, raw, error) from error
+
+
+def _wrong(file: Path, raw: dict[str, Any], error: ValidationError) -> UserError:
+    problem = error.errors(include_url=False)[0]
+    why = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return UserError(f"{file}: {why}")
+    name = str(problem["loc"][0])
+    return UserError(f"{file}: {name} is {shown(raw.get(name))}: {why}")
+
+
+def _check_fields(file: Path, raw: dict[str, Any], chosen: type[StoredAdapter]) -> None:
+    """Raises UserError for a value, of the right type, that means something which is not implemented."""
+    task = raw.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(f"{file}: task_type is {shown(task)}; the model must be a language model, CAUSAL_LM")
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _DRAWS:
+        if init.lower().startswith(_CHANGES_BASE):
+            raise UserError(
+                f"{file}: init_lora_weights is {shown(init)}, which also changes the base model; save the adapter with "
+                "HF peft's path_initial_model_for_weight_conversion, which makes it a plain one, or merge it there "
+                "(merge_and_unload), and take the model that it saves"
+            )
+        raise UserError(f"{file}: init_lora_weights is {shown(init)}; known: true, false, {', '.join(_DRAWS)}")
+    pattern = raw.get("layers_pattern")
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    if raw.get("layers_to_transform") and patterns and "layers" not in patterns:
+        raise UserError(
+            f"{file}: layers_pattern is {shown(pattern)}, and the layers of the models that are implemented are called "
+            "layers; correct it, or remove it"
+        )
+    if issubclass(chosen, Targeted) and raw.get("target_modules") is None:
+        raise UserError(
+            f"{file}: target_modules is missing, and says which matrices the adapter is for; write the list, such as "
+            '["q_proj", "v_proj"]'
+        )
