@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from jaxllm.core import tree
 from jaxllm.core.config import ByType, Section
@@ -37,21 +37,38 @@ from jaxllm.nn.prefix import FOLDER, projected_prefix
 from jaxllm.nn.rope import ROPES, DefaultRope, Rope, Rotation, rope_tables
 
 
+def _at_most(limit: int, largest: str) -> AfterValidator:
+    """The bound of a size: what is far beyond the largest model is a slip, and would run until memory is gone."""
+
+    def check(value: int) -> int:
+        if value > limit:
+            raise ValueError(f"must be at most {limit:,}, and is a slip beyond that: the largest models have {largest}")
+        return value
+
+    return AfterValidator(check)
+
+
+Layers = Annotated[PositiveInt, _at_most(10_000, "1,000 layers")]
+Heads = Annotated[PositiveInt, _at_most(2**16, "hundreds of heads")]
+Width = Annotated[PositiveInt, _at_most(2**20, "a width below 100,000")]
+Tokens = Annotated[PositiveInt, _at_most(2**24, "some 260,000 tokens")]
+
+
 class FamilyConfig(Section):
     """What every family has, under the names of Hugging Face configs."""
 
     type: str
-    vocab_size: PositiveInt
+    vocab_size: Tokens
     """tokens that the embedding knows"""
-    hidden_size: PositiveInt
+    hidden_size: Width
     """width of the residual stream"""
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: Layers
     """blocks"""
-    num_attention_heads: PositiveInt
+    num_attention_heads: Heads
     """query heads"""
-    num_key_value_heads: PositiveInt
+    num_key_value_heads: Heads
     """key and value heads, shared by groups of query heads"""
-    head_dim: PositiveInt
+    head_dim: Width
     """width of a head"""
     max_position_embeddings: PositiveInt = 2048
     """the longest sequence that the model is meant for"""

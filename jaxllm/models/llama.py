@@ -5,9 +5,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
-from jaxllm.models.base import FAMILIES, Family, FamilyConfig
+from jaxllm.models.base import FAMILIES, Family, FamilyConfig, Width
 from jaxllm.models.rules import Rule, T
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.cache import LayerCache
@@ -19,7 +19,7 @@ from jaxllm.nn.norm import RMSNorm
 class GatedConfig(FamilyConfig):
     """The shape of `LlamaBlock`s. `num_key_value_heads` defaults to the query heads, `head_dim` to their even share."""
 
-    intermediate_size: PositiveInt
+    intermediate_size: Width
     """width of the feed-forward layer"""
     hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"] = "silu"
     """activation of the feed-forward layer's gate"""
@@ -31,15 +31,14 @@ class GatedConfig(FamilyConfig):
             return values
         values = dict(values)
         heads, width = values.get("num_attention_heads"), values.get("hidden_size")
-        if isinstance(heads, int) and isinstance(width, int) and heads > 0:
-            if values.get("num_key_value_heads") is None:
-                values["num_key_value_heads"] = heads
-            if values.get("head_dim") is None:
-                if width % heads:
-                    raise ValueError(
-                        f"hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim"
-                    )
-                values["head_dim"] = width // heads
+        # Where one of them is wrong that is said of it alone, and nothing follows from it.
+        known = all(type(size) is int and 0 < size <= 2**31 for size in (heads, width))
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = heads if known else 1
+        if values.get("head_dim") is None:
+            if known and width % heads:
+                raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}; set head_dim")
+            values["head_dim"] = width // heads if known else 2
         return values
 
     @model_validator(mode="after")

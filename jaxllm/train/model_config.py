@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, create_model
+from pydantic import Field, create_model
 
 from jaxllm.core.config import Section
 from jaxllm.core.registry import Registry
 from jaxllm.models import FAMILIES
-from jaxllm.models.base import FamilyConfig
+from jaxllm.models.base import FamilyConfig, Heads, Tokens, Width
 from jaxllm.models.quantized import Quantizable
 
 
@@ -48,15 +48,15 @@ class NewModel(Section):
 def _new_model(family: str) -> Any:
     """The section of a new model of `family`: the fields that follow from others may be left out."""
 
-    def derived(otherwise: str) -> Any:
-        return Annotated[PositiveInt | None, Field(None, description=f"default: {otherwise}")]
+    def derived(size: Any, otherwise: str) -> Any:
+        return Annotated[size | None, Field(None, description=f"default: {otherwise}")]
 
     return create_model(
         f"New{family.capitalize()}",
         __base__=(FAMILIES[family].config, NewModel),
-        vocab_size=derived("the tokenizer's"),
-        num_key_value_heads=derived("the attention heads"),
-        head_dim=derived("hidden_size / attention heads"),
+        vocab_size=derived(Tokens, "the tokenizer's"),
+        num_key_value_heads=derived(Heads, "the attention heads"),
+        head_dim=derived(Width, "hidden_size / attention heads"),
     )
 
 
