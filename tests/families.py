@@ -16,6 +16,9 @@ from jaxllm.models import FAMILIES, LM
 from jaxllm.models.base import FamilyConfig
 from jaxllm.nn.quantized import STORED, dequantized
 
+# A Llama's code computes a Mistral too, and need not be tested twice: its logits are in tests/hf/test_published.py.
+COMPUTED = [name for name in FAMILIES if name != "mistral"]
+
 
 def draw_config(name: str, seed: int, **fixed: Any) -> FamilyConfig:
     """A small config: sizes of every kind, and for each switch or choice of the family some value."""
@@ -39,6 +42,8 @@ def draw_config(name: str, seed: int, **fixed: Any) -> FamilyConfig:
             values[field] = draw.random() < 0.5
         elif field != "type" and get_origin(info.annotation) is Literal:
             values[field] = draw.choice(get_args(info.annotation))
+    if "partial_rotary_factor" in schema.model_fields:
+        values["partial_rotary_factor"] = draw.choice([0.5, 1.0])
     return schema(**{**values, **fixed})
 
 

@@ -114,6 +114,7 @@ class Family:
     defaults: what a field that is absent from `config.json` means, which is not always our own default.
     neutral: fields of `config.json` that this code does not implement, each with the values under which they
         change nothing; any other value is refused by name.
+    rope_names: further names of the kinds of rope in its `config.json`.
     """
 
     config: type[FamilyConfig]
@@ -123,6 +124,7 @@ class Family:
     architecture: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    rope_names: Mapping[str, str] = field(default_factory=dict)
 
 
 FAMILIES = Registry[Family]("model family")

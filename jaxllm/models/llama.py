@@ -116,12 +116,12 @@ def outer_rules(config: GatedConfig) -> list[Rule]:
     return rules
 
 
-def hf_rules(config: LlamaConfig) -> tuple[Rule, ...]:
-    """The weight table of Hugging Face's LlamaForCausalLM."""
+def unfused_rules(config: GatedConfig, attention_bias: bool = False, mlp_bias: bool = False) -> tuple[Rule, ...]:
+    """The weight table of a model with a matrix for each projection, and biases where they are asked for."""
     rules = outer_rules(config)
     groups = (
-        ("attn", "self_attn", ("q", "k", "v", "o"), config.attention_bias),
-        ("mlp", "mlp", ("gate", "up", "down"), config.mlp_bias),
+        ("attn", "self_attn", ("q", "k", "v", "o"), attention_bias),
+        ("mlp", "mlp", ("gate", "up", "down"), mlp_bias),
     )
     for ours, theirs, names, bias in groups:
         for name in names:
@@ -136,7 +136,7 @@ FAMILIES.add(
     Family(
         config=LlamaConfig,
         block=lambda c, dtype: LlamaBlock(c, dtype, c.attention_bias, c.mlp_bias),
-        rules=hf_rules,
+        rules=lambda c: unfused_rules(c, c.attention_bias, c.mlp_bias),
         model_type="llama",
         architecture="LlamaForCausalLM",
         # Those of transformers' LlamaConfig: Llama 2 7B.

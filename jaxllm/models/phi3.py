@@ -1,13 +1,14 @@
 """Phi-3 and Phi-4 (Abdin et al., arXiv 2404.14219 and 2412.08905): a Llama whose queries, keys and values come of one
-matrix, as do the feed-forward layer's gate and what it gates."""
+matrix, as do the feed-forward layer's gate and what it gates. In Phi-4-mini a part of each head does not turn."""
 
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from jaxllm.models.base import FAMILIES, Family
 from jaxllm.models.llama import LAYER, GatedConfig, LlamaBlock, outer_rules
 from jaxllm.models.rules import Interleaved, Rule, T
+from jaxllm.nn.rope import Rotation
 
 
 class Phi3Config(GatedConfig):
@@ -16,10 +17,25 @@ class Phi3Config(GatedConfig):
     type: Literal["phi3"] = "phi3"
     sliding_window: PositiveInt | None = None
     """tokens that a token sees, itself one of them; longer rows are refused, for which the window is not implemented"""
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
+    """the share of a head that turns, its first part"""
+
+    @property
+    def rotation(self) -> Rotation:
+        return super().rotation._replace(width=int(self.head_dim * self.partial_rotary_factor))
 
     @property
     def longest_row(self) -> int | None:
         return self.sliding_window
+
+    @model_validator(mode="after")
+    def _turns_pairs(self) -> "Phi3Config":
+        if (width := self.rotation.width) % 2 or not width:
+            raise ValueError(
+                f"partial_rotary_factor {self.partial_rotary_factor} turns {width} of the {self.head_dim} numbers of a "
+                "head, and rotary embedding turns pairs; choose a share that is even"
+            )
+        return self
 
 
 def hf_rules(config: Phi3Config) -> tuple[Rule, ...]:
@@ -59,9 +75,16 @@ FAMILIES.add(
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": False,
             "rope_theta": 10000.0,
+            "original_max_position_embeddings": 4096,
             "sliding_window": None,
         },
-        # Dropout of training is the run's to choose.
-        neutral=dict.fromkeys(("attention_dropout", "embd_pdrop", "resid_pdrop"), (0, 0.0)),
+        neutral={
+            # Dropout of training is the run's to choose.
+            **dict.fromkeys(("attention_dropout", "embd_pdrop", "resid_pdrop"), (0.0,)),
+            # Of Phi-4-mini, whose layers all attend alike; transformers reads neither.
+            **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),
+        },
+        # As transformers takes them, of the first Phi-3 with 128k tokens.
+        rope_names={"su": "longrope", "yarn": "longrope"},
     ),
 )

@@ -1,8 +1,9 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864), in the half-split form of Hugging Face weights.
 
 Pair i of a head turns by the angle position · f_i, and a kind of rope says what its frequencies f_i are: the plain
-ones, θ^(-2i / head_dim), or those of an extension to longer texts. The kinds, their keys and what they compute are
-those of transformers 5 (`modeling_rope_utils`).
+ones, θ^(-2i / width), or those of an extension to longer texts. The kinds, their keys and what they compute are
+those of transformers 5 (`modeling_rope_utils`). The width is that of a head, or of its first part, where the rest of it
+does not turn.
 """
 
 import math
@@ -24,18 +25,19 @@ PositiveFloats = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 
 
 class Rotation(NamedTuple):
-    """What a model says of its rotation: the width of a head, θ, and the length that it is meant for."""
+    """What a model says of its rotation: the width of the part of a head that turns, θ, and the length that the model
+    is meant for."""
 
-    head_dim: int
+    width: int
     theta: float
     max_positions: int
 
     def exponents(self) -> np.ndarray:
-        """2i / head_dim of each pair."""
-        return np.arange(0, self.head_dim, 2) / self.head_dim
+        """2i / width of each pair."""
+        return np.arange(0, self.width, 2) / self.width
 
     def plain(self) -> np.ndarray:
-        """θ^(-2i / head_dim) of each pair."""
+        """θ^(-2i / width) of each pair."""
         return self.theta ** -self.exponents()
 
 
@@ -50,7 +52,7 @@ class Rope(Section):
 
     @abstractmethod
     def frequencies(self, rotation: Rotation, lengths: jax.Array) -> ArrayLike:
-        """f_i `[head_dim / 2]`; or `[B, T or 1, head_dim / 2]`, for documents of `lengths` `[B, T or 1]`."""
+        """f_i `[width / 2]`; or `[B, T or 1, width / 2]`, for documents of `lengths` `[B, T or 1]`."""
 
     def amplitude(self, rotation: Rotation) -> float:
         """What cosines and sines are multiplied by, and so the attention's scores twice."""
@@ -62,7 +64,7 @@ class Rope(Section):
 
 
 class DefaultRope(Rope):
-    """The plain angles, position · θ^(-2i / head_dim)."""
+    """The plain angles, position · θ^(-2i / width)."""
 
     type: Literal["default"] = "default"
 
@@ -93,12 +95,12 @@ class DynamicRope(Rope):
     """how fast the base grows with the length beyond max_position_embeddings"""
 
     def check(self, rotation: Rotation) -> None:
-        if rotation.head_dim <= 2:
+        if rotation.width <= 2:
             raise ValueError("rope type dynamic needs a head_dim above 2")
 
     def frequencies(self, rotation: Rotation, lengths: jax.Array) -> ArrayLike:
         ratio = jnp.maximum(lengths, rotation.max_positions)[..., None] / rotation.max_positions
-        growth = (self.factor * ratio - (self.factor - 1)) ** (rotation.head_dim / (rotation.head_dim - 2))
+        growth = (self.factor * ratio - (self.factor - 1)) ** (rotation.width / (rotation.width - 2))
         return (rotation.theta * growth) ** -jnp.asarray(rotation.exponents(), growth.dtype)
 
     def longest(self, rotation: Rotation) -> int:
@@ -164,7 +166,7 @@ class YarnRope(Rope):
             raise ValueError(f"rope type yarn needs a rope_theta above 1, got {rotation.theta}")
 
     def frequencies(self, rotation: Rotation, lengths: jax.Array) -> ArrayLike:
-        width, plain = rotation.head_dim, rotation.plain()
+        width, plain = rotation.width, rotation.plain()
 
         def pair_of(turns: float) -> float:
             """The pair that turns so many times in the original length."""
@@ -211,9 +213,11 @@ class LongRope(Rope):
 
     def check(self, rotation: Rotation) -> None:
         for name in ("short_factor", "long_factor"):
-            length, pairs = len(getattr(self, name)), rotation.head_dim // 2
+            length, pairs = len(getattr(self, name)), rotation.width // 2
             if length != pairs:
-                raise ValueError(f"rope.{name} has {length} numbers and must have head_dim / 2 = {pairs}")
+                raise ValueError(
+                    f"rope.{name} has {length} numbers and must have {pairs}, one for each pair of a head that turns"
+                )
 
     def frequencies(self, rotation: Rotation, lengths: jax.Array) -> ArrayLike:
         short, long = (rotation.plain() / np.asarray(each) for each in (self.short_factor, self.long_factor))
@@ -236,8 +240,8 @@ class ProportionalRope(Rope):
     """what positions are divided by"""
 
     def frequencies(self, rotation: Rotation, lengths: jax.Array) -> ArrayLike:
-        turning = int(self.partial_rotary_factor * rotation.head_dim // 2)
-        return np.where(np.arange(rotation.head_dim // 2) < turning, rotation.plain() / self.factor, 0)
+        turning = int(self.partial_rotary_factor * rotation.width // 2)
+        return np.where(np.arange(rotation.width // 2) < turning, rotation.plain() / self.factor, 0)
 
 
 ROPES = Registry[type[Rope]]("rope type")
@@ -252,7 +256,7 @@ def rope_tables(
     rope: Rope | None = None,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines `[B, T, head_dim / 2]` of the angles at `positions` `[B, T]`, in at least float32.
+    """Cosines and sines `[B, T, width / 2]` of the angles at `positions` `[B, T]`, in at least float32.
 
     rope: the kind; None = the plain angles. segments: `[B, T]`, which document each token is of; None = one a row.
 
@@ -282,8 +286,14 @@ def document_lengths(positions: jax.Array, segments: jax.Array | None) -> jax.Ar
 
 
 def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (i, i + head_dim / 2) of `x` `[B, T, H, head_dim]`; the result has x's dtype."""
+    """Rotates the pairs (i, i + width / 2) of `x` `[B, T, H, head_dim]`; the result has x's dtype.
+
+    The width, which the tables tell, may be less than head_dim: what lies behind it in each head stays as it is.
+    """
     cos, sin = (table[:, :, None, :] for table in tables)
+    width = 2 * cos.shape[-1]
+    if width < x.shape[-1]:
+        return jnp.concatenate([apply_rope(x[..., :width], tables), x[..., width:]], axis=-1)
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -172,7 +172,7 @@ REFUSED = {
         {"rope_scaling": LLAMA3, "original_max_position_embeddings": 32},
         ["rope_scaling.original_max_position_embeddings = 16", "original_max_position_embeddings = 32", "contradict"],
     ),
-    "short list": ({"rope_scaling": {**LONG, "long_factor": [1.0]}}, ["long_factor has 1 numbers", "head_dim / 2 = 4"]),
+    "short list": ({"rope_scaling": {**LONG, "long_factor": [1.0]}}, ["long_factor has 1 numbers", "must have 4"]),
     "order": ({"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}}, ["high_freq_factor 0.5", "above"]),
     "narrow heads": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, ["head_dim above 2"]),
     "base of one": ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, ["rope_theta above 1"]),

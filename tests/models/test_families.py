@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import draw_config, draw_params, mesh_layout, on_layout, small_lm, transformers_model
+from families import COMPUTED, draw_config, draw_params, mesh_layout, on_layout, small_lm, transformers_model
 
 from jaxllm.core import tree
 from jaxllm.hf import load_hf
@@ -55,7 +55,7 @@ def entropy(weights):
     return (bits / np.log(rows + 1)).mean()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize("seed", [*QUICK, *(pytest.param(seed, marks=pytest.mark.full) for seed in ALL)])
 def test_logits_are_those_of_transformers(name, seed, reference):
     config = draw_config(name, seed)
@@ -90,6 +90,7 @@ CHANGES = {
     "tie_word_embeddings": {"tie_word_embeddings": True},
     "attention_bias": {"attention_bias": False},
     "mlp_bias": {"mlp_bias": False},
+    "partial_rotary_factor": {"partial_rotary_factor": 0.5},
 }
 # A wrong size does not fit the file, and the others are no part of the computation.
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
@@ -98,13 +99,13 @@ INERT = {"max_position_embeddings", "initializer_range", "type"}
 INERT |= {"sliding_window"}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 def test_the_comparison_has_teeth(name, reference):
     """A wrong value of any field misses transformers' logits by at least 100 times the tolerance."""
     switches = {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "hidden_act": "silu"}
     fields = set(FAMILIES[name].config.model_fields)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
-    numbers = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+    numbers = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
     fixed = {k: v for k, v in {**switches, **sizes, **numbers}.items() if k in fields}
     config = draw_config(name, 0, **fixed)
     lm = small_lm(config)
@@ -125,7 +126,7 @@ def test_the_comparison_has_teeth(name, reference):
     np.testing.assert_allclose(logits_of(lm, params, tokens), theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 def test_axes_and_weight_table_cover_every_parameter(name):
     for seed in QUICK:
         lm = small_lm(draw_config(name, seed))
@@ -139,7 +140,7 @@ def test_axes_and_weight_table_cover_every_parameter(name):
         assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_checkpoint_comes_back_bit_for_bit(name, dtype, tmp_path):
     """params → files → params. (files → params → files: tests/hf/test_weights.py)"""
@@ -188,7 +189,7 @@ def loss_of(lm, stack):
     return loss
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize(
     "stack", [scan("full"), pytest.param(scan("dots", unroll=2), marks=pytest.mark.full)], ids=["full", "dots"]
 )
@@ -203,7 +204,7 @@ def test_scan_is_the_loop_in_value_and_gradient(name, stack, double):
 STAGES = [dict(pipeline=2, data=2, tensor=2), dict(pipeline=4, fsdp=2), dict(pipeline=2, fsdp=4), dict(pipeline=4)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize(
     "sizes", [STAGES[0], *(pytest.param(sizes, marks=pytest.mark.full) for sizes in STAGES[1:])], ids=str
 )
@@ -229,7 +230,7 @@ def test_a_pipeline_is_the_loop_in_value_and_gradient(name, sizes, double):
     assert_same(jax.tree.map(lambda g, w: g[tuple(map(slice, w.shape))], grads, wanted_grads), wanted_grads)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize(
     "sizes", [dict(), pytest.param(dict(pipeline=2, tensor=2), marks=pytest.mark.full)], ids=["alone", "pipeline"]
 )
@@ -263,7 +264,7 @@ def test_prefill_and_decode_are_the_full_forward_pass(name, sizes, double):
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("attention", ["xla", "flash"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 def test_packed_documents_do_not_see_each_other(name, attention):
     """Interpreted, the GPU's kernel."""
     lm = replace(small_lm(draw_config(name, 2)), attention=attention)
@@ -282,7 +283,7 @@ def test_packed_documents_do_not_see_each_other(name, attention):
     np.testing.assert_allclose(packed[0, first:-2], alone[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 def test_the_loss_is_the_same_in_every_form_of_attention(name):
     """Value and gradients, sharded and rematerialised: flash on packed rows, and in float32, so that sums in another
     order remain."""
@@ -320,7 +321,7 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize(
     "sizes", [*MESHES[:2], *(pytest.param(sizes, marks=pytest.mark.full) for sizes in MESHES[2:])], ids=str
 )
@@ -341,7 +342,7 @@ def test_sharded_is_unsharded(name, sizes, double):
     assert_same(logits_of(sharded, placed, tokens), logits_of(lm, params, tokens))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.parametrize(
     "sizes", [MESHES[0], *(pytest.param(sizes, marks=pytest.mark.full) for sizes in MESHES[1:])], ids=str
 )
