@@ -7,7 +7,6 @@ there; and the bytes that it takes, more or less.
 import codecs
 import csv
 import io
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from jaxllm.core.errors import UserError
 from jaxllm.data.files import decode, not_utf8
+from jaxllm.data.json_text import JsonError, parse_json, parse_json_at
 
 CHUNK = 1 << 20  # bytes read at a time from a file whose lines mean nothing
 
@@ -68,9 +68,12 @@ def read_json_lines(stream: io.BufferedReader, file: str) -> Iterator[Place]:
         if line.isspace():
             continue
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {index} is not JSON: {error.msg} at column {error.colno}") from None
+            value = parse_json(line)
+        except JsonError as error:
+            place = (
+                f" is not JSON: {error.what} at column {error.at + 1}" if error.at is not None else f": {error.what}"
+            )
+            raise UserError(f"{file}, line {index}{place}") from None
         yield index, value, len(line)
 
 
@@ -124,7 +127,6 @@ class _JsonText:
         self._stream = stream
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._parse = json.JSONDecoder().raw_decode
         self._text = ""
         self._at = 0  # what stands before is done with
         self._lines = 0  # line ends in the text that is no longer held …
@@ -147,21 +149,26 @@ class _JsonText:
         """The value that begins at the character of `peek`, and its length."""
         while True:
             try:
-                value, end = self._parse(self._text, self._at)
+                value, end = parse_json_at(self._text, self._at)
                 size, self._at = end - self._at, end
                 return value, size
-            except json.JSONDecodeError as error:
+            except JsonError as error:
+                if error.at is None:
+                    raise UserError(f"{self._file}, the value that begins in line {self._line()}: {error}") from None
                 # Where the text at hand ends, inside of a string or of a short word such as `true`.
-                cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 8
+                cut = error.what.startswith("Unterminated string") or error.at > len(self._text) - 8
                 if not (cut and self._more()):
-                    raise self.error(error.msg, error.pos) from None
+                    raise self.error(error.what, error.at) from None
 
     def error(self, what: str, at: int | None = None) -> UserError:
         """What is wrong at the character of `peek`, or at another."""
         at = self._at if at is None else at
-        line, start = 1 + self._lines + self._text.count("\n", 0, at), self._text.rfind("\n", 0, at)
+        start = self._text.rfind("\n", 0, at)
         column = at - start + (self._in_line if start < 0 else 0)
-        return UserError(f"{self._file}, line {line} is not a JSON array: {what} at column {column}")
+        return UserError(f"{self._file}, line {self._line(at)} is not a JSON array: {what} at column {column}")
+
+    def _line(self, at: int | None = None) -> int:
+        return 1 + self._lines + self._text.count("\n", 0, self._at if at is None else at)
 
     def _more(self) -> bool:
         """Reads on, as much again as is held, so that a long value is not parsed too often. False at the end."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from jaxllm.core.errors import UserError, did_you_mean
+from jaxllm.data.json_text import JsonError, parse_json
 
 Message = dict[str, Any]
 
@@ -69,9 +70,9 @@ def check_tools(value: Any) -> list[dict[str, Any]] | None:
     """
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"column 'tools' is not JSON: {error.msg} at character {error.pos + 1}") from None
+            value = parse_json(value)
+        except JsonError as error:
+            raise UserError(f"column 'tools' is not JSON: {error}") from None
     if not value or isinstance(value, str):
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in cast(list[Any], value)):
@@ -154,9 +155,9 @@ def _arguments(arguments: Any, i: int) -> Any:
 
 def _sharegpt_calls(value: str, i: int) -> list[dict[str, Any]]:
     try:
-        calls = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise UserError(f"turn {i}: a function call must be JSON: {error.msg} at character {error.pos + 1}") from None
+        calls = parse_json(value)
+    except JsonError as error:
+        raise UserError(f"turn {i}: a function call must be JSON: {error}") from None
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise UserError(f'turn {i}: a function call must be {{"name": …, "arguments": …}}, not {value:.60}')

@@ -6,10 +6,11 @@ import hashlib
 import io
 import json
 import os
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field, field_validator
 
@@ -19,7 +20,7 @@ from jaxllm.data.chat import RenderConfig
 from jaxllm.data.files import SUFFIXES, Suffix, describe_place, open_file
 from jaxllm.data.lines import Place, Separator, read_json, read_json_lines, read_rows, read_text
 from jaxllm.data.splits import README, Choice, choose
-from jaxllm.data.tables import read_arrow, read_parquet
+from jaxllm.data.tables import Row, read_arrow, read_parquet
 from jaxllm.data.template import AUTO, FOREIGN_FORMATS, FORMATS
 
 
@@ -178,11 +179,9 @@ def read(
     found = False
     separator = None if config.separator is None else Separator(config.separator)
     for file in files:
-        reader = _reader(config, file, separator, note)
-        with open_file(file, advance) as stream:
-            for index, value, size in reader(stream, file):
-                found = True
-                yield Record(file, index, _columns(value, config.fields, file, index), size)
+        for index, value, size in _places(_reader(config, file, separator, note), file, advance):
+            found = True
+            yield Record(file, index, _columns(value, config.fields, file, index), size)
     if not found:
         what = f"the data file {files[0]!r} is" if len(files) == 1 else f"all {len(files)} files of {config.path!r} are"
         raise UserError(f"{what} empty: there is no record to train on")
@@ -209,6 +208,20 @@ def fingerprint(sources: Sequence[SourceConfig]) -> str:
 
 
 Reader = Callable[[io.BufferedReader, str], Iterator[Place]]
+
+
+def _places(reader: Reader, file: str, advance: Callable[[int], object]) -> Iterator[Place]:
+    """What `reader` makes of a file. Whatever Python or the disk cannot read becomes a UserError with its place."""
+    index = 0
+    try:
+        with open_file(file, advance) as stream:
+            for place in reader(stream, file):
+                index = place[0]
+                yield place
+    except (OSError, RecursionError, OverflowError, UnicodeError) as error:
+        where = f"{describe_origin(file, index)}: what follows" if index else hub.shown(file)
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(f"{where} cannot be read ({reason})") from error
 
 
 def _reader(config: SourceConfig, file: str, separator: Separator | None, note: Callable[[str], object]) -> Reader:
@@ -241,18 +254,20 @@ def _reader(config: SourceConfig, file: str, separator: Separator | None, note: 
     return readers[kind]
 
 
-def _columns(value: Any, fields: Mapping[str, str], file: str, index: int) -> dict[str, Any]:
+def _columns(value: Any, fields: Mapping[str, str], file: str, index: int) -> Mapping[str, Any]:
     """The columns of a record under our names; one that holds null is as if it were not there."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | Row):
         origin = describe_origin(file, index)
         raise UserError(f'{origin} is a JSON {_json_type(value)}; an object such as {{"text": …}} is needed')
     mapped = {ours: _look_up(value, theirs, ours, file, index) for ours, theirs in fields.items()}
-    taken = set(fields.values())
-    columns = {name: inner for name, inner in value.items() if name not in taken} | mapped
-    return {name: inner for name, inner in columns.items() if inner is not None}
+    mapped = {name: inner for name, inner in mapped.items() if inner is not None}
+    taken = {*fields, *fields.values()}
+    if isinstance(value, Row):  # whose other columns are not to be read
+        return ChainMap(mapped, cast(Any, value.without(taken)))
+    return {name: inner for name, inner in value.items() if inner is not None and name not in taken} | mapped
 
 
-def _look_up(columns: dict[str, Any], name: str, ours: str, file: str, index: int) -> Any:
+def _look_up(columns: Mapping[str, Any], name: str, ours: str, file: str, index: int) -> Any:
     """What `columns` has under `name`, in which dots lead into objects and lists."""
     if name in columns:
         return columns[name]

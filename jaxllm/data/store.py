@@ -203,6 +203,8 @@ def _render(renderer: Renderer, record: Record) -> list[Rendered]:
         return renderer(record.columns)
     except UserError as error:
         raise UserError(f"{record.origin}: {error}") from error
+    except (RecursionError, OverflowError, UnicodeError) as error:
+        raise UserError(f"{record.origin} cannot be rendered ({type(error).__name__}: {error})") from error
 
 
 def _digest(*facts: object) -> str:

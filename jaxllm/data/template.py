@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,9 +111,9 @@ def _refuse_ratings(columns: Columns, name: str) -> bool:
         value = columns.get(column)
         word = value.strip().casefold() if isinstance(value, str) else value
         number = _number(word)
-        if number is not None and number not in (0, 1, -1):
+        if number is not None and not math.isnan(number) and number not in (0, 1, -1):
             return False
-        if number is not None or (isinstance(word, str) and word in _RATINGS):
+        if number in (0, 1, -1) or (isinstance(word, str) and word in _RATINGS):
             raise UserError(
                 f"the column {column} ({value!r}) says whether the answer is good or bad, and such preferences are not "
                 "trained on here; all answers would be trained alike. Keep the good ones, or set "
@@ -401,7 +402,17 @@ def _tokens(columns: Columns, renderer: Renderer) -> list[Rendered]:
 def _whole_numbers(value: Any, name: str) -> np.ndarray:
     if not isinstance(value, list) or not all(type(number) is int for number in cast(list[Any], value)):
         raise UserError(f"column {name!r} must be a list of whole numbers, not {value!r:.60}")
-    return np.array(value, np.int64)
+    try:
+        return np.array(value, np.int64)
+    except OverflowError:
+        place = next(i for i, number in enumerate(value) if not -(2**63) <= number < 2**63)
+        raise UserError(
+            f"column {name!r} holds {_cut(value[place])} at place {place}, which is no token's id"
+        ) from None
+
+
+def _cut(number: int) -> str:
+    return f"a number of {number.bit_length()} bits" if number.bit_length() > 200 else str(number)
 
 
 _STOP_CHAT = (

@@ -174,6 +174,68 @@ def test_damage_in_the_middle_is_named_with_its_row(tmp_path: Path, monkeypatch)
     assert "after row 500" in message(path)
 
 
+TIMES = {
+    "nanoseconds": pa.array([1700000000123456789, None], pa.timestamp("ns")),
+    "an early year": pa.array([-63000000000000000, 1], pa.timestamp("us", tz="Mars/Phobos")),
+    "a late day": pa.array([2**31 - 1, 1], pa.date32()),
+    "a duration": pa.array([1234567, 1], pa.duration("ns")),
+    "a time": pa.array([1234567, 1], pa.time64("ns")),
+    "a decimal": pa.array(["1.50", None]).cast(pa.decimal128(20, 2)),
+    "a map": pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.timestamp("ns"))),
+    "bytes": pa.array([b"\xff", b""]),
+    "words": pa.array(["a", None]).dictionary_encode(),
+    "text that is none": pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff", b"a"]).buffers(), null_count=0),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_column_that_nobody_reads_is_never_converted(tmp_path: Path, byte_tokenizer, name: str, suffix: str):
+    path = tmp_path / f"a{suffix}"
+    table = pa.table({"said": ["a", "b"], "created": TIMES[name]})
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    source = SourceConfig(path=str(path), fields={"text": "said"})
+    assert [record.columns["text"] for record in read(source)] == ["a", "b"]
+    summary = open_or_build([source], byte_tokenizer, cache=tmp_path / "cache", progress=False).summary
+    assert (summary.samples, list(summary.unread.values())) == (2, [["created"]])
+
+
+def test_times_inside_of_a_column_that_is_read(tmp_path: Path):
+    """Chats have them beside their messages; pandas writes nanoseconds, which Python's dates have not."""
+    turn = pa.struct([("role", pa.string()), ("at", pa.timestamp("ns")), ("took", pa.list_(pa.duration("ns")))])
+    values = [[{"role": "user", "at": 1700000000123456789, "took": [1]}], [{"role": "assistant", "at": None}]]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"messages": pa.array(values, pa.list_(turn))}), path)
+    assert columns(path) == [{"messages": values[0]}, {"messages": [{"role": "assistant"}]}]
+
+
+def test_a_value_that_is_no_text_is_named_with_its_row(tmp_path: Path, byte_tokenizer):
+    path = tmp_path / "a.parquet"
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers(), null_count=0)
+    pq.write_table(pa.table({"text": texts}), path)
+    with pytest.raises(UserError, match=r"a.parquet, row 2: the column 'text' \(string\) cannot be read: .*0xff"):
+        open_or_build([SourceConfig(path=str(path))], byte_tokenizer, cache=tmp_path)
+    pq.write_table(pa.table({"text": TIMES["nanoseconds"]}), path)
+    with pytest.raises(UserError, match=r"row 1: column 'text' must be a string, not 1700000000123456789"):
+        open_or_build([SourceConfig(path=str(path))], byte_tokenizer, cache=tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_two_columns_of_one_name(tmp_path: Path, suffix: str):
+    path = tmp_path / f"a{suffix}"
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    assert f"{path}: two columns are called 'text'" in message(path)
+
+
 CSV = {
     'text,n\n"a",1\n"b"\n': "line 3 has 1 values and not 2, one for each of the columns text, n",
     "text,n\na,1,2\n": "line 2 has 3 values",

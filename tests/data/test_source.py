@@ -163,6 +163,48 @@ def test_a_broken_array(tmp_path: Path, monkeypatch, chunk: int):
         assert wanted in message(path)
 
 
+UNREADABLE = {
+    '{"text": "a", "text": "b"}': "the key 'text' is given twice in one object",
+    '{"text": "a", "meta": [{"id": 1, "n": 2, "id": 1}]}': "the key 'id' is given twice in one object",
+    '{"text": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}": "nested too deeply",
+    '{"text": "a", "n": ' + '{"a":' * 5_000 + "1" + "}" * 5_000 + "}": "nested too deeply",
+    '{"text": "a", "n": ' + "9" * 5_000 + "}": "a whole number has thousands of digits",
+}
+
+
+@pytest.mark.parametrize("value", UNREADABLE, ids=UNREADABLE.values())
+@pytest.mark.parametrize("chunk", [1000, 1 << 20])
+def test_json_that_python_reads_in_part_or_not_at_all(tmp_path: Path, monkeypatch, value: str, chunk: int):
+    monkeypatch.setattr(lines, "CHUNK", chunk)
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{value}\n')
+    assert message(path).startswith(f"{path}, line 2: ")
+    assert UNREADABLE[value] in message(path)
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"text": "a"}},\n{value}]')
+    assert message(path).startswith(f"{path}, the value that begins in line 2: ")
+    assert UNREADABLE[value] in message(path)
+
+
+def test_numbers_beyond_all_bounds_in_a_column_that_is_not_read(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\u0000b", "n": [1e999, -1e999, NaN, ' + "9" * 4000 + "]}\n")
+    assert records(path)[0][1]["text"] == "a\0b"
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RecursionError("deep"), OverflowError("large")])
+def test_whatever_cannot_be_read_is_named_with_its_place(tmp_path: Path, monkeypatch, error: Exception):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n')
+
+    def failing(stream, file):
+        yield 1, {"text": "a"}, 5
+        raise error
+
+    monkeypatch.setattr(source, "read_json_lines", failing)
+    assert message(path).startswith(f"{path}, line 1: what follows cannot be read (")
+
+
 def test_json_may_hold_objects_by_the_line(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text(' {"text": "a"}\n\n{"text": "b"}\n')

@@ -198,6 +198,20 @@ def test_a_bad_record_is_named(write_lines, byte_tokenizer, tmp_path: Path):
         build(SourceConfig(path=odd), byte_tokenizer, tmp_path / "cache")
 
 
+def test_a_record_that_python_cannot_render_is_named(write_lines, byte_tokenizer, tmp_path: Path):
+    deep: list = []
+    for _ in range(900):  # which JSON's reader accepts
+        deep = [deep]
+    user = {"role": "user", "content": "hi", "extra": deep}
+    path = write_lines(
+        [{"messages": [user, {"role": "assistant", "content": "yo"}], "tools": [{"name": "f", "x": deep}]}]
+    )
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ tools | tojson }}" + byte_tokenizer.chat_template)
+    with pytest.raises(UserError, match=r"data.jsonl, line 1: "):
+        build(SourceConfig(path=path, chat_template=str(template)), byte_tokenizer, tmp_path / "cache")
+
+
 def test_a_full_disk(write_lines, byte_tokenizer, tmp_path: Path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -279,6 +279,8 @@ def test_tokens_with_labels_and_padding(byte_tokenizer):
         ({"input_ids": "1 2"}, "list of whole numbers"),
         ({"input_ids": [1, 2.5]}, "list of whole numbers"),
         ({"input_ids": [[1], [2, 3]]}, "list of whole numbers"),
+        ({"input_ids": [1, 10**24]}, f"'input_ids' holds {10**24} at place 1"),
+        ({"input_ids": [1, 2], "labels": [-(10**9999), 2]}, "'labels' holds a number of 33216 bits at place 0"),
     ],
 )
 def test_tokens_that_are_none(byte_tokenizer, columns: dict, said: str):
