@@ -95,6 +95,14 @@ class ChatTemplate:
             trained = [i for i in trained if i == answers[-1]]
         return [self._sample(conversation, tools, trained)]
 
+    def question(self, messages: Sequence[Message]) -> str:
+        """The conversation so far as the model is given it when it is asked for the next answer. Raises UserError."""
+        return self._render([*messages], None, add_generation_prompt=True)[0]
+
+    def written(self, messages: Sequence[Message]) -> str:
+        """The conversation as a whole. Raises UserError."""
+        return self._render([*messages], None)[0]
+
     def _sample(self, messages: list[Message], tools: list[dict[str, Any]] | None, trained: list[int]) -> Text:
         whole, _ = self._render(messages, tools)
         self._check_written(messages, tools, whole)

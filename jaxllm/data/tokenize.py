@@ -176,6 +176,33 @@ class Encoder:
         return offsets[-1][1] if offsets else 0
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The tokens with which a document that begins with `text` begins, as `Encoder` writes it.
+
+    The special tokens that the tokenizer puts in front stay, unless the text begins with them itself; those that it
+    puts behind would end the text, and are left out.
+    """
+
+    def encode(text: str) -> tuple[list[int], list[int]]:
+        encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+        return encoded["input_ids"], encoded["special_tokens_mask"]
+
+    some, added = encode("a")
+    front = some[: added.index(0)]
+    ids = [token for token, special in zip(*encode(text), strict=True) if not special]
+    return ids if ids[: len(front)] == front else front + ids
+
+
+def parts_from_the_next_word(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
+    """Whether `text` ends in white space that becomes part of another token once a word follows it."""
+    if text.rstrip(" \t\u3000") == text:
+        return False
+    alone, followed = (
+        tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"] for said in (text, text + "a")
+    )
+    return followed[: len(alone)] != alone
+
+
 def _characters(flags: list[bool], lengths: list[int], first: np.ndarray, last: np.ndarray) -> np.ndarray:
     """How many of the characters `first : last` of each token are in flagged segments, int64 [n]."""
     before = np.concatenate([[0], np.cumsum(np.repeat(np.array(flags, np.int64), lengths))])

@@ -22,8 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxllm.generate",
         description="Completes prompts with a Hugging Face model, a run of jaxllm.train, or one of its checkpoints.",
-        epilog="What is not given is taken from the model's generation_config.json, if it has it: the most likely "
-        "token is taken unless the file says do_sample. --top-k 0, --top-p 1 and --min-p 0 switch the file's off.",
+        epilog="Options that are not given are taken from the model's generation_config.json, as transformers takes "
+        "them: the most likely token without do_sample, and a top_k of 50 with do_sample and no top_k. --top-k 0, "
+        " --top-p 1 and --min-p 0 switch the file's settings off.",
     )
     parser.add_argument(
         "model",
@@ -48,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"tokens to add at most (else {NEW_TOKENS}, or {NEW_TOKENS_OF_A_REPLY} for a reply of a conversation)",
+        help="tokens to add at most. Default: max_new_tokens of the model's file; otherwise as many as its max_length "
+        f"leaves behind the prompt; otherwise {NEW_TOKENS}, or {NEW_TOKENS_OF_A_REPLY} for a reply of a conversation",
     )
     parser.add_argument(
         "--temperature", type=float, metavar="T", help="0 takes the most likely token; 1 samples as the model says"
@@ -113,6 +115,7 @@ def _write(options: argparse.Namespace) -> None:
     conversation = Conversation(tokenizer, options.system) if options.chat else None
     otherwise = NEW_TOKENS if conversation is None else NEW_TOKENS_OF_A_REPLY
     ends: list[Any] = defaults.eos_token_id or [tokenizer.eos_token_id]
+    new_tokens = options.max_new_tokens or defaults.max_new_tokens or (None if defaults.max_length else otherwise)
     writer = Writer(
         model.lm,
         model.load(),
@@ -120,7 +123,8 @@ def _write(options: argparse.Namespace) -> None:
         sampling=sampling,
         stop_ids=[token for token in ends if token is not None],
         stop=[*options.stop, *defaults.stop_strings],
-        max_new_tokens=options.max_new_tokens or defaults.max_new_tokens or otherwise,
+        max_new_tokens=new_tokens,
+        max_length=defaults.max_length,
         seed=options.seed,
     )
     if conversation is None:
@@ -131,13 +135,16 @@ def _write(options: argparse.Namespace) -> None:
 
 def _defaults(folder: Path) -> Defaults:
     """What the model's files say, with the end of text from where transformers looks for it."""
-    from jaxllm.generate.defaults import read_defaults
+    from jaxllm.generate.defaults import of_model_config, read_defaults
     from jaxllm.hf.config import read_config, read_json
 
-    file = folder / "generation_config.json"
-    raw = read_json(file) if file.is_file() else {}
+    file, config = folder / "generation_config.json", read_config(folder)
+    if file.is_file():
+        raw = read_json(file)
+    else:
+        file, raw = folder / "config.json", of_model_config(config)
     if raw.get("eos_token_id") is None:
-        raw["eos_token_id"] = read_config(folder).get("eos_token_id")
+        raw["eos_token_id"] = config.get("eos_token_id")
     defaults, missing = read_defaults(raw, file)
     if missing:
         print(f"note: {file}: {', '.join(missing)} is not implemented, and left aside", file=sys.stderr)

@@ -1,12 +1,10 @@
-"""A conversation with a model, written by the tokenizer's chat template."""
+"""A conversation with a model, written by the tokenizer's chat template as the conversations it was trained on were."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from jaxllm.core.errors import UserError
+from jaxllm.data.chat import ChatTemplate, RenderConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,24 +20,15 @@ class Conversation:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
-        if not tokenizer.chat_template:
-            raise UserError(
-                "a conversation needs a chat template and the tokenizer has none. Put a chat_template.jinja into the "
-                "model's folder, or complete plain text with --prompt"
-            )
-        if getattr(tokenizer, "split_special_tokens", False):
-            raise UserError(
-                "a conversation needs the marks of the chat template as tokens, and this tokenizer reads them as plain "
-                'text; set "split_special_tokens": false in its tokenizer_config.json'
-            )
         self._tokenizer: Any = tokenizer
+        self._template = ChatTemplate(tokenizer, RenderConfig())
         self._messages = [] if system is None else [{"role": "system", "content": system}]
         self.stop_ids, self.stop = self._end_of_turn()
 
     def ask(self, said: str) -> list[int]:
         """The tokens that ask for a reply to `said` and everything before it."""
         self._messages.append({"role": "user", "content": said})
-        return self._ids(self._render(self._messages, reply=True))
+        return self._ids(self._template.question(self._messages))
 
     def answered(self, reply: str) -> None:
         """Keeps the reply to what was asked last."""
@@ -48,7 +37,7 @@ class Conversation:
     def _end_of_turn(self) -> tuple[list[int], list[str]]:
         """What the template writes behind a reply: models often name another end of text in their files."""
         messages = [*self._messages, {"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
-        end = self._render(messages, reply=False).rpartition(_REPLY)[2].strip()
+        end = self._template.written(messages).rpartition(_REPLY)[2].strip()
         ids = self._ids(end) if end else []
         if ids and ids[0] in self._tokenizer.get_added_vocab().values():
             return ids[:1], []
@@ -56,9 +45,3 @@ class Conversation:
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _render(self, messages: list[dict[str, str]], *, reply: bool) -> str:
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply))
-        except (TemplateError, TypeError) as error:
-            raise UserError(f"the chat template cannot render this conversation: {error}") from error

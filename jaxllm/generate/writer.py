@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
+from jaxllm.data.tokenize import parts_from_the_next_word, prompt_ids
 from jaxllm.generate.chat import Conversation
 from jaxllm.generate.decode import Decoder
 from jaxllm.generate.sample import Sampling
@@ -24,7 +25,8 @@ SEEDS = 1 << 32
 class Writer:
     """Writes what `lm` with `params` says to the standard output, and remarks to the standard error.
 
-    stop_ids, stop: tokens and texts that end a completion. max_new_tokens: what it has at most. seed: of the samples.
+    stop_ids, stop: tokens and texts that end a completion. max_new_tokens: what it has at most. max_length: what the
+    prompt and it have together at most, where max_new_tokens is None. seed: of the samples.
     """
 
     def __init__(
@@ -36,7 +38,8 @@ class Writer:
         sampling: Sampling,
         stop_ids: Sequence[int],
         stop: Sequence[str],
-        max_new_tokens: int,
+        max_new_tokens: int | None,
+        max_length: int | None = None,
         seed: int,
     ) -> None:
         self._params = params
@@ -45,13 +48,21 @@ class Writer:
         self._stop_ids = list(stop_ids)
         self._stop = list(stop)
         self._max_new_tokens = max_new_tokens
+        self._max_length = max_length
         self._seed = seed
         self._longest = lm.config.longest
         self._decoder = Decoder(lm)
 
     def complete(self, texts: Sequence[str]) -> None:
         """Writes each text with its completion; a single one as it comes."""
-        prompts: list[list[int]] = [self._tokenizer(text, verbose=False)["input_ids"] for text in texts]
+        prompts = [prompt_ids(self._tokenizer, text) for text in texts]
+        for text in texts:
+            if parts_from_the_next_word(self._tokenizer, text):
+                print(
+                    f"note: the prompt {text[-30:]!r} ends in white space, which the tokenizer joins to the next word: "
+                    "the model has hardly seen it alone. Leave it out",
+                    file=sys.stderr,
+                )
         completions = [self._completion(prompt) for prompt in prompts]
         if len(texts) == 1:
             _show(texts[0])
@@ -80,8 +91,20 @@ class Writer:
             conversation.answered(reply.text)
 
     def _completion(self, prompt: list[int]) -> Completion:
-        room = self._decoder.room(prompt, self._max_new_tokens)
+        room = self._decoder.room(prompt, self._wanted(prompt))
         return Completion(self._tokenizer, prompt, room=room, stop_ids=self._stop_ids, stop=self._stop)
+
+    def _wanted(self, prompt: list[int]) -> int:
+        """How many new tokens the settings allow."""
+        if self._max_new_tokens is not None:
+            return self._max_new_tokens
+        assert self._max_length is not None
+        if (left := self._max_length - len(prompt)) < 1:
+            raise UserError(
+                f"a prompt has {len(prompt):,} tokens, and the model's generation_config.json says max_length = "
+                f"{self._max_length:,} for prompt and completion together; give --max-new-tokens"
+            )
+        return left
 
     def _decode(self, prompts: list[list[int]], completions: Sequence[Completion], seed: int) -> Iterator[str]:
         """Fills the completions. Yields each piece of their text."""

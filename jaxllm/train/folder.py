@@ -32,12 +32,18 @@ def first_of(folder: Path) -> str | None:
 
 
 def prepare(
-    config: Config, lm: LM, tokenizer_folder: Path, special_ids: Mapping[str, int] | None, *, keep_model: bool
+    config: Config,
+    lm: LM,
+    tokenizer_folder: Path,
+    special_ids: Mapping[str, int] | None,
+    *,
+    chat_template: str | None,
+    keep_model: bool,
 ) -> None:
     """Writes what describes the run: the resolved config, the machine, and the model's config and tokenizer.
 
-    The tokenizer gets the chat template by which all sources are written, if they name one. keep_model: the run goes
-    on, and the model's are there. Of several processes, process 0 writes. Raises UserError if the folder cannot be
+    chat_template: what the tokenizer gets in place of its own; None: it keeps its own. keep_model: the run is resumed,
+    and the model's files are present. Of several processes, process 0 writes. Raises UserError if the folder cannot be
     written.
     """
     if not is_first():
@@ -52,9 +58,8 @@ def prepare(
         )
         if not keep_model:
             _write_model(folder / RUN_MODEL, lm, tokenizer_folder, special_ids, config.train.param_dtype)
-            templates = {source.chat_template for source in config.data.sources}
-            if len(templates) == 1 and (template := templates.pop()) is not None:
-                shutil.copyfile(template, folder / RUN_MODEL / "chat_template.jinja")
+            if chat_template is not None:
+                _write(folder / RUN_MODEL / "chat_template.jinja", chat_template)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}; choose another") from error
 
@@ -87,5 +92,5 @@ def _write_model(
 def _write(path: Path, text: str) -> None:
     """Replaces a file in one step, so that a killed run leaves the old one or the new one."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
+    new.write_text(text, encoding="utf-8")
     new.replace(path)

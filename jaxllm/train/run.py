@@ -23,6 +23,7 @@ from jaxllm.core.cache import programs_read
 from jaxllm.core.distributed import is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
+from jaxllm.data.kept_template import kept_template
 from jaxllm.data.loader import State
 from jaxllm.evaluate.perplexity import Perplexity
 from jaxllm.hf.export import check_replaceable
@@ -94,6 +95,9 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
 
     inputs = read_inputs(config, tokenizer, say)
     store, plan = inputs.train
+    chat_template, remark = kept_template(config.data.sources, [*store.summary.formats.values()], tokenizer)
+    if remark:
+        say("note", remark)
     seen = (resume.facts.step, resume.facts.epoch, resume.facts.position) if resume else (0, 0, 0)
     steps = config.train.last_step(len(plan.order), *seen)
     sets = evaluation_sets(config, inputs.held_out, lm.layout)
@@ -131,7 +135,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
             state = program.start(model.load())
             facts = Facts(step=0, steps=steps, epoch=0, position=0, tokens=0, data=store.folder.name)
         goes_on = resume is not None and resume.run.resolve() == folder.resolve()
-        prepare(config, lm, model.folder, special_ids, keep_model=goes_on)
+        prepare(config, lm, model.folder, special_ids, chat_template=chat_template, keep_model=goes_on)
 
         start = facts.step
         loader = training_loader(

@@ -1,6 +1,7 @@
 """Token by token against transformers on real data, and which tokens are trained."""
 
 import copy
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxllm.core.errors import UserError
@@ -16,7 +18,7 @@ from jaxllm.data.chat import RenderConfig
 from jaxllm.data.segments import Segment, Text, Tokens
 from jaxllm.data.source import SourceConfig, read
 from jaxllm.data.template import Renderer
-from jaxllm.data.tokenize import Encoder, fingerprint
+from jaxllm.data.tokenize import Encoder, fingerprint, parts_from_the_next_word, prompt_ids
 
 NAMES = [
     "stories3M",
@@ -235,3 +237,44 @@ def test_the_fingerprint_follows_the_chat_template_and_not_earlier_calls(byte_to
     assert fingerprint(tokenizer) == first
     tokenizer.chat_template = "{{ messages }}"
     assert fingerprint(tokenizer) != first
+
+
+@pytest.mark.parametrize("added", ["", "<s>", "</s>", "<s> </s>", "<s> <s>"])
+@pytest.mark.parametrize("text", ["Once upon a time", "", "<s>Once", "x</s>"])
+def test_a_prompt_is_how_a_document_begins(added, text, shared):
+    """Whatever special tokens the tokenizer puts around a text; the end of a document is not asked for."""
+    folder = shared / "models/stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    front = [mark for mark in added.split() if mark == "<s>"]
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = {"<s>": 1, "</s>": 2}
+    pieces = [{"Sequence": {"id": "A", "type_id": 0}}]
+    for mark in added.split():
+        pieces.insert(len(pieces) if mark == "</s>" else 0, {"SpecialToken": {"id": mark, "type_id": 0}})
+    state["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": [*pieces, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {mark: {"id": mark, "ids": [ids[mark]], "tokens": [mark]} for mark in ids},
+    }
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    prompt = prompt_ids(tokenizer, text)
+    if not text:
+        assert prompt == [1] * len(front)
+        return
+    # What follows begins a word, so the document's own tokens do not change.
+    document = Encoder(tokenizer).encode([Text((Segment(text + "\n\nThe end.", True),))])[0].sample.ids.tolist()
+    assert document[: len(prompt)] == prompt
+    assert prompt[-1] != 2 or text.endswith("</s>")
+
+
+@pytest.mark.parametrize("name", ["tokenizers/gpt2", "tokenizers/qwen2.5", "tokenizers/llama2"])
+def test_white_space_that_joins_the_next_word_is_seen(name, shared):
+    tokenizer = load(shared / "models" / name)
+    assert parts_from_the_next_word(tokenizer, "A: ")
+    assert not parts_from_the_next_word(tokenizer, "A:")
+    assert not parts_from_the_next_word(tokenizer, "A:\n")
+
+
+def test_white_space_that_the_tokenizer_drops_does_no_harm(shared):
+    assert not parts_from_the_next_word(load(shared / "models/stories260K"), "A: ")

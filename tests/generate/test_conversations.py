@@ -59,10 +59,10 @@ def test_the_marks_are_one_token_each_and_no_beginning_is_added_twice(shared, to
 
 def test_what_cannot_be_talked_with(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no system message, please') }}"
-    with pytest.raises(UserError, match="cannot render this conversation: no system message, please"):
+    with pytest.raises(UserError, match=r"cannot write this conversation.*: no system message, please"):
         Conversation(tokenizer, "Be kind.")
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="needs a chat template"):
+    with pytest.raises(UserError, match="conversations need a chat template"):
         Conversation(tokenizer)
     tokenizer.chat_template, tokenizer.split_special_tokens = CHATML, True
     with pytest.raises(UserError, match='"split_special_tokens": false'):

@@ -154,6 +154,15 @@ def test_the_options_of_a_model_come_from_its_file(story, capsys):
     assert completes(capsys, story, *PROMPT, "--top-k", 1) == whole
     write(max_new_tokens=20, stop_strings=[" named"])
     assert completes(capsys, story, *PROMPT) == whole.partition(" named")[0] + "\n"
+    write(max_length=12)  # of which the prompt has 8
+    short = completes(capsys, story, *PROMPT)
+    assert whole.startswith(short.rstrip("\n"))
+    assert len(short) < len(whole)
+    assert completes(capsys, story, *PROMPT, "--max-new-tokens", 20) == whole
+    write(max_length=3)
+    assert "says max_length = 3 for prompt and completion together; give --max-new-tokens" in fails(
+        capsys, story, *PROMPT
+    )
     write(num_beams=4, top_p="most")
     assert "generation_config.json: top_p = 'most'" in fails(capsys, story, *PROMPT)
     write(num_beams=4)
@@ -236,7 +245,7 @@ def test_a_conversation_that_cannot_be(talker, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Once \xff\n"), encoding="utf-8"))
     assert "the standard input is not valid UTF-8" in fails(capsys, talker, "--chat")
     (talker / "chat_template.jinja").unlink()
-    assert "needs a chat template" in fails(capsys, talker, "--chat")
+    assert "conversations need a chat template" in fails(capsys, talker, "--chat")
     assert "not allowed with argument" in fails(capsys, talker, "--chat", *PROMPT)
     assert "--prompt --chat is required" in fails(capsys, talker)
 
