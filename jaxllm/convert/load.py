@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax
-import yaml
 from jax.typing import DTypeLike
 
+from jaxllm.checkpoint.run_files import (
+    MODEL_CONFIG,
+    RESOLVED,
+    RUN_CHECKPOINTS,
+    RUN_MODEL,
+    check_described,
+    is_run,
+    is_sealed,
+    unsealed,
+)
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
 from jaxllm.core import hub, tree
 from jaxllm.core.config import ByType, Section
@@ -18,6 +27,7 @@ from jaxllm.core.config import load as load_config
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
+from jaxllm.core.notes import note
 from jaxllm.core.tree import Params
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.hf import load_params, read_model
@@ -27,17 +37,14 @@ from jaxllm.models.layout import fit_layout
 from jaxllm.models.quantized import Quantizable
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.optim.config import OptimizerConfig
-from jaxllm.peft import METHODS, Full, PeftConfig
+from jaxllm.peft import METHODS, PeftConfig
 from jaxllm.peft.files import AdapterConfig
 from jaxllm.peft.merge import merge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Beside the checkpoints of a run: config.json and the tokenizer, an HF folder without weights.
-RUN_MODEL = "model"
-RUN_CHECKPOINTS = "checkpoints"
-RESOLVED = "config.resolved.yaml"  # the whole config of a run
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,8 @@ def open_model(
     path = hub.model_folder(path, "weights")
     run, checkpoint = _run_of(path)
     if run is not None:
+        if not is_sealed(run):
+            note(unsealed(run))
         return _from_checkpoint(run, checkpoint, layout, param_dtype, compute_dtype)
     lm = read_model(path, layout, param_dtype, compute_dtype)
     return OpenModel(lm, path, lambda: load_params(lm))
@@ -122,16 +131,18 @@ def model_folder(path: str | Path, what: Literal["config", "tokenizer"]) -> Path
 def _run_of(path: Path) -> tuple[Path | None, Checkpoint | None]:
     """The run that `path` is, or a checkpoint of, and that checkpoint; None for a Hugging Face folder.
 
-    Raises UserError for no folder.
+    Raises UserError for no folder, and for a run whose files are not as they were written.
     """
     if path.parent.name == RUN_CHECKPOINTS and (named := named_checkpoint(path)) is not None:
+        check_described(named.parent.parent)
         return named.parent.parent, named
     if not path.is_dir():
         raise UserError(
             f"{path}: there is no such folder; give a Hugging Face folder, a run, one of its checkpoints, or a model "
             "of the Hub as owner/name"
         )
-    if (path / RUN_MODEL / "config.json").is_file():
+    if is_run(path):
+        check_described(path)
         return path, None
     return None, None
 
@@ -144,13 +155,16 @@ def _from_checkpoint(
     compute_dtype: DTypeLike | None,
 ) -> OpenModel:
     raw = read_config(run / RUN_MODEL)
-    family, config = parse_config(raw, run / RUN_MODEL / "config.json")
+    family, config = parse_config(raw, run / MODEL_CONFIG)
+    stored = raw.get("torch_dtype") or raw.get("dtype")
+    if stored not in DTYPES:
+        raise UserError(f"{run / MODEL_CONFIG}: dtype is {stored!r}, and must be one of {', '.join(DTYPES)}")
     on_gpu = layout.platform == "gpu"
     plain = LM(
         family,
         config,
         fit_layout(config, layout),
-        param_dtype or raw.get("torch_dtype") or raw["dtype"],
+        param_dtype or stored,
         compute_dtype or ("bfloat16" if on_gpu else "float32"),
     )
     method = _method(run)
@@ -180,6 +194,14 @@ def _where_they_are(checkpoint: Checkpoint, shapes: Params) -> Params:
     return tree.insert({}, wanted)
 
 
+class _Kind(Section, extra="ignore"):
+    type: str
+
+
+class _KindOfRun(Section, extra="ignore"):
+    optim: _Kind
+
+
 class _OfRun(Section, extra="ignore"):
     optim: Annotated[OptimizerConfig, ByType(OPTIMIZERS)]
 
@@ -193,7 +215,7 @@ class _ModelOfRun(Section, extra="ignore"):
 
 
 class _MethodOfRun(Section, extra="ignore"):
-    peft: Annotated[PeftConfig, ByType(METHODS)] = Full(type="full")
+    peft: Annotated[PeftConfig, ByType(METHODS)]
 
 
 def _method(run: Path) -> PeftConfig:
@@ -203,7 +225,7 @@ def _method(run: Path) -> PeftConfig:
 
 def _averaging_optimizer(run: Path) -> OptimizerConfig | None:
     """The optimizer of a run, if it evaluates other parameters than it trains."""
-    kind = yaml.safe_load((run / RESOLVED).read_text(encoding="utf-8"))["optim"]["type"]
+    kind = load_config(run / RESOLVED, [], _KindOfRun).optim.type
     if kind not in OPTIMIZERS or not OPTIMIZERS[kind].averages:
         return None
     return load_config(run / RESOLVED, [], _OfRun).optim

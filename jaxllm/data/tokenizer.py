@@ -1,4 +1,4 @@
-"""Tokenizers on disk: training one, loading one, and the files that one consists of.
+"""Tokenizers on disk: training one, and loading one.
 
 A trained tokenizer is a SentencePiece BPE model and the same tokenizer in Hugging Face's form. Both give the
 same ids for every text, and the ids of every text decode to exactly that text.
@@ -9,13 +9,11 @@ import io
 import itertools
 import json
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.hub import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -69,30 +67,6 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
 
 def _is_not_about_torch(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("PyTorch was not found")
-
-
-def copy_tokenizer(source: str | Path, destination: str | Path) -> None:
-    """Copies the tokenizer's files, unchanged, into the folder `destination`, which is made if need be.
-
-    A tokenizer file that `destination` has and `source` has not is removed: two tokenizers must not mix.
-    Raises UserError if `source` holds no tokenizer file.
-    """
-    files = _files(source)
-    destination = Path(destination)
-    if destination.resolve() == Path(source).resolve():
-        return
-    destination.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        (destination / name).unlink(missing_ok=True)
-    for path in files:
-        shutil.copyfile(path, destination / path.name)
-
-
-def _files(folder: str | Path) -> list[Path]:
-    files = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).is_file()]
-    if not files:
-        raise UserError(f"the folder {folder} holds no tokenizer file (none of {', '.join(TOKENIZER_FILES)})")
-    return files
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> None:

@@ -21,9 +21,10 @@ from safetensors.numpy import save_file
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.hub import TOKENIZER_FILES
+from jaxllm.core.side_files import SIDE_FILES, read_side_files
 from jaxllm.core.tree import Params
 from jaxllm.hf.config import read_config, write_config
-from jaxllm.hf.source import ADAPTER_CONFIG, DTYPES, INDEX, SIDE_FILES, WEIGHTS, Source
+from jaxllm.hf.source import ADAPTER_CONFIG, DTYPES, INDEX, WEIGHTS, Source
 from jaxllm.hf.weights import Entry, copy, weight_table
 from jaxllm.models.base import LM
 
@@ -48,8 +49,8 @@ def save(
     model_folder: where config.json, of which only what changed is updated, the tokenizer's files and the settings of
         generation come from; None = from the model's source.
 
-    Raises UserError for a folder that holds something else, for a model_folder without a tokenizer, and for a full
-    disk.
+    Raises UserError for a folder that holds something else, for a model_folder without a tokenizer, for a damaged file
+    among those that go along, and for a full disk.
     """
     folder = Path(folder).absolute()
     source: Source | None = lm.source
@@ -79,8 +80,8 @@ def save(
             if len(files) > 1 or (source and source.index is not None):
                 write_json(new / INDEX, _index(files, sizes, source, unchanged))
             write_json(new / "config.json", config)
-            for path in side_files:
-                shutil.copyfile(path, new / path.name)
+            for name, content in side_files.items():
+                (new / name).write_bytes(content)
 
 
 @contextmanager
@@ -128,19 +129,21 @@ def check_replaceable(folder: Path, source: Source | None = None, *, adapter: bo
         )
 
 
-def _side_files(source: Source | None, model_folder: str | Path | None) -> list[Path]:
-    """The files to copy: from `model_folder`, else from beside the source's weights."""
+def _side_files(source: Source | None, model_folder: str | Path | None) -> dict[str, bytes]:
+    """What the files to copy hold: those of `model_folder`, else those beside the source's weights."""
     if model_folder is not None:
-        files = {name: path for name in SIDE_FILES if (path := Path(model_folder) / name).is_file()}
+        files = read_side_files(model_folder)
         if files.keys().isdisjoint(TOKENIZER_FILES):
             names = ", ".join(TOKENIZER_FILES)
             raise UserError(f"{model_folder}: has none of a tokenizer's files ({names})")
-    else:
-        files = {name: source.folder / name for name in source.side_files} if source else {}
-    for path in files.values():
-        if not path.is_file():
-            raise UserError(f"{path}: was there when the model was read, and is gone; put it back")
-    return list(files.values())
+        return files
+    if source is None:
+        return {}
+    files = read_side_files(source.folder, source.side_files)
+    for name in source.side_files:
+        if name not in files:
+            raise UserError(f"{source.folder / name}: was there when the model was read, and is gone; put it back")
+    return files
 
 
 def _names(entry: Entry, source: Source | None) -> list[str]:

@@ -12,14 +12,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.hub import GENERATION_CONFIG, TOKENIZER_FILES
+from jaxllm.core.side_files import SIDE_FILES
 from jaxllm.hf.config import RawConfig, read_config, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What HF PEFT calls the description of an adapter, and its weights.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES)
 
 # The dtypes of a checkpoint that can be trained, by the names of safetensors.
 DTYPES: dict[str, np.dtype[Any]] = {

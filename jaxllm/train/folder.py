@@ -1,20 +1,19 @@
 """A run's output folder: what describes the run in it."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from jaxllm.convert.load import RESOLVED, RUN_MODEL
+from jaxllm.checkpoint.run_files import ENVIRONMENT, RESOLVED, RUN_MODEL, begin_run, unfinished, update_run
 from jaxllm.core.config import dump
 from jaxllm.core.distributed import is_first
 from jaxllm.core.errors import UserError
-from jaxllm.core.hub import pinned
+from jaxllm.core.hub import GENERATION_CONFIG, TOKENIZER_FILES, pinned
+from jaxllm.core.side_files import read_side_files
 from jaxllm.core.versions import environment
 from jaxllm.data.source import find_files
-from jaxllm.data.tokenizer import copy_tokenizer
-from jaxllm.hf.config import read_json, write_config
-from jaxllm.hf.source import GENERATION_CONFIG
+from jaxllm.hf.config import write_config
 from jaxllm.models.base import LM
 from jaxllm.train.compiler import AUTOTUNED
 from jaxllm.train.config import Config
@@ -24,10 +23,10 @@ METRICS = "metrics.jsonl"
 
 
 def first_of(folder: Path) -> str | None:
-    """The name of something in `folder`; None if it holds nothing but the lock of the process that asks, and what the
-    compiler left of a run that did not come to its first step.
+    """The name of something in `folder`; None if it holds nothing but the lock of the process that asks, and what was
+    left of a run that did not come to its first step.
     """
-    names = (path.name for path in folder.iterdir() if path.name not in (LOCK, AUTOTUNED))
+    names = (path.name for path in folder.iterdir() if path.name not in (LOCK, AUTOTUNED, unfinished(RESOLVED)))
     return next(names, None) if folder.exists() else None
 
 
@@ -44,22 +43,26 @@ def prepare(
 
     chat_template: what the tokenizer gets in place of its own; None: it keeps its own. keep_model: the run is resumed,
     and the model's files are present. Of several processes, process 0 writes. Raises UserError if the folder cannot be
-    written.
+    written, and, before anything is written, for a damaged file of the tokenizer.
     """
     if not is_first():
         return
     folder = Path(config.output_dir)
+    hub = _read_from_hub(config, lm, tokenizer_folder)
+    files = {
+        RESOLVED: dump(config).encode(),
+        ENVIRONMENT: _json({**environment(), "attention": lm.attention, "hub": hub}),
+    }
+    model = {} if keep_model else _model_files(lm, tokenizer_folder, special_ids, config.train.param_dtype)
+    if model and chat_template is not None:
+        model["chat_template.jinja"] = chat_template.encode()
+    files |= {f"{RUN_MODEL}/{name}": content for name, content in model.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / RESOLVED, dump(config))
-        hub = _read_from_hub(config, lm, tokenizer_folder)
-        _write(
-            folder / "env.json", json.dumps({**environment(), "attention": lm.attention, "hub": hub}, indent=2) + "\n"
-        )
-        if not keep_model:
-            _write_model(folder / RUN_MODEL, lm, tokenizer_folder, special_ids, config.train.param_dtype)
-            if chat_template is not None:
-                _write(folder / RUN_MODEL / "chat_template.jinja", chat_template)
+        if keep_model:
+            update_run(folder, files)
+        else:
+            begin_run(folder, files)
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be written: {error.strerror}; choose another") from error
 
@@ -73,24 +76,16 @@ def _read_from_hub(config: Config, lm: LM, tokenizer_folder: Path) -> list[str]:
     return sorted({name for path in paths if (name := pinned(path)) is not None})
 
 
-def _write_model(
-    folder: Path, lm: LM, tokenizer_folder: Path, special_ids: Mapping[str, int] | None, dtype: str
-) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    copy_tokenizer(tokenizer_folder, folder)
-    source = lm.source
-    generation = source.folder / GENERATION_CONFIG if source is not None else None
-    before = read_json(generation) if generation is not None and generation.is_file() else {}
-    if settings := {**before, **(special_ids or {})}:
-        _write(folder / GENERATION_CONFIG, json.dumps(settings, indent=2) + "\n")
+def _model_files(lm: LM, tokenizer_folder: Path, special_ids: Mapping[str, int] | None, dtype: str) -> dict[str, bytes]:
+    """The model's config.json, tokenizer and settings of generation, by their names."""
+    files, source = read_side_files(tokenizer_folder, TOKENIZER_FILES), lm.source
+    before = read_side_files(source.folder, [GENERATION_CONFIG]) if source is not None else {}
+    if settings := {**json.loads(before.get(GENERATION_CONFIG, "{}")), **(special_ids or {})}:
+        files[GENERATION_CONFIG] = _json(settings)
     raw = source.config if source is not None else None
-    raw = write_config(lm.family, lm.config, source=raw, dtype=dtype, special_ids=special_ids)
-    _write(folder / "config.json", json.dumps(raw, indent=2) + "\n")
+    files["config.json"] = _json(write_config(lm.family, lm.config, source=raw, dtype=dtype, special_ids=special_ids))
+    return files
 
 
-def _write(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a killed run leaves the old one or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -12,8 +12,18 @@ import numpy as np
 from pydantic import ValidationError
 
 from jaxllm.checkpoint.integrity import find_damage
+from jaxllm.checkpoint.run_files import (
+    MODEL_CONFIG,
+    RESOLVED,
+    RUN_CHECKPOINTS,
+    RUN_MODEL,
+    check_described,
+    check_seal,
+    check_sections,
+    is_sealed,
+    unsealed,
+)
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
-from jaxllm.convert.load import RESOLVED, RUN_CHECKPOINTS, RUN_MODEL
 from jaxllm.core.config import Section, load
 from jaxllm.core.distributed import is_first
 from jaxllm.core.errors import UserError
@@ -76,8 +86,8 @@ class Resume:
 
         data: the key of the token store, which covers the text and the tokenizer.
         """
-        before = self.run / RUN_MODEL / "config.json"
-        if parse_config(read_config(before.parent), before)[1] != lm.config:
+        before = self.run / MODEL_CONFIG
+        if parse_config(read_config(self.run / RUN_MODEL), before)[1] != lm.config:
             raise UserError(self._changed(f"the model's config (there: {before})"))
         if self.facts.data != data:
             raise UserError(self._changed("what data.sources hold, or the tokenizer,"))
@@ -123,11 +133,13 @@ def find_resume(config: Config) -> Resume | None:
     named = None if wanted in ("auto", "none") else _named_checkpoint(wanted)
     if first_of(folder) is None:
         return None if named is None else _from_another(config, named)
+    check_seal(folder)
     if not (folder / RESOLVED).is_file():
         raise UserError(
-            f"output_dir {folder} holds {first_of(folder)!r} and no {RESOLVED}, so it is not a run's "
-            "folder; choose a new or empty one"
+            f"output_dir {folder} holds {first_of(folder)!r} and no {RESOLVED}, so it is not a run's folder; choose a "
+            "new or empty one, or put the file back if it was a run's"
         )
+    check_sections(folder)
     if wanted == "none":
         raise UserError(
             f"output_dir {folder} holds a run, and checkpoint.resume is none; choose a new folder, or "
@@ -158,7 +170,7 @@ def find_resume(config: Config) -> Resume | None:
 
 def _named_checkpoint(wanted: str) -> Checkpoint:
     found = named_checkpoint(Path(wanted))
-    if found is None or found.parent.name != RUN_CHECKPOINTS or not (found.parent.parent / RESOLVED).is_file():
+    if found is None or found.parent.name != RUN_CHECKPOINTS:
         raise UserError(
             f"checkpoint.resume: {wanted} is no checkpoint; give auto, none or <run>/{RUN_CHECKPOINTS}/<step>, or "
             "/best or /latest in place of the step"
@@ -168,6 +180,7 @@ def _named_checkpoint(wanted: str) -> Checkpoint:
 
 def _from_another(config: Config, named: Checkpoint) -> Resume:
     run = named.parent.parent
+    check_described(run)
     found = _harmless(_config_of(run), config, run, Rule.REFUSED)
     notes = [f"changed since {named} was written: {', '.join(map(str, found))}"] if found else []
     return _resume(named, notes)
@@ -193,6 +206,9 @@ def _config_of(run: Path) -> Config:
 
 
 def _resume(checkpoint: Checkpoint, notes: Sequence[str], damaged: Sequence[Checkpoint] = ()) -> Resume:
+    run = checkpoint.parent.parent
+    check_described(run)
+    unknown = [] if is_sealed(run) else [unsealed(run)]
     begun = time.monotonic()
     checkpoint.verify()
     took = time.monotonic() - begun
@@ -204,4 +220,4 @@ def _resume(checkpoint: Checkpoint, notes: Sequence[str], damaged: Sequence[Chec
             f"the checkpoint {checkpoint} was written by another version of jaxllm; finish the run with that version, "
             f"or choose a new output_dir and start from its weights with model.path={checkpoint}"
         ) from error
-    return Resume(checkpoint, facts, (*notes, *verified), tuple(damaged))
+    return Resume(checkpoint, facts, (*unknown, *notes, *verified), tuple(damaged))

@@ -16,8 +16,8 @@ from jaxllm.callbacks.base import Callback
 from jaxllm.callbacks.evaluate import Evaluate
 from jaxllm.callbacks.log import Log, MetricsFile
 from jaxllm.callbacks.save import Save
+from jaxllm.checkpoint.run_files import RUN_CHECKPOINTS, RUN_MODEL, check_seal
 from jaxllm.checkpoint.writer import CheckpointWriter
-from jaxllm.convert.load import RUN_CHECKPOINTS, RUN_MODEL
 from jaxllm.core import hub
 from jaxllm.core.cache import programs_read
 from jaxllm.core.distributed import is_first, require_same
@@ -201,6 +201,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         say("stopped", f"by {interrupt.signal.name} after step {done}{where}")
         say("", "the same command goes on from there")
         return 128 + interrupt.signal
+    check_seal(folder)
     base = config.model.path if isinstance(config.model, PretrainedModel) else None
     exported = folder / config.peft.exported_to
     config.peft.export(program.lm.plain, program.exported(state), exported, model_folder=folder / RUN_MODEL, base=base)

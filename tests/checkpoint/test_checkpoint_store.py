@@ -265,9 +265,25 @@ def test_swapped_files_are_named(copy):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, delete], ids=lambda damage: damage.__name__)
-def test_damage_to_the_hashes(damage, copy):
-    damage(copy / "3" / SUMS, random.Random(1))
-    assert find_damage(copy / "3") is not None
+def test_damage_to_the_hashes_names_them(damage, copy):
+    whole, rng = (copy / "3" / SUMS).read_bytes(), random.Random(1)
+    for _ in range(20):
+        (copy / "3" / SUMS).write_bytes(whole)
+        damage(copy / "3" / SUMS, rng)
+        assert str(find_damage(copy / "3")).startswith(f"its {SUMS} is ")
+
+
+def test_hashes_of_an_older_version(copy):
+    """They have no hash of their own: a line that is lost shows in the folder."""
+    sums = copy / "3" / SUMS
+    lines = sums.read_text().splitlines(keepends=True)[1:]
+    sums.write_text("".join(lines))
+    assert find_damage(copy / "3") is None
+    (copy / "3/.nfs001").write_text("")  # a file that a network disk keeps for somebody who has it open
+    assert find_damage(copy / "3") is None
+    for left in (lines[1:], lines[:-1], [*lines[:-1], lines[-1][:40]], [*lines[:-1], "zz"], []):
+        sums.write_text("".join(left))
+        assert str(find_damage(copy / "3")).startswith(f"its {SUMS} is ")
 
 
 def test_the_offer_is_whole_itself(copy):

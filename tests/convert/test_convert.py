@@ -1,6 +1,7 @@
 """The command that turns checkpoints of a run into folders for transformers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,62 @@ def test_a_hugging_face_folder_is_written_in_another_dtype(shared, tmp_path):
     assert model.dtype == torch.bfloat16
     for ours, theirs in zip(model.parameters(), original.parameters(), strict=True):
         assert torch.equal(ours, theirs.to(torch.bfloat16))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def changed(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut, changed, Path.unlink, a_folder], ids=lambda damage: damage.__name__)
+def test_a_run_with_a_damaged_file(damage, run, tmp_path, capsys):
+    """It gives no other model and no other tokenizer, but one message, from wherever the run is named."""
+    for name in [path.relative_to(run) for path in (*run.glob("*.*"), *run.glob("model/*")) if path.is_file()]:
+        if name.name == "metrics.jsonl":
+            continue
+        copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "2", "tensorboard"))
+        damage(copy / name)
+        for src in (copy, copy / "checkpoints/1"):
+            said = fails(capsys, "to-hf", src, tmp_path / "out")
+            assert said.startswith(f"error: the run {copy} is damaged: {name} "), said
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(copy)
+
+
+def test_a_run_of_an_older_version_has_no_seal(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    (copy / "SHA256SUMS").unlink()
+    assert main(["to-hf", str(copy), str(tmp_path / "out")]) == 0
+    assert f"note: {copy} has no SHA256SUMS" in capsys.readouterr().err
+    assert not (copy / "SHA256SUMS").exists()
+    config = (copy / "config.resolved.yaml").read_text()
+    (copy / "config.resolved.yaml").write_text(config.partition("peft:")[0])
+    assert "config.resolved.yaml: lacks peft, train, " in fails(capsys, "to-hf", copy, tmp_path / "cut")
+    (copy / "config.resolved.yaml").write_text(config)
+    cut(copy / "model/tokenizer.json")
+    assert "tokenizer.json: is damaged, and is not copied" in fails(capsys, "to-hf", copy, tmp_path / "cut")
+    (copy / "model/config.json").write_text((copy / "model/config.json").read_text().replace("float32", "flaot32"))
+    assert "config.json: dtype is 'flaot32'" in fails(capsys, "inspect", copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+def test_a_damaged_file_of_a_hugging_face_folder_is_not_copied(name, shared, tmp_path, capsys):
+    source = shutil.copytree(shared / "models/stories260K", tmp_path / "model")
+    source.chmod(0o755)
+    (source / name).chmod(0o644)
+    cut(source / name)
+    assert f"{source / name}: is damaged, and is not copied" in fails(capsys, "to-hf", source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_inspect_names_every_parameter(run, capsys):

@@ -1,9 +1,10 @@
-"""The trained tokenizer gives SentencePiece's ids and the exact text back; folders load, hash and copy."""
+"""The trained tokenizer gives SentencePiece's ids and the exact text back; folders load."""
 
 import io
 import itertools
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,11 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.tokenizer import (
-    copy_tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
 
 SPECIAL_TOKENS = ["<|unknown|>", "<|begin_of_text|>", "<|end_of_text|>", "<|padding|>"]
 
@@ -158,7 +155,7 @@ def test_newlines_tabs_and_indentation_are_pieces(tokenizer):
 
 
 def test_stays_the_same_beside_a_llama_config_and_when_saved_again(folder, tokenizer, sample, tmp_path):
-    copy_tokenizer(folder, tmp_path / "export")
+    shutil.copytree(folder, tmp_path / "export")
     (tmp_path / "export" / "config.json").write_text(
         json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     )
@@ -285,19 +282,3 @@ def test_transformers_is_silent_about_torch_alone(tokenizer):
 def test_import_does_not_import_transformers():
     code = "import sys, jaxllm.data.tokenizer; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_copy_leaves_no_file_of_another_tokenizer(folder, tmp_path):
-    (tmp_path / "merges.txt").write_text("other")
-    (tmp_path / "model.safetensors").write_text("weights")
-    copy_tokenizer(folder, tmp_path)
-    copied = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert copied.pop("model.safetensors") == b"weights"
-    assert copied == {path.name: path.read_bytes() for path in folder.iterdir()}
-    copy_tokenizer(tmp_path, tmp_path)  # onto itself: nothing happens
-    assert copied.keys() < {path.name for path in tmp_path.iterdir()}
-
-
-def test_copy_of_a_folder_without_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="holds no tokenizer file"):
-        copy_tokenizer(tmp_path, tmp_path / "there")

@@ -13,6 +13,7 @@ import pytest
 from families import COMPUTED, draw_config, draw_params, mesh_layout, small_lm, write_checkpoint
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from side_files import side_files
 
 from jaxllm import load_hf, save_hf
 from jaxllm.core import tree
@@ -59,7 +60,7 @@ def make_folder(folder, config, dtype="float32", shards=1, without=(), norms=Non
     raw = write_config(FAMILIES[config.type], config, dtype=dtype)
     (folder / "config.json").write_text(json.dumps({**raw, "transformers_version": "4.41.0"}))
     for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "generation_config.json"):
-        (folder / name).write_text('{"made": "up"}')
+        (folder / name).write_bytes(side_files()[name])
     (folder / "README.md").write_text("not for the export")
     return folder
 
@@ -323,8 +324,9 @@ def test_what_describes_a_model_comes_along(small, tmp_path):
     lm, params = small
     described = tmp_path / "described"
     described.mkdir()
-    for name in ("tokenizer.json", "tokenizer.model", "training.log"):
-        (described / name).write_text("{}")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (described / name).write_bytes(side_files()[name])
+    (described / "training.log").write_text("{}")
     ids = {"bos_token_id": 3, "eos_token_id": [4, 5]}
     (described / "generation_config.json").write_text(json.dumps(ids))
     raw = write_config(lm.family, lm.config, special_ids=ids)

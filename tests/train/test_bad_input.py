@@ -327,8 +327,12 @@ def test_another_run_s_checkpoint_with_another_model(place, finished, capfd):
 
 
 def test_a_damaged_checkpoint(place, finished, capfd):
-    """It is named, and so is the command to go on from the one before it; that works, and loses nothing."""
+    """It is named, and so is the command to go on from the one before it; that works, and loses nothing.
+
+    The run has no seal, as one of an older version; it gets one.
+    """
     run = shutil.copytree(finished.folder, place.folder / "run")
+    (run / "SHA256SUMS").unlink()
     newest, before = run / "checkpoints/4", contents(run)
     written = contents(newest)
     name = max(written, key=lambda name: len(written[name]))
@@ -345,13 +349,35 @@ def test_a_damaged_checkpoint(place, finished, capfd):
     assert remedy
     gone_on = train(*command, remedy[0])
     assert f"resuming  from {run}/checkpoints/2, 2 of 4 steps to go" in gone_on.said
+    assert f"note      {run} has no SHA256SUMS" in gone_on.said
     assert "changed, and harmless: evals.0.every (there: 4, now: 6)\n" in gone_on.said
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "4", "4.damaged", "latest"}
     assert contents(run / "checkpoints/4.damaged") == damaged
     # The same training: it exports what it exported before.
     assert contents(run / "export") == {name[7:]: data for name, data in before.items() if name[:7] == "export/"}
     # The same command again, as a script would give it, goes on from the newest.
-    assert f"from {run}/checkpoints/4, 0 of 4 steps to go" in train(*command, remedy[0]).said
+    again = train(*command, remedy[0]).said
+    assert f"from {run}/checkpoints/4, 0 of 4 steps to go" in again
+    assert "SHA256SUMS" not in again
+    (run / "model/tokenizer.json").write_text("{}")
+    assert "model/tokenizer.json does not hold what was written" in fails(capfd, *command)
+
+
+def test_a_damaged_file_of_the_run(place, finished, capfd):
+    """It goes on with no other config, and exports no other tokenizer."""
+    run = shutil.copytree(finished.folder, place.folder / "run")
+    for name in ("config.resolved.yaml", "model/config.json", "model/tokenizer.json", "SHA256SUMS"):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(whole[:-9])
+        before = contents(run)
+        for command in ([f"output_dir={run}"], [f"output_dir={place.folder / 'new'}", f"model={{path: {run}}}"]):
+            said = fails(capfd, place.config, *command, "train.steps=6", "train.micro_batch_size=1")
+            assert f"the run {run} is damaged: {name if name != 'SHA256SUMS' else 'its SHA256SUMS'} " in said
+        assert contents(run) == before
+        (run / name).write_bytes(whole)
+    (run / "config.resolved.yaml").unlink()
+    said = fails(capfd, place.config, f"output_dir={run}", "train.steps=6")
+    assert f"the run {run} is damaged: config.resolved.yaml is missing" in said
 
 
 # What a run finds out later.

@@ -1,0 +1,107 @@
+"""The files beside the weights of a model that go along as they are: its tokenizer's, and how it is sampled."""
+
+import base64
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jaxllm.core.errors import UserError
+from jaxllm.core.hub import GENERATION_CONFIG, TOKENIZER_FILES
+
+SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES)
+
+
+def read_side_files(folder: str | Path, names: Iterable[str] = SIDE_FILES) -> dict[str, bytes]:
+    """What those of `names` hold that are in `folder`, which must be what each name says.
+
+    Raises UserError for a file that is cut, empty or of another kind, so that no copy of it is made.
+    """
+    found: dict[str, bytes] = {}
+    for path in (Path(folder) / name for name in names):
+        if not path.exists():
+            continue
+        try:
+            found[path.name] = path.read_bytes()
+            _check(path.name, found[path.name])
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); copy or download it again") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}: is damaged, and is not copied ({error}); copy or download it again, or remove it if the "
+                "model does without"
+            ) from error
+    return found
+
+
+def _check(name: str, content: bytes) -> None:
+    """Raises ValueError or RecursionError unless `content` is what a file of this name holds."""
+    if not content:
+        raise ValueError("it is empty")
+    if name == "tokenizer.model":
+        _check_pieces(content)
+        return
+    text = content.decode()
+    if name.endswith(".json"):
+        _check_object(text)
+    if name == "tokenizer.json":
+        _check_tokenizer(text)
+    elif name == "chat_template.jinja":
+        _check_template(text)
+    elif name == "merges.txt":
+        _check_merges(text)
+
+
+def _check_object(text: str) -> None:
+    content: Any = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"it must hold a JSON object, not a {type(content).__name__}")
+
+
+def _check_tokenizer(text: str) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(text)
+    except Exception as error:  # it raises nothing narrower
+        raise ValueError(f"it is no tokenizer: {error}") from error
+
+
+def _check_pieces(content: bytes) -> None:
+    """A SentencePiece model, or lines of a token in base64 and its rank, as tiktoken has them."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        try:
+            for token, _ in (line.split() for line in content.decode().splitlines()):
+                base64.b64decode(token, validate=True)
+        except ValueError:
+            raise ValueError("it is neither a SentencePiece model nor tiktoken's ranks") from error
+
+
+def _check_template(text: str) -> None:
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        """`{% generation %}…{% endgeneration %}`, by which templates mark what an assistant says."""
+
+        tags: ClassVar[set[str]] = {"generation"}
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(text)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: {error.message}") from error
+
+
+def _check_merges(text: str) -> None:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line and not line.startswith("#version") and len(line.split(" ")) < 2:
+            raise ValueError(f"line {number} is {line[:40]!r}, which are no two tokens")
