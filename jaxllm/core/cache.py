@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -16,6 +16,19 @@ PROGRAMS_BYTES = 4 * 2**30
 def cache_root() -> Path:
     """The folder of all caches: `$JAXLLM_CACHE`, else `~/.cache/jaxllm`."""
     return Path(os.environ.get("JAXLLM_CACHE") or "~/.cache/jaxllm").expanduser()
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Of several processes that would do the same work one does it, and the others wait for it at the file `lock`.
+
+    On a network disk without locks nobody waits.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        with suppress(NotImplementedError):
+            held.enter_context(filelock.FileLock(lock))
+        yield
 
 
 def keep_programs() -> None:

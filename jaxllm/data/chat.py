@@ -7,6 +7,7 @@ import os
 import re
 import traceback
 from collections.abc import Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Spans = list[tuple[int, int]]
 
+CLOCK = "strftime_now"  # what a template calls for the date
 _MARKS_TRAINED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -49,8 +51,10 @@ class ChatTemplate:
     White space behind the special token that ends a turn is not trained: generation has stopped there.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RenderConfig) -> None:
-        """Raises UserError when there is no template, and when the tokenizer reads its marks as text."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RenderConfig, day: date | None = None) -> None:
+        """`day`: what the template is told that the date is; default: today. The hour is midnight.
+
+        Raises UserError when there is no template, and when the tokenizer reads its marks as text."""
         self._tokenizer = tokenizer
         self._config = config
         self._own = None if config.chat_template is None else _read(config.chat_template)
@@ -67,6 +71,7 @@ class ChatTemplate:
                 'text; set "split_special_tokens": false in its tokenizer_config.json'
             )
         self._special = special_texts(tokenizer)
+        self._day = day or date.today()
 
     @property
     def text(self) -> str | dict[str, str]:
@@ -227,11 +232,13 @@ class ChatTemplate:
         self, messages: list[Message], tools: list[dict[str, Any]] | None, *, add_generation_prompt: bool = False
     ) -> tuple[str, Spans]:
         """The conversation as text, as `apply_chat_template` gives it, and the spans of `{% generation %}` blocks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        templates: Any = chat_template_utils
         try:
             template = self._template(tools)
-            rendered: Any = render_jinja_template(
+            templates._compile_jinja_template(template).environment.globals[CLOCK] = self._day.strftime
+            rendered: Any = templates.render_jinja_template(
                 conversations=[messages],
                 tools=cast(Any, tools),
                 chat_template=template,

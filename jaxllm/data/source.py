@@ -2,9 +2,7 @@
 
 import fnmatch
 import glob
-import hashlib
 import io
-import json
 import os
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,20 +189,12 @@ def read(
         note(f"the separator {separator.text!r} stands {separator.found:,} times in {where}{missing}")
 
 
-def fingerprint(sources: Sequence[SourceConfig]) -> str:
-    """A hash of the content of every file of `sources` and of all options that decide what is in a record."""
-    digest = hashlib.blake2b(digest_size=16)
-    for config in sources:
-        # Without `quotes` the text is the same as before there was that option, when those of TSV had a meaning too.
-        unset = {"quotes"} if config.quotes is None else set[str]()
-        digest.update(config.model_dump_json(exclude={"weight", *unset}).encode())
-        for file in find_files(config):
-            digest.update(json.dumps(file).encode())
-            if unset and Suffix.of(file).kind == "tsv":
-                digest.update(b"quotes are text")
-            with open(file, "rb") as stream:
-                digest.update(hashlib.file_digest(stream, "blake2b").digest())
-    return digest.hexdigest()
+def reading_options(config: SourceConfig) -> dict[str, Any]:
+    """The options that decide what is in a record of given files, and what of it is trained.
+
+    The text of a chat template counts, and not the name of its file.
+    """
+    return config.model_dump(mode="json", exclude={"path", "split", "subset", "weight", "chat_template"})
 
 
 Reader = Callable[[io.BufferedReader, str], Iterator[Place]]

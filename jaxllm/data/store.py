@@ -12,19 +12,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
 import numpy as np
-from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from jaxllm.core.cache import cache_root
+from jaxllm.core.cache import alone, cache_root
 from jaxllm.core.errors import UserError
-from jaxllm.data import source, template, tokenize
+from jaxllm.data import content, source, template, tokenize
+from jaxllm.data.files import Suffix
+from jaxllm.data.sealed import META, Damaged, open_sealed, sealing
 from jaxllm.data.segments import Rendered, Text, Tokens
 from jaxllm.data.source import Record, SourceConfig
 from jaxllm.data.template import FORMATS, Renderer
@@ -33,11 +34,14 @@ from jaxllm.data.tokenize import NEVER, Encoded, Encoder, Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 3  # of the files' meaning; another version is another folder
+VERSION = 4  # of the files' meaning; another version is another folder
 BATCH_RECORDS = 4096  # records tokenized in one call …
 BATCH_BYTES = 1 << 20  # … or fewer, once they take so many bytes of their file
 MOST_COLUMNS = 8  # that are not read, by name
 STALE_SECONDS = 24 * 3600.0  # a build that wrote nothing for so long was killed
+KEY_DAY = date(2000, 1, 1)  # what chat templates are told for the key of a store, which is the same on every day
+
+Note = Callable[[str], object]
 
 _DTYPES: dict[str, type[np.generic]] = {
     "tokens": np.int32,  # uint16 when the vocabulary fits
@@ -46,7 +50,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "first_trained": np.int64,
     "first_end": np.int64,
     "splittable": np.bool_,
-    "file": np.int32,  # index into the list of files of meta.json
+    "file": np.int32,  # index into the files of all sources, one source after the other
     "record": np.int64,
 }
 
@@ -92,10 +96,11 @@ class Summary:
 
 
 class Store:
-    """A finished token store, read through memory maps.
+    """A finished token store, read through memory maps, whose tokens are verified as they are read.
 
     Attributes:
         folder: where it is.
+        key: its name without the day: the same for the same content, options and tokenizer.
         source_ends: int64 [sources], how many samples there are up to the last of each source.
         summary: counts and formats.
         lengths: int64 [n], the ids of each sample.
@@ -104,88 +109,176 @@ class Store:
         splittable: bool [n], whether a sample longer than the window may be trained in pieces.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: str, labels: Sequence[str], files: list[str]) -> None:
+        """labels: what the sources are called now. files: where all their files are now, one source after the other.
+
+        Raises Damaged when the store is not as it was written, so far as is told without reading its tokens.
+        """
         self.folder = folder
-        meta = json.loads((folder / "meta.json").read_text())
-        self.summary = Summary(**meta["summary"])
-        self._files: list[str] = meta["files"]
-        self.source_ends = np.array(meta["source_ends"], np.int64)
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _DTYPES}
-        self._tokens, self._trained, self._ends = arrays["tokens"], arrays["trained"], arrays["ends"]
-        self._file, self._record = arrays["file"], arrays["record"]
+        self.key = key
+        facts, arrays = open_sealed(folder)
+        counts = facts["summary"]
+        torn_at = source.describe_origin(files[counts["torn_at"][0]], counts["torn_at"][1]) if counts["torn_at"] else ""
+        of_sources = {name: dict(zip(labels, counts[name], strict=True)) for name in ("formats", "unread")}
+        self.summary = Summary(**{**counts, "torn_at": torn_at, **of_sources})
+        self._files = files
+        self.source_ends = np.array(facts["source_ends"], np.int64)
+        self._tokens, self._trained = arrays["tokens"], arrays["trained"]
+        self._ends = arrays["ends"][:]
+        self._file, self._record = arrays["file"][:], arrays["record"][:]
         self.lengths = np.diff(self._ends, prepend=0)
-        self.first_trained = np.asarray(arrays["first_trained"])
-        self.first_end = np.asarray(arrays["first_end"])
-        self.splittable = np.asarray(arrays["splittable"])
+        self.first_trained = arrays["first_trained"][:]
+        self.first_end = arrays["first_end"][:]
+        self.splittable = arrays["splittable"][:]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def sample(self, i: int, start: int = 0, stop: int | None = None) -> Sample:
-        """The ids and trained flags `start:stop` of sample `i`."""
+        """The ids and trained flags `start:stop` of sample `i`.
+
+        Raises UserError when they are not what was written; the store is then built again at the next start.
+        """
         length = int(self.lengths[i])
         begin = int(self._ends[i]) - length
         part = slice(begin + start, begin + (length if stop is None else min(stop, length)))
-        return Sample(self._tokens[part].astype(np.int32), np.array(self._trained[part]))
+        try:
+            return Sample(self._tokens[part].astype(np.int32), np.array(self._trained[part]))
+        except Damaged as damage:
+            raise self._given_up(damage) from damage
 
     def origin(self, i: int) -> tuple[str, int]:
         """The file of sample `i` and its record there, counted from 1 (see `source.Record`)."""
         return self._files[self._file[i]], int(self._record[i])
+
+    def _given_up(self, damage: Damaged) -> UserError:
+        remedy = "The next start tokenizes the data again. If this happens again, check the disk and the memory"
+        try:
+            (self.folder / META).unlink(missing_ok=True)  # without it no process takes this for a store
+        except OSError as error:
+            remedy = f"Remove that folder, which this process may not ({error.strerror}), and start again"
+        return UserError(f"the tokenized data in {self.folder} are damaged: {damage}. {remedy}")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The token store of some sources under a tokenizer, whether the cache has it or not; see `open_or_build`."""
+
+    sources: Sequence[SourceConfig]
+    tokenizer: PreTrainedTokenizerFast
+    root: Path
+    files: Sequence[Sequence[str]]
+    """of each source"""
+    hashes: Sequence[str]
+    """of the content of all files, one source after the other"""
+    key: str
+    dated: bool
+    """whether a chat template asks for the date"""
+
+    @classmethod
+    def of(
+        cls,
+        sources: Sequence[SourceConfig],
+        tokenizer: PreTrainedTokenizerFast,
+        cache: Path | None = None,
+        *,
+        progress: bool = True,
+    ) -> Wanted:
+        """Looks at the files, of which only those that are not known yet are read whole."""
+        root = cache or cache_root()
+        renderers, facts = zip(*(renderer_of(config, tokenizer, KEY_DAY) for config in sources), strict=True)
+        files = [source.find_files(config) for config in sources]
+        flat = [file for of_source in files for file in of_source]
+        hashes = _hashes(flat, root, progress)
+        held = iter(hashes)
+        content_of = [[(*Suffix.of(file), next(held)) for file in of_source] for of_source in files]
+        options = [source.reading_options(config) for config in sources]
+        key = _digest(VERSION, options, content_of, tokenize.fingerprint(tokenizer), facts)
+        return cls(sources, tokenizer, root, files, hashes, key, any(renderer.dated for renderer in renderers))
+
+    def day(self) -> date:
+        """The day of the newest store that the cache has, if the templates ask for it; otherwise today."""
+        if self.dated:
+            for folder in sorted((self.root / "tokens").glob(f"{self.key}-????-??-??"), reverse=True):
+                with contextlib.suppress(ValueError):
+                    return date.fromisoformat(folder.name.removeprefix(f"{self.key}-"))
+        return date.today()
+
+    def open(self, day: date, *, progress: bool = True, note: Note | None = None) -> Store:
+        """The store whose chat templates were told that it is `day`."""
+        folder = self.root / "tokens" / (f"{self.key}-{day}" if self.dated else self.key)
+        try:
+            return self._store(folder)
+        except Damaged:
+            pass  # or not there
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with alone(self.root / "locks" / f"{folder.name}.lock"):
+                try:
+                    return self._store(folder)  # another process was first
+                except Damaged as damage:
+                    if folder.exists():
+                        said = f"the tokenized data in {folder} are damaged ({damage}) and are built again"
+                        (note or _on_stderr)(said)
+                _build(folder, self, day, progress)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            raise UserError(
+                f"cannot write the tokenized data under {self.root}: {error.strerror}. "
+                "Free some space there or set JAXLLM_CACHE to another folder"
+            ) from error
+        return self._store(folder)
+
+    def _store(self, folder: Path) -> Store:
+        return Store(folder, self.key, [*map(source.label, self.sources)], [f for files in self.files for f in files])
 
 
 def open_or_build(
     sources: Sequence[SourceConfig],
     tokenizer: PreTrainedTokenizerFast,
     *,
+    day: date | None = None,
     cache: Path | None = None,
     progress: bool = True,
+    note: Note | None = None,
 ) -> Store:
-    """The store of `sources` under `tokenizer`; built unless the cache folder has it.
+    """The store of `sources` under `tokenizer`; built unless the cache folder has it, as it was written.
 
     Its key covers the content of the files, their options, the tokenizer with its chat template, and the
-    first record of each source as its format renders it. A store is built beside its place and renamed into
-    it when whole, so that a killed build leaves no store; of two builders the second waits for the first. Memory does
-    not grow with the number of records. Raises UserError for bad data, when nothing is
-    trained, and when the cache folder cannot be written or is full.
+    first record of each source as its format renders it. It does not cover where the files are. A store is built
+    beside its place and renamed into it when whole, so that a killed build leaves no store; of two builders the second
+    waits for the first. Memory does not grow with the number of records.
+
+    Args:
+        day: what chat templates are told that the date is; default: that of a store which the cache has, or today.
+        cache: the folder, default `cache_root()`.
+        note: what is told that a store is damaged and built again; default: the standard error.
+
+    Raises UserError for bad data, when nothing is trained, and when the cache folder cannot be written or is full.
     """
-    root = cache or cache_root()
-    renderers, facts = zip(*(_renderer(config, tokenizer) for config in sources), strict=True)
-    key = _digest(VERSION, source.fingerprint(sources), tokenize.fingerprint(tokenizer), facts)
-    folder = root / "tokens" / key
-    if not folder.is_dir():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _one_builder(root / "locks" / f"{key}.lock"):
-                if not folder.is_dir():
-                    _build(folder, sources, renderers, tokenizer, progress)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise
-            raise UserError(
-                f"cannot write the tokenized data under {root}: {error.strerror}. "
-                "Free some space there or set JAXLLM_CACHE to another folder"
-            ) from error
-    return Store(folder)
+    wanted = Wanted.of(sources, tokenizer, cache, progress=progress)
+    return wanted.open(day or wanted.day(), progress=progress, note=note)
 
 
-@contextlib.contextmanager
-def _one_builder(lock: Path) -> Iterator[None]:
-    """Of several processes that want the same store one builds it, and the others wait for it."""
-    lock.parent.mkdir(exist_ok=True)
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(NotImplementedError):  # a network disk without locks: each builds, and one wins
-            held.enter_context(filelock.FileLock(lock))
-        yield
+def _on_stderr(text: str) -> None:
+    Console(stderr=True).print(text, soft_wrap=True)
 
 
-def _renderer(config: SourceConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Renderer, list[object]]:
+def _hashes(files: Sequence[str], root: Path, progress: bool) -> list[str]:
+    with _progress_bar(progress) as bar:
+        task = bar.add_task("reading", total=sum(map(os.path.getsize, set(files))), visible=False)
+        return content.hashes(files, root, lambda count: bar.update(task, advance=count, visible=True))
+
+
+def renderer_of(config: SourceConfig, tokenizer: PreTrainedTokenizerFast, day: date) -> tuple[Renderer, list[object]]:
     """What makes samples of a source's records, and what its rendering follows from beside the source's options:
     the format, the chat template, and the first record as rendered."""
     record = next(source.read(config))
     detected = config.format == template.AUTO
     try:
         name = template.detect(record.columns) if detected else config.format
-        renderer = Renderer(name, config, tokenizer, detected=detected)
+        renderer = Renderer(name, config, tokenizer, detected=detected, day=day)
     except UserError as error:
         raise UserError(f"{record.origin}: {error}{source.names_hint(config, record.file)}") from error
     first = [_facts(rendered) for rendered in _render(renderer, record)]
@@ -211,22 +304,18 @@ def _digest(*facts: object) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
-def _build(
-    folder: Path,
-    sources: Sequence[SourceConfig],
-    renderers: Sequence[Renderer],
-    tokenizer: PreTrainedTokenizerFast,
-    progress: bool,
-) -> None:
+def _build(folder: Path, wanted: Wanted, day: date, progress: bool) -> None:
     for other in folder.parent.glob("*.partial"):
         if _is_stale(other):
             shutil.rmtree(other, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         unfinished.chmod(0o755)  # mkdtemp's folders are private, and a cache may be shared
-        _write(unfinished, sources, renderers, tokenizer, progress)
+        _write(unfinished / "new", wanted, day, progress)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(unfinished / "damaged")
         try:
-            unfinished.rename(folder)
+            (unfinished / "new").rename(folder)
         except OSError:
             if not folder.is_dir():  # another builder may have been first, with the same content
                 raise
@@ -236,38 +325,36 @@ def _build(
 
 def _is_stale(partial: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):  # its builder may finish meanwhile
-        written = max(file.stat().st_mtime for file in [partial, *partial.iterdir()])
+        written = max(file.stat().st_mtime for file in [partial, *partial.rglob("*")])
         return time.time() - written > STALE_SECONDS
     return False
 
 
-def _write(
-    folder: Path,
-    sources: Sequence[SourceConfig],
-    renderers: Sequence[Renderer],
-    tokenizer: PreTrainedTokenizerFast,
-    progress: bool,
-) -> None:
+def _write(folder: Path, wanted: Wanted, day: date, progress: bool) -> None:
+    folder.mkdir()
+    tokenizer = wanted.tokenizer
     encoder = Encoder(tokenizer)
-    summary = Summary(formats={source.label(config): r.name for config, r in zip(sources, renderers, strict=True)})
-    files: dict[str, int] = {}
+    renderers = [renderer_of(config, tokenizer, day)[0] for config in wanted.sources]
+    summary = Summary()
+    flat = [file for of_source in wanted.files for file in of_source]
     source_ends: list[int] = []
+    before_source = 0  # files
     small = max(tokenizer.get_vocab().values()) < 1 << 16
-    with contextlib.ExitStack() as stack:
-        append = {
-            name: stack.enter_context(_growing_array(folder / f"{name}.npy", dtype))
-            for name, dtype in (_DTYPES | ({"tokens": np.uint16} if small else {})).items()
-        }
-        bar = stack.enter_context(_progress_bar(progress))
-        size = sum(os.path.getsize(file) for config in sources for file in source.find_files(config))
-        task = bar.add_task("tokenizing", total=size)
-        for config, render in zip(sources, renderers, strict=True):
+    dtypes = _DTYPES | ({"tokens": np.uint16} if small else {})
+    with sealing(folder, dtypes) as (append, facts), _progress_bar(progress) as bar:
+        task = bar.add_task("tokenizing", total=sum(map(os.path.getsize, flat)))
+        torn_at: tuple[int, int] | None = None
+        for config, render, files in zip(wanted.sources, renderers, wanted.files, strict=True):
             before = replace(summary)
+            places = {file: before_source + i for i, file in enumerate(files)}
+            before_source += len(files)
             for records in _batches(source.read(config, partial(bar.advance, task), summary.notes.append)):
                 rendered = [(record, sample) for record in records for sample in _render(render, record)]
                 encoded = encoder.encode([sample for _, sample in rendered])
                 for (record, given), found in zip(rendered, encoded, strict=True):
                     if not _count(summary, record, given, found):
+                        if summary.torn and torn_at is None:
+                            torn_at = places[record.file], record.index
                         continue
                     ids, trained = found.sample
                     append["tokens"](ids)
@@ -276,14 +363,18 @@ def _write(
                     append["first_trained"]([1 + int(np.argmax(trained[1:]))])
                     append["first_end"]([found.end])
                     append["splittable"]([given.splittable])
-                    append["file"]([files.setdefault(record.file, len(files))])
+                    append["file"]([places[record.file]])
                     append["record"]([record.index])
-            if render.unread:
-                summary.unread[source.label(config)] = list(render.unread)
             _check_trained(config, render.name, before, summary)
             source_ends.append(summary.samples)
-    meta = {"summary": asdict(summary), "files": list(files), "source_ends": source_ends}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+        if content.hashes(flat, wanted.root) != wanted.hashes:
+            raise UserError(
+                "a data file has changed while it was tokenized; start again when nothing writes to the files of "
+                + ", ".join(config.path for config in wanted.sources)
+            )
+        of_sources = {"formats": [r.name for r in renderers], "unread": [list(r.unread) for r in renderers]}
+        counts = asdict(summary) | {"torn_at": torn_at} | of_sources
+        facts |= {"summary": counts, "source_ends": source_ends}
 
 
 def _count(summary: Summary, record: Record, given: Rendered, found: Encoded) -> bool:
@@ -336,20 +427,6 @@ def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-@contextlib.contextmanager
-def _growing_array(path: Path, dtype: type[np.generic]) -> Iterator[Callable[[ArrayLike], object]]:
-    """Opens a one-dimensional `.npy` file for appending values; on leaving it is complete."""
-    facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (0,)}
-    with path.open("wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, facts)
-        start = stream.tell()
-        yield lambda values: stream.write(np.asarray(values, dtype).tobytes())
-        length = (stream.tell() - start) // np.dtype(dtype).itemsize
-        # numpy pads the header so that the first axis can grow in place: it has the same size again.
-        stream.seek(0)
-        np.lib.format.write_array_header_1_0(stream, facts | {"shape": (length,)})
 
 
 def _progress_bar(shown: bool) -> Progress:

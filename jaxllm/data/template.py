@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.core.registry import Registry
-from jaxllm.data.chat import ChatTemplate, RenderConfig, special_end, special_texts
+from jaxllm.data.chat import CLOCK, ChatTemplate, RenderConfig, special_end, special_texts
 from jaxllm.data.messages import Message, check_messages, check_tools, from_sharegpt
 from jaxllm.data.segments import Rendered, Segment, Text, Tokens
 
@@ -143,8 +144,17 @@ def _chosen_alone(chosen: Any, prompt: Any) -> str:
 class Renderer:
     """Makes samples of the records of one source: of the format `name`, with the options of `config`."""
 
-    def __init__(self, name: str, config: RenderConfig, tokenizer: PreTrainedTokenizerBase, *, detected: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: RenderConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        detected: bool,
+        day: date | None = None,
+    ) -> None:
         """`detected`: the format was told from the columns of the first record, and not chosen by the user.
+        `day`: what chat templates are told that the date is; default: today.
 
         `unread` collects the columns of the rendered records that the format does not read.
         Raises UserError for options that do not apply to the format, and when its chat template cannot be used.
@@ -154,6 +164,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self._format = FORMATS[name]
         self._detected = detected
+        self._day = day
         self._seen: set[tuple[str, ...]] = set()
         self._may_be_rated = detected and name != "text"
         self.unread: dict[str, None] = {}
@@ -171,7 +182,14 @@ class Renderer:
 
     @cached_property
     def chat(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.config)
+        return ChatTemplate(self.tokenizer, self.config, self._day)
+
+    @property
+    def dated(self) -> bool:
+        """Whether what is written depends on the date."""
+        if not self._format.chat:
+            return False
+        return CLOCK in str(self.chat.text if self.config.chat_template else self.tokenizer.chat_template)
 
     @cached_property
     def special(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ RULES = {
     "model": Rule.REFUSED,
     "data": Rule.REFUSED,
     "data.sources.*.path": Rule.SAID,  # what the files hold is compared
+    "data.sources.*.chat_template": Rule.SAID,  # likewise
     "mesh": Rule.SAID,
     "peft": Rule.REFUSED,
     "optim": Rule.NEW_FOLDER,

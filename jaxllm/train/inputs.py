@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ from rich.text import Text
 from jaxllm.callbacks.evaluate import EvaluationSet
 from jaxllm.convert.load import OpenModel, fitting_tokenizer, model_folder, open_model
 from jaxllm.core import hub
-from jaxllm.core.distributed import is_first, require_same
+from jaxllm.core.distributed import gather, is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.data.left_out import left_out
@@ -26,7 +27,7 @@ from jaxllm.data.loader import Arrays, Loader, plans
 from jaxllm.data.pack import PackPlan
 from jaxllm.data.preview import preview, require_ends
 from jaxllm.data.source import SourceConfig, describe_origin, find_files
-from jaxllm.data.store import Store, open_or_build
+from jaxllm.data.store import Store, Wanted
 from jaxllm.data.tokenizer import load_tokenizer
 from jaxllm.hf import load_params
 from jaxllm.hf.config import parse_config, read_config
@@ -113,10 +114,11 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The rows to train on; those of each held-out set, by its name."""
+    """The rows to train on; those of each held-out set, by its name; and the day that chat templates were told."""
 
     train: Rows
     held_out: Mapping[str, Rows]
+    day: date
 
 
 def saying(console: Console) -> Say:
@@ -129,10 +131,18 @@ def saying(console: Console) -> Say:
     return say
 
 
-def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) -> Inputs:
-    """The data of the config, tokenized unless the cache has it, and packed. Says what there is, and shows a sample."""
+def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say, day: date | None = None) -> Inputs:
+    """The data of the config, tokenized unless the cache has it, and packed. Says what there is, and shows a sample.
+
+    day: what chat templates are told that the date is; default: the day on which the data were tokenized, or today.
+    """
     _say_files(config.data.sources, say)
-    store = _open(config.data.sources, tokenizer)
+    wanted = Wanted.of(config.data.sources, tokenizer, progress=is_first())
+    if day is None:
+        day = date.fromisoformat(gather(str(wanted.day()))[0])
+    if wanted.dated:
+        say("date", f"chat templates that ask for the date are told {day}")
+    store = _open(wanted, day, say)
     plan, held_out_share = plans(config.data, store, config.seed, config.train.batch_size)
     say("data", store.summary)
     _say_notes(store, say)
@@ -147,17 +157,17 @@ def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say) ->
             held_out[chosen.name] = Rows(store, held_out_share)
             continue
         _say_files([source], say)
-        own = _open([source], tokenizer)
+        own = _open(Wanted.of([source], tokenizer, progress=is_first()), day, say)
         data = config.data.model_copy(update={"sources": [source], "eval_fraction": 0.0})
         held_out[chosen.name] = Rows(own, plans(data, own, config.seed, config.train.batch_size)[0])
         say("held out", f"{chosen.name}: {own.summary}")
         _say_notes(own, say)
-    return Inputs(Rows(store, plan), held_out)
+    return Inputs(Rows(store, plan), held_out, day)
 
 
-def _open(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast) -> Store:
-    """The token store of the sources: one of the same content in every process."""
-    store = open_or_build(sources, tokenizer, progress=is_first())
+def _open(wanted: Wanted, day: date, say: Say) -> Store:
+    """The token store of some sources: one of the same content in every process."""
+    store = wanted.open(day, progress=is_first(), note=lambda text: say("note", text))
     require_same("the content of the data", store.folder.name)
     return store
 

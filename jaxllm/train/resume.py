@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -27,6 +28,7 @@ from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
 from jaxllm.core.config import Section, load
 from jaxllm.core.distributed import is_first
 from jaxllm.core.errors import UserError
+from jaxllm.data.old_store import old_key
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
 from jaxllm.optim.build import build
@@ -34,6 +36,9 @@ from jaxllm.peft.adalora import AdaLora
 from jaxllm.train.changes import Change, Rule, changes, harmless
 from jaxllm.train.config import Config
 from jaxllm.train.folder import first_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class Facts(Section):
@@ -50,6 +55,8 @@ class Facts(Section):
     """real tokens seen"""
     data: str
     """which token store the rows are of"""
+    day: str | None = None
+    """what chat templates were told that the date is, in ISO 8601; earlier versions wrote none"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,13 @@ class Resume:
         """The folder of the run that wrote it."""
         return self.checkpoint.parent.parent
 
+    @property
+    def day(self) -> date:
+        """What chat templates are told that the date is, since the run began."""
+        if self.facts.day is not None:
+            return date.fromisoformat(self.facts.day)
+        return date.fromtimestamp((self.run / RUN_MODEL / "config.json").stat().st_mtime)  # written when it began
+
     def restore(self, shapes: Any) -> Any:
         """The training state, with the shapes, dtypes and shardings of `shapes`; its files have been verified.
 
@@ -80,7 +94,7 @@ class Resume:
             damaged.folder.rename(next(path for name in names if not (path := damaged.parent / name).exists()))
         return state
 
-    def check(self, config: Config, lm: LM, data: str, steps: int) -> list[str]:
+    def check(self, config: Config, lm: LM, data: str, tokenizer: PreTrainedTokenizerFast, steps: int) -> list[str]:
         """What is to be said about going on. Raises UserError if what the config names is no longer what the
         checkpoint was trained with.
 
@@ -89,7 +103,7 @@ class Resume:
         before = self.run / MODEL_CONFIG
         if parse_config(read_config(self.run / RUN_MODEL), before)[1] != lm.config:
             raise UserError(self._changed(f"the model's config (there: {before})"))
-        if self.facts.data != data:
+        if self.facts.data != data and self.facts.data != old_key(config.data.sources, tokenizer, self.day):
             raise UserError(self._changed("what data.sources hold, or the tokenizer,"))
         if self.facts.step > steps:
             raise UserError(

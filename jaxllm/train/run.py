@@ -93,7 +93,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     folder = Path(config.output_dir)
     check_replaceable(folder / config.peft.exported_to, lm.source, adapter=isinstance(config.peft, AdapterConfig))
 
-    inputs = read_inputs(config, tokenizer, say)
+    inputs = read_inputs(config, tokenizer, say, resume.day if resume else None)
     store, plan = inputs.train
     chat_template, remark = kept_template(config.data.sources, [*store.summary.formats.values()], tokenizer)
     if remark:
@@ -102,7 +102,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     steps = config.train.last_step(len(plan.order), *seen)
     sets = evaluation_sets(config, inputs.held_out, lm.layout)
     if resume:
-        for note in resume.check(config, lm, store.folder.name, steps):
+        for note in resume.check(config, lm, store.key, tokenizer, steps):
             say("note", note)
 
     attention = choose_attention(
@@ -133,7 +133,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
             say("resuming", f"from {resume}, {steps - facts.step} of {steps} steps to go")
         else:
             state = program.start(model.load())
-            facts = Facts(step=0, steps=steps, epoch=0, position=0, tokens=0, data=store.folder.name)
+            facts = Facts(step=0, steps=steps, epoch=0, position=0, tokens=0, data=store.key, day=str(inputs.day))
         goes_on = resume is not None and resume.run.resolve() == folder.resolve()
         prepare(config, lm, model.folder, special_ids, chat_template=chat_template, keep_model=goes_on)
 
@@ -150,7 +150,10 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
 
         def facts_at(done: int) -> dict[str, Any]:
             place = loader.state_after(done - start)._asdict()
-            return Facts(step=done, steps=steps, **place, tokens=tokens_through(done), data=facts.data).model_dump()
+            said = Facts(
+                step=done, steps=steps, **place, tokens=tokens_through(done), data=store.key, day=str(inputs.day)
+            )
+            return said.model_dump()
 
         open_things.enter_context(interrupt.graceful())
         resumed_at = start if resume else None

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from jaxllm.core.errors import UserError
 from jaxllm.data import lines, source
-from jaxllm.data.source import SourceConfig, fingerprint, read
+from jaxllm.data.source import SourceConfig, read
 
 
 def records(path: Path | str, **options) -> list[tuple[int, dict]]:
@@ -286,20 +286,6 @@ def test_an_unknown_suffix_and_a_separator_without_text(tmp_path: Path):
 def test_an_unknown_format_names_the_nearest():
     with pytest.raises(ValidationError, match="Did you mean 'messages'"):
         SourceConfig(path="a", format="mesages")
-
-
-def test_the_fingerprint_follows_content_and_options(tmp_path: Path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}')
-    config = SourceConfig(path=str(tmp_path / "*.jsonl"))
-    first = fingerprint([config])
-    assert fingerprint([config]) == first
-    seen = {first, fingerprint([config.model_copy(update={"format": "text"})]), fingerprint([config, config])}
-    path.write_text('{"text": "b"}')
-    seen.add(fingerprint([config]))
-    (tmp_path / "b.jsonl").write_text('{"text": "a"}')
-    seen |= {fingerprint([config]), fingerprint([config.model_copy(update={"quotes": True})])}
-    assert len(seen) == 6
 
 
 def test_real_files(shared: Path):

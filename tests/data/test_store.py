@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxllm.core.errors import UserError
-from jaxllm.data import store, template
+from jaxllm.data import sealed, store, template
 from jaxllm.data.segments import Segment, Text
 from jaxllm.data.source import SourceConfig, read
 from jaxllm.data.store import Store, open_or_build
@@ -106,7 +107,110 @@ def test_it_is_built_anew_when_anything_changes(write_lines, byte_tokenizer, tmp
     folders.append(build(mapped, byte_tokenizer, tmp_path).folder)
     write_lines([{"prompt": "a", "completion": "c"}])
     folders.append(build(config, byte_tokenizer, tmp_path).folder)
-    assert len(set(folders)) == 5
+    folders.append(
+        build([config, SourceConfig(path=write_lines([{"text": "b"}], "b.jsonl"))], byte_tokenizer, tmp_path).folder
+    )
+    assert len(set(folders)) == 6
+
+
+def test_the_same_bytes_under_another_path_are_the_same_data(
+    write_lines, byte_tokenizer, tmp_path: Path, counted_builds, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    path = write_lines([{"text": "ab"}, {"text": "cd"}], "here/a.jsonl")
+    first = build(SourceConfig(path=path), byte_tokenizer, tmp_path / "cache")
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    for moved in ("a.jsonl", "*.jsonl", ".", str(tmp_path / "there")):
+        second = build(SourceConfig(path=moved), byte_tokenizer, tmp_path / "cache")
+        assert second.folder == first.folder
+        assert second.origin(1) == (str(Path("a.jsonl") if moved[-2:] != "re" else tmp_path / "there/a.jsonl"), 2)
+        assert second.summary.formats == {moved: "text"}
+    assert len(counted_builds) == 1
+
+
+CLOCK = "{% for m in messages %}{{ strftime_now('%d %b %Y') }}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+CLOCK += "{% if add_generation_prompt %}{{ strftime_now('%d %b %Y') }}<|assistant|>{% endif %}"
+CHAT = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}]
+
+
+def test_the_date_of_a_chat_template_is_not_in_the_key(write_lines, byte_tokenizer, tmp_path: Path, counted_builds):
+    dated = copy.deepcopy(byte_tokenizer)
+    dated.chat_template = CLOCK
+    config = SourceConfig(path=write_lines(CHAT))
+
+    def opened(day: date | None) -> Store:
+        return open_or_build([config], dated, day=day, cache=tmp_path / "cache", progress=False)
+
+    stores = [opened(date(2026, 11, 29)), opened(date(2025, 1, 2)), opened(None), opened(date(2025, 1, 2))]
+    texts = [dated.decode(store.sample(0).ids) for store in stores]
+    assert ["29 Nov 2026<|user|>" in text for text in texts] == [True, False, True, False]
+    assert "02 Jan 2025<|user|>hi<|end|>02 Jan 2025<|assistant|>yes" in texts[1]
+    assert len({store.key for store in stores}) == 1
+    assert len(counted_builds) == 2  # one for each day
+
+
+DAMAGE = [(name, how) for how in ("lost", "cut") for name in ("tokens.npy", "ends.npy", "meta.json", "sums.bin")]
+DAMAGE += [(name, "flipped") for name in ("ends.npy", "first_trained.npy", "record.npy", "meta.json", "sums.bin")]
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGE)
+def test_a_damaged_store_is_built_again(write_lines, byte_tokenizer, tmp_path: Path, counted_builds, name, how):
+    config = SourceConfig(path=write_lines([{"text": f"record {i}"} for i in range(9)]))
+    folder = build(config, byte_tokenizer, tmp_path / "cache").folder
+    content = (folder / name).read_bytes()
+    if how == "lost":
+        (folder / name).unlink()
+    elif how == "cut":
+        (folder / name).write_bytes(content[: len(content) // 2])
+    else:
+        (folder / name).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    notes: list[str] = []
+
+    def opened() -> Store:
+        return open_or_build([config], byte_tokenizer, cache=tmp_path / "cache", progress=False, note=notes.append)
+
+    built = opened()
+    assert [built.origin(i)[1] for i in range(9)] == [*range(1, 10)]
+    assert byte_tokenizer.decode(built.sample(8).ids) == "<bos>record 8<eos>"
+    assert len(notes) == 1
+    assert name in notes[0]
+    assert str(folder) in notes[0]
+    assert len(counted_builds) == 2
+    opened()
+    assert (len(notes), len(counted_builds)) == (1, 2)
+    assert left_over(tmp_path / "cache") == [folder.name]
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "trained.npy"])
+def test_damage_is_found_where_it_is_read(write_lines, byte_tokenizer, tmp_path: Path, counted_builds, name: str):
+    """Tokens are verified by blocks when they are first read, as nobody can read terabytes at every start."""
+    size = sealed.BLOCK  # more than a block of tokens before the last record
+    config = SourceConfig(path=write_lines([{"text": "ab"}, {"text": "c" * size}, {"text": "de"}]))
+    folder = build(config, byte_tokenizer, tmp_path / "cache").folder
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    opened = build(config, byte_tokenizer, tmp_path / "cache")
+    assert byte_tokenizer.decode(opened.sample(0).ids) == "<bos>ab<eos>"
+    with pytest.raises(UserError, match=rf"{folder} are damaged: {name} .*The next start tokenizes the data again"):
+        opened.sample(2)
+    assert len(counted_builds) == 1
+    assert byte_tokenizer.decode(build(config, byte_tokenizer, tmp_path / "cache").sample(2).ids) == "<bos>de<eos>"
+    assert len(counted_builds) == 2
+
+
+def test_a_file_that_changes_while_it_is_tokenized(write_lines, byte_tokenizer, tmp_path: Path, monkeypatch):
+    path = write_lines([{"text": "ab"}])
+    encode = Encoder.encode
+
+    def writing(self, rendered):
+        write_lines([{"text": "ab"}, {"text": "cd"}])
+        return encode(self, rendered)
+
+    monkeypatch.setattr(Encoder, "encode", writing)
+    with pytest.raises(UserError, match="changed while it was tokenized"):
+        build(SourceConfig(path=path), byte_tokenizer, tmp_path / "cache")
+    assert left_over(tmp_path / "cache") == []
 
 
 def test_the_cache_is_where_the_environment_says(write_lines, byte_tokenizer, tmp_path: Path, monkeypatch):
@@ -156,10 +260,10 @@ store.open_or_build([SourceConfig(path={config.path!r})], tokenizer, cache=Path(
 def test_what_a_killed_build_left_is_removed_after_a_day(write_lines, byte_tokenizer, tmp_path: Path):
     tokens = tmp_path / "tokens"
     for name, age in {"old.partial": 2 * store.STALE_SECONDS, "young.partial": 0.0}.items():
-        (tokens / name).mkdir(parents=True)
-        file = tokens / name / "tokens.npy"
+        (tokens / name / "new").mkdir(parents=True)
+        file = tokens / name / "new/tokens.npy"
         file.touch()
-        for path in (file, file.parent):
+        for path in (file, file.parent, file.parent.parent):
             os.utime(path, (path.stat().st_mtime - age,) * 2)
     built = build(SourceConfig(path=write_lines([{"text": "ab"}])), byte_tokenizer, tmp_path)
     assert sorted(left_over(tmp_path)) == sorted([built.folder.name, "young.partial"])
@@ -239,4 +343,4 @@ def test_a_real_data_set(shared: Path, tmp_path: Path):
         assert built.sample(i).ids.tolist() == [*tokenizer(record.columns["text"]).input_ids, tokenizer.eos_token_id]
         assert built.origin(i) == (config.path, record.index)
     assert np.load(built.folder / "tokens.npy", mmap_mode="r").dtype == np.uint16
-    assert json.loads((built.folder / "meta.json").read_text())["summary"]["tokens"] == built.lengths.sum()
+    assert json.loads((built.folder / "meta.json").read_text())["facts"]["summary"]["tokens"] == built.lengths.sum()
