@@ -36,19 +36,21 @@ def _named(raw: Mapping[str, Any], file: str | Path) -> Family:
     families = [FAMILIES[name] for name in FAMILIES]
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
     if architectures:
-        known, what = {family.architecture: family for family in families}, "architecture"
+        # The first Llamas were called LLaMAForCausalLM.
+        known, what = {family.architecture.lower(): family for family in families}, "architecture"
         one = isinstance(architectures, list) and len(architectures) == 1
         given = architectures[0] if one else architectures
     elif model_type is not None:
         known, what, given = {family.model_type: family for family in families}, "model_type", model_type
     else:
         raise UserError(f"{file}: names neither `architectures` nor a `model_type`: which model is this?")
-    if not isinstance(given, str) or given not in known:
+    if not isinstance(given, str) or given.lower() not in known:
+        names = sorted(family.architecture for family in families)
         raise UserError(
-            f"{file}: the {what} {shown(given)} is not implemented (those that are: {', '.join(sorted(known))}). "
+            f"{file}: the {what} {shown(given)} is not implemented (those that are: {', '.join(names)}). "
             f"{_nearest(raw, families)} The README says how to add one, under “Adding a model family”."
         )
-    family = known[given]
+    family = known[given.lower()]
     if model_type is not None and model_type != family.model_type:
         raise UserError(
             f"{file}: architectures = {shown(given)} and model_type = {shown(model_type)} contradict each "

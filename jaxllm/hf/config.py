@@ -34,6 +34,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON ({error}); copy or download it again") from error
+    except RecursionError:
+        raise UserError(f"{path}: nests lists or objects too deeply to be read; copy or download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a JSON object, not a {type(content).__name__}")
     return content
@@ -78,7 +80,8 @@ def parse_config(raw: RawConfig, file: str | Path = "config.json") -> tuple[Fami
         )
         raise UserError(f"{file}: {problems}") from error
     if fields.notes:
-        _log_once(f"config.json: nothing reads {', '.join(fields.notes)}; an export keeps what is there")
+        notes = ", ".join(shown(name) for name in fields.notes)
+        _log_once(f"config.json: nothing reads {notes}; an export keeps what is there")
     if raw.get(CODE):
         _log_once(f"config.json: {CODE} is not followed: {family.architecture} is computed by jaxllm's own code")
     return family, config
@@ -92,7 +95,7 @@ def _log_once(message: str) -> None:
 def _refusal(refused: dict[str, Any], family: Family) -> str:
     neutral, sentences = neutral_of(family), []
     for name, value in refused.items():
-        sentence = f"this version does not implement {name} = {shown(value)}"
+        sentence = f"this version does not implement {shown(name)[1:-1]} = {shown(value)}"
         if name in neutral:
             allowed = " or ".join(shown(value) for value in neutral[name])
             sentences.append(f"{sentence}{f', only {allowed}' if allowed else ''}.")

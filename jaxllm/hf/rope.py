@@ -112,7 +112,7 @@ def _rope(
     if kind in _ORIGINAL_BY_DEFAULT:
         values.setdefault(ORIGINAL, max_positions)
     try:
-        return ROPES[kind].model_validate_json(json.dumps(values))
+        return ROPES[kind].model_validate(values)
     except ValidationError as error:
         _refuse(error, kind, name, file)
 
@@ -151,6 +151,6 @@ def _agreed(values: Mapping[str, Any], file: str | Path) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value of a JSON file, for a message."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """A value of a JSON file, for a message. Halves of surrogate pairs, which cannot be printed, are escaped."""
+    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
     return text if len(text) <= 100 else text[:97] + "…"

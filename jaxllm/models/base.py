@@ -50,6 +50,7 @@ def _at_most(limit: int, largest: str) -> AfterValidator:
 
 Layers = Annotated[PositiveInt, _at_most(10_000, "1,000 layers")]
 Heads = Annotated[PositiveInt, _at_most(2**16, "hundreds of heads")]
+HeadWidth = Annotated[PositiveInt, _at_most(2**13, "heads of 576")]
 Width = Annotated[PositiveInt, _at_most(2**20, "a width below 100,000")]
 Tokens = Annotated[PositiveInt, _at_most(2**24, "some 260,000 tokens")]
 
@@ -68,7 +69,7 @@ class FamilyConfig(Section):
     """query heads"""
     num_key_value_heads: Heads
     """key and value heads, shared by groups of query heads"""
-    head_dim: Width
+    head_dim: HeadWidth
     """width of a head"""
     max_position_embeddings: PositiveInt = 2048
     """the longest sequence that the model is meant for"""

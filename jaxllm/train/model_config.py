@@ -8,7 +8,7 @@ from pydantic import Field, create_model
 from jaxllm.core.config import Section
 from jaxllm.core.registry import Registry
 from jaxllm.models import FAMILIES
-from jaxllm.models.base import FamilyConfig, Heads, Tokens, Width
+from jaxllm.models.base import FamilyConfig, Heads, HeadWidth, Tokens
 from jaxllm.models.quantized import Quantizable
 
 
@@ -56,7 +56,7 @@ def _new_model(family: str) -> Any:
         __base__=(FAMILIES[family].config, NewModel),
         vocab_size=derived(Tokens, "the tokenizer's"),
         num_key_value_heads=derived(Heads, "the attention heads"),
-        head_dim=derived(Width, "hidden_size / attention heads"),
+        head_dim=derived(HeadWidth, "hidden_size / attention heads"),
     )
 
 

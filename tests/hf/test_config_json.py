@@ -181,6 +181,7 @@ REFUSED = {
     "too deep": ({"num_hidden_layers": 10**9}, ["num_hidden_layers = 1000000000", "at most 10,000", "slip"]),
     "too wide": ({"intermediate_size": 10**30}, ["intermediate_size = 1000000000000000000000000000000", "2147483647"]),
     "type": ({"hidden_size": "4096"}, ['hidden_size = "4096"', "integer"]),
+    "half a surrogate pair": ({"a\ud800\n": 7}, [r"a\ud800\n = 7", "is no field"]),
     "value": ({"num_hidden_layers": 0}, ["num_hidden_layers = 0", "greater than 0"]),
     "null": ({"vocab_size": None}, ["vocab_size = null"]),
     "activation": ({"hidden_act": "relu2"}, ['hidden_act = "relu2"', "silu"]),
@@ -245,6 +246,8 @@ def test_a_folder_without_a_good_config_is_refused(tmp_path):
     assert "base model" in message(tmp_path)
     (tmp_path / "config.json").write_text('{"a": 1,\n "b": }')
     assert "line 2" in message(tmp_path)
+    (tmp_path / "config.json").write_text('{"a": ' + "[" * 50000 + "]" * 50000 + "}")
+    assert "too deeply" in message(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     assert "not valid JSON" in message(tmp_path)
     (tmp_path / "config.json").write_text("[1]")

@@ -46,7 +46,7 @@ VARIANTS = {
                 "finetuned": True,
             },
         },
-        {"auto_map": {}, "quantization_config": {}, "rope_scaling": {}},
+        {"auto_map": {}, "quantization_config": {}, "rope_scaling": {}, "architectures": ["LLaMAForCausalLM"]},
     ],
 }
 
@@ -190,6 +190,6 @@ def test_what_is_left_out_is_said_once(caplog):
         for _ in range(2):
             parse_config(raw)
     assert [record.getMessage() for record in caplog.records] == [
-        "config.json: nothing reads my_note; an export keeps what is there",
+        'config.json: nothing reads "my_note"; an export keeps what is there',
         "config.json: auto_map is not followed: Phi3ForCausalLM is computed by jaxllm's own code",
     ]
