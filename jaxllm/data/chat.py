@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import date
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import Field
 
 from jaxllm.core.bounds import Integer
+from jaxllm.core.chat_rendering import Conversation, Failure, Rendering, render
+from jaxllm.core.chat_rendering_process import MARKS
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
-from jaxllm.data.messages import Message, tool_name
+from jaxllm.data.messages import (
+    ARGUMENT_FORMS,
+    PROBED,
+    Message,
+    form_of_arguments,
+    tool_arguments,
+    tool_name,
+)
 from jaxllm.data.segments import Segment, Text
+from jaxllm.data.turn_finder import Turn, TurnFinder, View, holds, squeezed
+from jaxllm.data.turns import OPENINGS, PROBE, Marks, Openings, followers, openings, without_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Spans = list[tuple[int, int]]
+T = TypeVar("T")
+Tools = list[dict[str, Any]] | None
+# What is computed from renderings, which it asks for as it goes; many of them are asked for together.
+Steps = Generator[list[Conversation], list[Rendering | Failure], T]
 
 CLOCK = "strftime_now"  # what a template calls for the date
-_MARKS_TRAINED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class RenderConfig(Section):
@@ -40,13 +50,24 @@ class RenderConfig(Section):
     """each assistant turn, with all before it, is a sample of its own: for chat templates that rewrite earlier turns"""
 
 
+class Dialogue(NamedTuple):
+    """A conversation that is yet to be written: messages as `messages.check_messages` gives them, and JSON schemas."""
+
+    messages: Sequence[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
 class ChatTemplate:
     """Writes conversations with one chat template, knowing which characters are trained.
 
-    A turn's trained text is what stands inside the template's `{% generation %}` blocks, where it has them. Else it
-    is what the conversation up to and with the turn has more than the rendering that asks for the turn. Either way
-    both renderings must be how the whole conversation begins, so a template that writes a turn otherwise when more
-    follows it is refused, unless every turn is made a sample of its own.
+    A template with `{% generation %}` blocks says itself what is trained. With another one it is what the conversation
+    up to and with a turn has more than the rendering that asks for the turn, up to the end of the turn. The end is
+    what the template writes behind the answer whether or not another turn follows; a prompt for the next answer, or a
+    mark that only closes the conversation, is not trained. A template that writes a turn otherwise when more follows
+    it is refused, unless every turn is made a sample of its own.
+
+    Where the prompt opens the reasoning of the answer, and the template leaves the reasoning out of what it writes,
+    the sample is the prompt and what the model generates behind it.
 
     White space behind the special token that ends a turn is not trained: generation has stopped there.
     """
@@ -70,7 +91,12 @@ class ChatTemplate:
                 "conversations need the marks of the chat template as tokens, and this tokenizer reads them as plain "
                 'text; set "split_special_tokens": false in its tokenizer_config.json'
             )
-        self._special = special_texts(tokenizer)
+        added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+        bos, eos = (text if isinstance(text, str) else None for text in (tokenizer.bos_token, tokenizer.eos_token))
+        self._marks = Marks(special_texts(tokenizer), added, bos, eos)
+        self._finder = TurnFinder(self._name, self._marks)
+        self._openings: dict[str, Openings] = {}
+        self._arguments: dict[str, str] = {}
         self._day = day or date.today()
 
     @property
@@ -78,100 +104,193 @@ class ChatTemplate:
         """The template itself, or several by name."""
         return self._own or cast("str | dict[str, str]", self._tokenizer.chat_template)
 
-    def samples(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[Text]:
-        """The conversation as samples: one, or with `split_turns` one for each trained assistant turn.
+    def samples(self, dialogues: Sequence[Dialogue]) -> list[list[Text] | UserError]:
+        """Each conversation as samples: one, or with `split_turns` one for each trained assistant turn.
 
-        Args:
-            messages: see `messages.check_messages`.
-            tools: JSON schemas.
-
-        Raises UserError when the template fails, leaves out what a message says, or writes a turn in a way from
-        which its trained text cannot be told; each names the message and the remedy.
+        An error is raised for nobody, but given in the place of the samples: when the template fails or exceeds its
+        limits, leaves out what a message says, or writes a turn in a way from which its trained text cannot be told;
+        each names the message and the remedy.
         """
+        found: list[list[Text] | UserError] = [[] for _ in dialogues]
+        steps = {i: self._of(dialogue) for i, dialogue in enumerate(dialogues)}
+        answers: dict[int, list[Rendering | Failure] | None] = dict.fromkeys(steps)
+        while answers:
+            wanted: dict[int, list[Conversation]] = {}
+            for i, answer in answers.items():
+                try:
+                    self._refuse_excess(answer or [])
+                    wanted[i] = next(steps[i]) if answer is None else steps[i].send(answer)
+                except StopIteration as end:
+                    found[i] = end.value
+                except UserError as error:
+                    found[i] = error
+            answers = self._rendered(wanted)
+        return found
+
+    def _refuse_excess(self, answers: Sequence[Rendering | Failure]) -> None:
+        """Raises UserError where a rendering exceeded a limit, were it only one by which the template is told."""
+        for found in answers:
+            if isinstance(found, Failure) and found.exceeds:
+                self._text(found)
+
+    def _rendered(self, wanted: dict[int, list[Conversation]]) -> dict[int, list[Rendering | Failure] | None]:
+        """What the templates write for the conversations that each dialogue wants, all of one template in one call."""
+        places: dict[str, list[tuple[int, int]]] = {}
+        for i, conversations in wanted.items():
+            for n, conversation in enumerate(conversations):
+                places.setdefault(self._template(conversation.tools), []).append((i, n))
+        answers: dict[int, Any] = {i: [None] * len(conversations) for i, conversations in wanted.items()}
+        variables = {**self._tokenizer.special_tokens_map, **self._config.template_options}
+        for template, asked in places.items():
+            together = [wanted[i][n] for i, n in asked]
+            written = render(template, together, variables=variables, now=self._day.isoformat())
+            for (i, n), answer in zip(asked, written, strict=True):
+                answers[i][n] = answer
+        return answers
+
+    def _of(self, dialogue: Dialogue) -> Steps[list[Text]]:
+        messages, tools = dialogue
         conversation = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         trained = [i for i in answers if messages[i].get("train", True)]
+        conversation = yield from self._with_arguments(conversation, tools)
         if self._config.split_turns:
-            return [self._sample(conversation[: i + 1], tools, [i]) for i in trained]
+            samples: list[Text] = []
+            for i in trained:
+                samples.append((yield from self._sample(conversation[: i + 1], tools, [i])))
+            return samples
         if self._config.train_on == "all":
             kept_out = [i for i, message in enumerate(messages) if not message.get("train", True)]
-            return [self._all_but(kept_out, conversation, tools)]
+            return [(yield from self._all_but(kept_out, conversation, tools))]
         if self._config.train_on == "last":
             trained = [i for i in trained if i == answers[-1]]
-        return [self._sample(conversation, tools, trained)]
+        return [(yield from self._sample(conversation, tools, trained))]
 
     def question(self, messages: Sequence[Message]) -> str:
         """The conversation so far as the model is given it when it is asked for the next answer. Raises UserError."""
-        return self._render([*messages], None, add_generation_prompt=True)[0]
+        return self._alone(Conversation(messages, ask=True))
 
     def written(self, messages: Sequence[Message]) -> str:
         """The conversation as a whole. Raises UserError."""
-        return self._render([*messages], None)[0]
+        return self._alone(Conversation(messages))
 
-    def _sample(self, messages: list[Message], tools: list[dict[str, Any]] | None, trained: list[int]) -> Text:
-        whole, _ = self._render(messages, tools)
-        self._check_written(messages, tools, whole)
+    def _alone(self, conversation: Conversation) -> str:
+        (found,) = self._rendered({0: [conversation]})[0] or []
+        return self._text(found)
+
+    def _sample(self, messages: list[Message], tools: Tools, trained: list[int]) -> Steps[Text]:
+        whole, turns = yield from self._turns(messages, tools, trained)
         segments: list[Segment] = []
         done = 0
-        for i in trained:
-            for start, end in self._turn(messages, tools, i, whole):
+        for i, turn in zip(trained, turns, strict=True):
+            whole = turn.text or whole
+            for start, end in turn.spans:
                 segments.append(Segment(whole[done:start], False))
                 segments += self._answer(whole[start:end], messages[i].get("content"))
                 done = end
         segments.append(Segment(whole[done:], False))
         return _sample_of(segments)
 
-    def _all_but(self, kept_out: list[int], messages: list[Message], tools: list[dict[str, Any]] | None) -> Text:
-        whole, _ = self._render(messages, tools)
-        self._check_written(messages, tools, whole)
-        segments: list[Segment] = []
-        done = 0
+    def _all_but(self, kept_out: list[int], messages: list[Message], tools: Tools) -> Steps[Text]:
         for i in kept_out:
             if messages[i]["role"] != "assistant":
                 raise UserError(
                     f"message {i + 1} is the {messages[i]['role']}'s and marked `train: false`, which with `train_on: "
                     "all` only assistant messages can be"
                 )
-            for start, end in self._turn(messages, tools, i, whole):
+        whole, turns = yield from self._turns(messages, tools, kept_out)
+        segments: list[Segment] = []
+        done = 0
+        for turn in turns:
+            whole = turn.text or whole
+            for start, end in turn.spans:
                 segments += [Segment(whole[done:start], True), Segment(whole[start:end], False)]
                 done = end
         return _sample_of([*segments, *self._answer(whole[done:], None)])
 
-    def _turn(self, messages: list[Message], tools: list[dict[str, Any]] | None, i: int, whole: str) -> Spans:
-        """Which characters of `whole`, the rendering of all `messages`, message `i` of the assistant is to say."""
-        if i == 0:
+    def _turns(self, messages: list[Message], tools: Tools, chosen: list[int]) -> Steps[tuple[str, list[Turn]]]:
+        """The conversation as text, and where it has the `chosen` messages, which are the assistant's."""
+        if chosen and chosen[0] == 0:
             raise UserError("the first message is the assistant's; a conversation begins with a system or user message")
-        closed, spans = self._render(messages[: i + 1], tools)
-        if not whole.startswith(closed):
-            before, after = _difference(closed, whole)
-            raise UserError(
-                f"{self._name} rewrites earlier turns: with message {i + 1} as the last one it writes {before!r} where "
-                f"it writes {after!r} when more follows, so the model would be trained on what it never says. Set "
-                "`split_turns: true` to train each turn as the end of a conversation, or `train_on: last`, or give a "
-                "template that only appends by `chat_template:`"
-            )
-        marked = self._marks_trained(tools)
-        before, _ = self._render(messages[:i], tools)
-        opened = before if marked else self._render(messages[:i], tools, add_generation_prompt=True)[0]
-        if not closed.startswith(opened):
-            asked, written = _difference(opened, closed)
-            raise UserError(
-                f"{self._name} writes {asked!r} when it asks for an answer and {written!r} for the finished one "
-                f"(message {i + 1}), so what the model is to say cannot be told. Give a template by `chat_template:` "
-                "that writes both alike or has the trained text in {% generation %} blocks, or options by "
-                "`template_options:`"
-            )
-        own = [span for span in spans if span[1] > len(opened)] if marked else [(len(opened), len(closed))]
-        # Where the prompt itself opens the reasoning, the turn holds its mark and the trained text does not.
-        self._check_answer(messages[i], i, "".join(closed[a:b] for a, b in own) if marked else closed[len(before) :])
-        if opened == before and not marked:
-            self._check_opened(messages[i], closed[len(opened) :])
-        return own
+        if MARKS.search(self._template(tools)):
+            return (yield from self._marked_turns(messages, tools, chosen))
+        opens = yield from self._how_turns_open(tools)
+        wanted = [Conversation(messages, tools)]
+        for i in chosen:
+            wanted += [Conversation(messages[:i], tools, ask=True), Conversation(messages[: i + 1], tools)]
+        behind = followers(messages[-1]) if chosen and chosen[-1] == len(messages) - 1 else []
+        wanted += [Conversation([*messages, message], tools) for message in behind]
+        written = yield wanted
+        whole = self._text(written[0])
+        self._check_written(messages, tools, whole)
+        followed = [found.text for found in written[1 + 2 * len(chosen) :] if isinstance(found, Rendering)]
+        followed = [text for text in followed if PROBE in text]
+        turns: list[Turn] = []
+        for n, i in enumerate(chosen):
+            opened, closed = (self._text(found) for found in written[1 + 2 * n : 3 + 2 * n])
+            last = i == len(messages) - 1
+            view = View(messages, i, opened, closed, whole, followed[0] if last and followed else None, opens)
+            turns.append(self._finder.turn(view))
+            if not turns[-1].text:
+                yield from self._check_opened(view, tools)
+        return whole, turns
+
+    def _marked_turns(self, messages: list[Message], tools: Tools, chosen: list[int]) -> Steps[tuple[str, list[Turn]]]:
+        """As `_turns`, for a template that marks what is trained: it is trusted, and may rewrite what it wrote."""
+        (found,) = yield [Conversation(messages, tools)]
+        whole, spans = self._text(found), found.spans if isinstance(found, Rendering) else []
+        self._check_written(messages, tools, whole)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        ends = [*range(1, len(answers) + 1)]
+        if len(spans) != len(answers):
+            # A message may have no block, or several: each adds as many as the conversation up to it has more.
+            written = yield [Conversation(messages[: i + 1], tools) for i in answers]
+            ends = [len(found.spans) if isinstance(found, Rendering) else -1 for found in written]
+        begins = dict(zip(answers, [0, *ends], strict=False))
+        turns: list[Turn] = []
+        for i, end in zip(answers, ends, strict=True):
+            if i not in chosen:
+                continue
+            own = [span for span in spans[begins[i] : end] if span[1] > span[0]]
+            said = "".join(whole[a:b] for a, b in own)
+            if not said or ends[-1] != len(spans) or begins[i] > end:
+                raise UserError(
+                    f"the {{% generation %}} blocks of {self._name} leave out message {i + 1}, so it would not be "
+                    "trained; put all that the assistant writes into such a block, or mark the message `train: false`"
+                )
+            shown = messages[i]
+            if i < len(messages) - 1:  # templates leave the reasoning of earlier turns out
+                shown = {key: value for key, value in shown.items() if key != "reasoning_content"}
+                shown["content"] = without_reasoning(shown.get("content", ""))
+            self._finder.check_answer(shown, i, said, "")
+            turns.append(Turn(own))
+        return whole, turns
+
+    def _how_turns_open(self, tools: Tools) -> Steps[Openings]:
+        template = self._template(tools)
+        if template not in self._openings:
+            written = yield [Conversation(messages, tools) for messages in OPENINGS]
+            first, second = (found.text if isinstance(found, Rendering) else None for found in written)
+            self._openings[template] = openings(first, second, self._marks)
+        return self._openings[template]
+
+    def _with_arguments(self, messages: list[Message], tools: Tools) -> Steps[list[Message]]:
+        """The messages with the arguments of tool calls as the template asks for them: as JSON text, or as objects."""
+        first = next((i for i, message in enumerate(messages) if "tool_calls" in message), None)
+        if first is None:
+            return messages
+        template = self._template(tools)
+        if template not in self._arguments:
+            tried = [[*messages[:first], tool_arguments(messages[first], form, PROBED)] for form in ARGUMENT_FORMS]
+            written = yield [Conversation(tried_messages, tools) for tried_messages in tried]
+            texts = [found.text if isinstance(found, Rendering) else "" for found in written]
+            self._arguments[template] = form_of_arguments(*texts)
+        return [tool_arguments(message, self._arguments[template]) for message in messages]
 
     def _answer(self, text: str, content: str | None) -> list[Segment]:
         """A trained text of the assistant, with the mark that ends its turn told apart."""
         body = text.rstrip()
-        if mark := special_end(body, self._special):
+        if mark := special_end(body, self._marks.special):
             return [
                 Segment(body[: len(body) - len(mark)], True),
                 Segment(mark, True, ends=True),
@@ -181,77 +300,45 @@ class ChatTemplate:
         end = body.rfind(said) + len(said) if said and said in body else len(body)
         return [Segment(text[:end], True), Segment(text[end:], True, ends=bool(body[end:].strip()))]
 
-    def _check_answer(self, message: Message, i: int, turn: str) -> None:
-        """Raises UserError unless the text of a turn holds what the message says."""
-        if not turn:
-            raise UserError(
-                f"the {{% generation %}} blocks of {self._name} leave out message {i + 1}, so it would not be trained; "
-                "put all that the assistant writes into such a block, or mark the message `train: false`"
-            )
-        written = _squeezed(turn)
-        names = [tool_name(call) for call in message.get("tool_calls", ())]
-        for said in (message.get("content"), message.get("reasoning_content"), *names):
-            if isinstance(said, str) and not _holds(written, said):
-                raise UserError(
-                    f"{self._name} leaves out or changes what the assistant says in message {i + 1} ({said!r:.60}), so "
-                    "it would not be trained; give a template that writes it by `chat_template:`"
-                )
-
-    def _check_opened(self, message: Message, turn: str) -> None:
-        said = message.get("content", "").strip()
-        header = turn[: turn.find(said)].strip() if said in turn and not message.get("tool_calls") else ""
-        if header:
+    def _check_opened(self, view: View, tools: Tools) -> Steps[None]:
+        """Raises UserError where the template, asked for an answer, leaves the opening of its turn to the model."""
+        turn, said = view.closed[len(view.opened) :], view.message.get("content", "").strip()
+        header = turn[: turn.find(said)].strip() if said in turn and not view.message.get("tool_calls") else ""
+        if not header:
+            return
+        before = view.messages[: view.i]
+        unasked, other = yield [Conversation([*before, *more], tools) for more in ([], followers(view.message)[-1:])]
+        # Some templates open the assistant's turn unasked: where another's follows, they write something else there.
+        unopened = isinstance(other, Failure) or other.text.startswith(view.opened)
+        if unopened and self._text(unasked) == view.opened:
             raise UserError(
                 f"{self._name} does not open the assistant's turn when asked (add_generation_prompt), so {header!r}, "
                 "which the model is given, would be trained; add `{% if add_generation_prompt %}` with that text to it"
             )
 
-    def _check_written(self, messages: list[Message], tools: list[dict[str, Any]] | None, whole: str) -> None:
+    def _check_written(self, messages: list[Message], tools: Tools, whole: str) -> None:
         """Raises UserError when the model would not read a message or a tool. Assistant turns are checked apart."""
-        written = _squeezed(whole)
+        written = squeezed(whole)
         for i, message in enumerate(messages, 1):
-            if message["role"] != "assistant" and not _holds(written, message.get("content", "")):
+            if message["role"] != "assistant" and not holds(written, message.get("content", "")):
                 raise UserError(
                     f"{self._name} leaves out or changes what message {i} of the {message['role']} says; give a "
                     "template that writes it by `chat_template:`, or leave the message out"
                 )
         for tool in tools or ():
-            if (name := tool_name(tool)) and not _holds(written, name):
+            if (name := tool_name(tool)) and not holds(written, name):
                 raise UserError(
                     f"{self._name} does not write the tool {name!r} of the column 'tools'; give a template that does "
                     "by `chat_template:`, or leave the column out"
                 )
 
-    def _marks_trained(self, tools: list[dict[str, Any]] | None) -> bool:
-        return _MARKS_TRAINED.search(self._template(tools)) is not None
+    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        return self._own or self._tokenizer.get_chat_template(None, cast(Any, tools))
 
-    def _template(self, tools: list[dict[str, Any]] | None) -> str:
-        return self._own or self._tokenizer.get_chat_template(None, tools)
-
-    def _render(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, add_generation_prompt: bool = False
-    ) -> tuple[str, Spans]:
-        """The conversation as text, as `apply_chat_template` gives it, and the spans of `{% generation %}` blocks."""
-        from transformers.utils import chat_template_utils
-
-        templates: Any = chat_template_utils
-        try:
-            template = self._template(tools)
-            templates._compile_jinja_template(template).environment.globals[CLOCK] = self._day.strftime
-            rendered: Any = templates.render_jinja_template(
-                conversations=[messages],
-                tools=cast(Any, tools),
-                chat_template=template,
-                return_assistant_tokens_mask=_MARKS_TRAINED.search(template) is not None,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._tokenizer.special_tokens_map, **self._config.template_options},
-            )
-        except Exception as error:  # a template can raise whatever Python can
-            line = _template_line(error)
-            where = f" at line {line}" if line else ""
-            raise UserError(f"{self._name} cannot write this conversation{where}: {error}") from error
-        (text,), spans = rendered
-        return text, spans[0] if spans else []
+    def _text(self, found: Rendering | Failure) -> str:
+        if isinstance(found, Failure):
+            raise UserError(f"{self._name} cannot write this conversation{found}")
+        return found.text
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -279,28 +366,3 @@ def _read(file: str) -> str:
     if not text.strip():
         raise UserError(f"the file chat_template: {file} is empty")
     return text
-
-
-def _template_line(error: Exception) -> int | None:
-    """The line of the template at which `error` came up."""
-    if (line := getattr(error, "lineno", None)) is not None:
-        return line
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno for frame in reversed(frames) if frame.filename == "<template>"), None)
-
-
-def _difference(one: str, other: str, before: int = 12, width: int = 40) -> tuple[str, str]:
-    """What two texts have around the place where they part."""
-    alike = (a == b for a, b in zip(one, other, strict=False))
-    place = next((i for i, same in enumerate(alike) if not same), min(len(one), len(other)))
-    around = slice(max(0, place - before), place + width)
-    return one[around], other[around]
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
-def _holds(written: str, said: str) -> bool:
-    """Whether a squeezed text has `said`, as it is or as templates write the results of tools: in JSON."""
-    return _squeezed(said) in written or _squeezed(json.dumps(said, ensure_ascii=False)[1:-1]) in written

@@ -11,6 +11,9 @@ from jaxllm.data.json_text import JsonError, parse_json
 
 Message = dict[str, Any]
 
+ARGUMENT_FORMS = ("text", "object")  # of a tool call's arguments: OpenAI writes JSON text
+PROBED = {"jaxllm_key": "jaxllm value"}  # arguments that tell what a template makes of either
+
 # ShareGPT's roles → ours. A function call becomes the `tool_calls` of an assistant message.
 SHAREGPT_ROLES = {
     "human": "user",
@@ -31,7 +34,7 @@ def check_messages(value: Any, column: str) -> list[Message]:
     """The messages of a column, without keys that hold null, each with its `train` flag where it has one.
 
     A message has a `role` and, as text, a `content`, or `tool_calls`; further keys go to the template as they are.
-    `weight: 0` is `train: false`, and a tool call's `arguments` written as JSON become the object.
+    `weight: 0` is `train: false`.
     Raises UserError naming the first message that is none.
     """
     if not isinstance(value, list) or not value:
@@ -144,13 +147,46 @@ def _check_calls(calls: Any, i: int) -> list[dict[str, Any]]:
 
 
 def _arguments(arguments: Any, i: int) -> Any:
-    # OpenAI writes the arguments as a JSON string; templates write them as JSON, which would quote the string.
     if not isinstance(arguments, str):
         return {} if arguments is None else arguments
     try:
-        return json.loads(arguments) if arguments.strip() else {}
+        return arguments if arguments.strip() and json.loads(arguments) is not None else {}
     except json.JSONDecodeError as error:
         raise UserError(f"message {i}: the arguments of a tool call are not JSON: {error.msg}") from None
+
+
+def tool_arguments(message: Message, form: str, probed: Any = None) -> Message:
+    """The message with the arguments of its tool calls as "text" (JSON), as "object", or as they are ("given").
+
+    probed: what to put in their place.
+    """
+    if "tool_calls" not in message:
+        return message
+    calls: list[dict[str, Any]] = []
+    for call in message["tool_calls"]:
+        wrapped = isinstance(call.get("function"), dict)
+        function = dict(call["function"] if wrapped else call)
+        arguments = function["arguments"] if probed is None else probed
+        if form == "text" and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        elif form == "object" and isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        function["arguments"] = arguments
+        calls.append({**call, "function": function} if wrapped else function)
+    return {**message, "tool_calls": calls}
+
+
+def form_of_arguments(text: str, by_object: str) -> str:
+    """How a template takes the arguments of tool calls: as "text", as an "object", or as they are "given".
+
+    text, by_object: what it wrote of `PROBED` in either form; empty where it failed.
+    """
+    takes_text = json.dumps(PROBED) in text
+    (key, value), *_ = PROBED.items()
+    takes_object = value in by_object and f"{{{key!r}" not in by_object
+    if takes_text != takes_object:
+        return "text" if takes_text else "object"
+    return "given"
 
 
 def _sharegpt_calls(value: str, i: int) -> list[dict[str, Any]]:

@@ -281,7 +281,7 @@ def renderer_of(config: SourceConfig, tokenizer: PreTrainedTokenizerFast, day: d
         renderer = Renderer(name, config, tokenizer, detected=detected, day=day)
     except UserError as error:
         raise UserError(f"{record.origin}: {error}{source.names_hint(config, record.file)}") from error
-    first = [_facts(rendered) for rendered in _render(renderer, record)]
+    first = [_facts(rendered) for _, rendered in _render(renderer, [record])]
     return renderer, [name, renderer.chat.text if FORMATS[name].chat and config.chat_template else None, first]
 
 
@@ -291,13 +291,13 @@ def _facts(rendered: Rendered) -> list[object]:
     return [[segment.text, segment.trained] for segment in rendered.segments]
 
 
-def _render(renderer: Renderer, record: Record) -> list[Rendered]:
-    try:
-        return renderer(record.columns)
-    except UserError as error:
-        raise UserError(f"{record.origin}: {error}") from error
-    except (RecursionError, OverflowError, UnicodeError) as error:
-        raise UserError(f"{record.origin} cannot be rendered ({type(error).__name__}: {error})") from error
+def _render(renderer: Renderer, records: Sequence[Record]) -> list[tuple[Record, Rendered]]:
+    samples: list[tuple[Record, Rendered]] = []
+    for record, found in zip(records, renderer.many([record.columns for record in records]), strict=False):
+        if isinstance(found, UserError):
+            raise UserError(f"{record.origin}: {found}") from found
+        samples += [(record, sample) for sample in found]
+    return samples
 
 
 def _digest(*facts: object) -> str:
@@ -349,7 +349,7 @@ def _write(folder: Path, wanted: Wanted, day: date, progress: bool) -> None:
             places = {file: before_source + i for i, file in enumerate(files)}
             before_source += len(files)
             for records in _batches(source.read(config, partial(bar.advance, task), summary.notes.append)):
-                rendered = [(record, sample) for record in records for sample in _render(render, record)]
+                rendered = _render(render, records)
                 encoded = encoder.encode([sample for _, sample in rendered])
                 for (record, given), found in zip(rendered, encoded, strict=True):
                     if not _count(summary, record, given, found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.core.registry import Registry
-from jaxllm.data.chat import CLOCK, ChatTemplate, RenderConfig, special_end, special_texts
+from jaxllm.data.chat import CLOCK, ChatTemplate, Dialogue, RenderConfig, special_end, special_texts
 from jaxllm.data.messages import Message, check_messages, check_tools, from_sharegpt
 from jaxllm.data.segments import Rendered, Segment, Text, Tokens
 
@@ -58,7 +58,7 @@ class Format:
     """
 
     columns: tuple[str, ...]
-    render: Callable[[Columns, Renderer], list[Rendered]]
+    render: Callable[[Columns, Renderer], list[Rendered] | Dialogue]
     optional: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     chat: bool = False
@@ -216,6 +216,40 @@ class Renderer:
         Raises UserError when the record is of another format, when a column is missing or unfit, and when a text
         cannot be written as UTF-8.
         """
+        (samples,) = self.many([columns])
+        if isinstance(samples, UserError):
+            raise samples
+        return samples
+
+    def many(self, records: Sequence[Columns]) -> list[list[Rendered] | UserError]:
+        """The samples of each record, or what is wrong with it. The conversations are rendered together, at less cost
+        than one by one; what follows a wrong record may be left out."""
+        found: list[list[Rendered] | Dialogue | UserError] = []
+        for columns in records:
+            try:
+                found.append(self._read(columns))
+            except UserError as error:
+                found.append(error)
+                break
+            except (RecursionError, OverflowError, UnicodeError) as error:
+                found.append(UserError(f"the record cannot be rendered ({type(error).__name__}: {error})"))
+                break
+        dialogues = [read for read in found if isinstance(read, Dialogue)]
+        written = iter(self.chat.samples(dialogues) if dialogues else [])
+        return [self._checked(next(written) if isinstance(read, Dialogue) else read) for read in found]
+
+    def _checked(self, samples: Sequence[Rendered] | UserError) -> list[Rendered] | UserError:
+        if isinstance(samples, UserError):
+            return samples
+        try:
+            for sample in samples:
+                if isinstance(sample, Text):
+                    _check_unicode(str(sample))
+        except UserError as error:
+            return error
+        return list(samples)
+
+    def _read(self, columns: Columns) -> list[Rendered] | Dialogue:
         if tuple(columns) not in self._seen:
             self._check_columns(columns)
             self._seen.add(tuple(columns))
@@ -223,11 +257,7 @@ class Renderer:
             self.unread |= {column: None for column in columns if column not in read}
         if self._may_be_rated:
             self._may_be_rated = _refuse_ratings(columns, self.name)
-        samples = self._format.render(columns, self)
-        for sample in samples:
-            if isinstance(sample, Text):
-                _check_unicode(str(sample))
-        return samples
+        return self._format.render(columns, self)
 
     def _check_columns(self, columns: Columns) -> None:
         other = next((name for name in FORMATS if name != self.name and FORMATS[name].fits(columns)), None)
@@ -276,7 +306,7 @@ def _input_output(columns: Columns, renderer: Renderer) -> list[Rendered]:
     return _answer(_string(columns, "input"), _string(columns, "output"), renderer)
 
 
-def _prompt_completion(columns: Columns, renderer: Renderer) -> list[Rendered]:
+def _prompt_completion(columns: Columns, renderer: Renderer) -> list[Rendered] | Dialogue:
     prompt, completion = columns["prompt"], columns["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         renderer.refuse_chat_options("a prompt and a completion that are strings")
@@ -290,7 +320,7 @@ def _prompt_completion(columns: Columns, renderer: Renderer) -> list[Rendered]:
     given = _with_system(check_messages(prompt, "prompt"), columns)
     if renderer.config.train_on != "all":
         given = [message | ({"train": False} if message["role"] == "assistant" else {}) for message in given]
-    return _conversation([*given, *check_messages(completion, "completion")], columns, renderer)
+    return _conversation([*given, *check_messages(completion, "completion")], columns)
 
 
 def _refuse_conversation_columns(columns: Columns) -> None:
@@ -346,9 +376,9 @@ def _history(value: Any) -> list[tuple[str, str]]:
     return [(pair[0], pair[1]) for pair in rounds]
 
 
-def _messages(columns: Columns, renderer: Renderer) -> list[Rendered]:
+def _messages(columns: Columns, renderer: Renderer) -> list[Rendered] | Dialogue:
     messages = _with_system(check_messages(columns["messages"], "messages"), columns)
-    return _conversation(messages, columns, renderer)
+    return _conversation(messages, columns)
 
 
 def _with_system(messages: list[Message], columns: Columns) -> list[Message]:
@@ -361,13 +391,13 @@ def _with_system(messages: list[Message], columns: Columns) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _conversations(columns: Columns, renderer: Renderer) -> list[Rendered]:
+def _conversations(columns: Columns, renderer: Renderer) -> list[Rendered] | Dialogue:
     messages = _with_system(from_sharegpt(columns["conversations"]), columns)
-    return _conversation(messages, columns, renderer)
+    return _conversation(messages, columns)
 
 
-def _conversation(messages: list[Message], columns: Columns, renderer: Renderer) -> list[Rendered]:
-    return list(renderer.chat.samples(messages, check_tools(columns.get("tools"))))
+def _conversation(messages: list[Message], columns: Columns) -> Dialogue:
+    return Dialogue(messages, check_tools(columns.get("tools")))
 
 
 def _segments(columns: Columns, renderer: Renderer) -> list[Rendered]:

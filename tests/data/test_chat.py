@@ -179,18 +179,19 @@ def test_a_moving_system_message_is_a_rewritten_turn(shared: Path):
     assert trained(tokenizer, [SYSTEM, *TURNS], split_turns=True) == [f"{TURNS[1]['content']}</s>", "Yes</s>"]
 
 
-def test_a_marked_template_that_rewrites_is_refused_and_split_too(chatml):
+def test_a_marked_template_that_leaves_out_what_is_said_is_refused_and_split(chatml):
     forgetting = with_template(
         chatml, MARKED.replace("m.content + '<|im_end|>'", "(m.content if loop.last else '') + '<|im_end|>'")
     )
-    assert "rewrites earlier turns" in message(forgetting, TURNS)
+    assert "leaves out or changes what the assistant says in message 2" in message(forgetting, TURNS)
     assert trained(forgetting, TURNS, split_turns=True)[1] == "Yes<|im_end|>"
 
 
 def test_a_prompt_that_differs_from_the_finished_turn(chatml):
     thinking = with_template(chatml, THINKING_PROMPT)
     said = message(thinking, TURNS)
-    assert r"assistant\n<think>\n' when it asks for an answer and '|>assistant\nIt is 4." in said
+    assert "opens the reasoning, by '<think>', when it asks for an answer" in said
+    assert "message 2 has none" in said
     # A turn that is written as the prompt opens it is trained from there on.
     opened = [TURNS[0], {"role": "assistant", "content": "<think>\nsums\n</think>4"}]
     assert trained(thinking, opened) == ["sums\n</think>4<|im_end|>"]
