@@ -1,11 +1,13 @@
 """Records of data files: from a file, a glob, a folder or a data set of the Hub to one record after another."""
 
+import contextlib
 import fnmatch
 import glob
 import io
 import os
+import re
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +19,7 @@ from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.data.chat import RenderConfig
 from jaxllm.data.files import SUFFIXES, Suffix, describe_place, open_file
 from jaxllm.data.lines import Place, Separator, read_json, read_json_lines, read_rows, read_text
+from jaxllm.data.saved import saved_files
 from jaxllm.data.splits import README, Choice, choose
 from jaxllm.data.tables import Row, read_arrow, read_parquet
 from jaxllm.data.template import AUTO, FOREIGN_FORMATS, FORMATS
@@ -98,14 +101,47 @@ def find_files(config: SourceConfig) -> list[str]:
     path = os.path.expanduser(config.path)
     if os.path.isdir(path):
         return _readable(_files_of_folder(Path(path), config))
-    found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-    files = [file for file in found if os.path.isfile(file)]
+    found = [path] if os.path.exists(path) else _glob(path)
+    files = _each_once(file for file in found if os.path.isfile(file))
     if not files and (name := _hub_name(config.path)) is not None:
         return _readable(_files_of_hub(name, config))
     if not files:
         raise UserError(f"no data file matches {config.path!r} (looked from {os.getcwd()})")
     _refuse_choice(config, "one file or a glob")
     return _readable(files)
+
+
+def _glob(pattern: str) -> Iterator[str]:
+    """What `pattern` names, as `glob.glob` has it, but that `**` does not follow a link to a folder that it is in."""
+    deep = re.search(r"(?:^|(?<=/))\*\*(?:/+|$)", pattern)
+    if deep is None:
+        yield from glob.glob(pattern)
+        return
+    before, after = pattern[: deep.start()], pattern[deep.end() :] or "*"
+    for root in glob.glob(before) if before else [""]:
+        for folder in _folders(root, frozenset()):
+            yield from _glob(os.path.join(glob.escape(folder), after))
+
+
+def _folders(folder: str, above: frozenset[str]) -> Iterator[str]:
+    """A folder and all below it but hidden ones. Links are followed, except to a folder that the link is in, by its
+    real path or by one of the links `above`."""
+    yield folder
+    real = os.path.realpath(folder or os.curdir)
+    above |= {real, *map(str, Path(real).parents)}
+    with contextlib.suppress(OSError), os.scandir(folder or os.curdir) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        for path in (os.path.join(folder, name) for name in names):
+            if os.path.realpath(path) not in above:
+                yield from _folders(path, above)
+
+
+def _each_once(files: Iterable[str]) -> list[str]:
+    """The files sorted, each under one of its names: the one that goes through the fewest folders."""
+    names: dict[str, str] = {}
+    for file in sorted(files, key=lambda file: (file.count(os.sep), file)):
+        names.setdefault(os.path.realpath(file), file)
+    return sorted(names.values())
 
 
 def _readable(files: list[str]) -> list[str]:
@@ -127,11 +163,13 @@ def _hub_name(path: str) -> hub.HubName | None:
 
 
 def _files_of_folder(folder: Path, config: SourceConfig) -> list[str]:
+    wanted = Choice(f"the folder {config.path}", config.split, config.subset)
+    if (saved := saved_files(folder, wanted)) is not None:
+        return saved
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     readme = folder / README
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    wanted = Choice(f"the folder {config.path}", config.split, config.subset)
-    return [str(folder / name) for name in choose(names, text, wanted)]
+    return _each_once(str(folder / name) for name in choose(names, text, wanted))
 
 
 def _files_of_hub(name: hub.HubName, config: SourceConfig) -> list[str]:

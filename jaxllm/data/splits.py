@@ -69,7 +69,7 @@ def _is_data(name: str) -> bool:
     return Suffix.of(name).kind is not None and not is_side(name)
 
 
-def _pick(what: str, groups: dict[str, Any], asked: str | None, default: str, where: str) -> str:
+def pick(what: str, groups: dict[str, Any], asked: str | None, default: str, where: str) -> str:
     """The name in `groups` that is meant."""
     listed = ", ".join(groups)
     if asked is not None:
@@ -82,9 +82,9 @@ def _pick(what: str, groups: dict[str, Any], asked: str | None, default: str, wh
 
 
 def _by_readme(data: Sequence[str], subsets: dict[str, dict[str, list[str]]], wanted: Choice) -> list[str]:
-    subset = _pick("subset", subsets, wanted.subset, "default", wanted.where)
+    subset = pick("subset", subsets, wanted.subset, "default", wanted.where)
     splits = subsets[subset]
-    split = _pick("split", splits, wanted.split, "train", wanted.where)
+    split = pick("split", splits, wanted.split, "train", wanted.where)
     chosen = [name for name in data if any(_matches(name, pattern) for pattern in splits[split])]
     if not chosen:
         raise UserError(
@@ -128,7 +128,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _by_names(data: Sequence[str], wanted: Choice) -> list[str]:
     if wanted.subset is not None:  # a folder of the same name
         folders = {name.partition("/")[0]: None for name in data if "/" in name}
-        chosen = _pick("subset", folders, wanted.subset, wanted.subset, wanted.where)
+        chosen = pick("subset", folders, wanted.subset, wanted.subset, wanted.where)
         data = [name for name in data if name.startswith(f"{chosen}/")]
     if not data:
         raise UserError(f"{wanted.where} holds no data file; name a glob, such as **/*.py with `format: text`")
@@ -141,7 +141,7 @@ def _by_names(data: Sequence[str], wanted: Choice) -> list[str]:
             f"{wanted.where} holds files of the splits {told}, and others such as {splits[''][0]}; choose by `split:`, "
             "or name the files by a glob"
         )
-    chosen = splits[_pick("split", splits, wanted.split, "train", wanted.where)]
+    chosen = splits[pick("split", splits, wanted.split, "train", wanted.where)]
     folders = sorted({"/".join(part for part in name.split("/")[:-1] if not _split_in(part)) for name in chosen})
     if len(folders) > 1:
         raise UserError(

@@ -1,7 +1,9 @@
 """Records come out of files as they stand there, and every unreadable file is named with the place."""
 
+import glob
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,40 @@ def test_a_glob_reads_files_in_sorted_order_and_passes_over_empty_ones(tmp_path:
         (tmp_path / name).write_text(text)
     found = records(tmp_path / "**" / "*.py", format="text")
     assert [columns["text"] for _, columns in found] == ["1", "2", "3"]
+
+
+def test_a_file_is_read_once_whatever_links_lead_to_it(tmp_path: Path, monkeypatch):
+    for name in ("x.jsonl", "s/y.jsonl", "s/.hidden/z.jsonl", "elsewhere/w.jsonl"):
+        (tmp_path / "e" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "e" / name).write_text(json.dumps({"text": name}))
+    (tmp_path / "e/elsewhere").rename(tmp_path / "elsewhere")
+    links = {"l": ".", "m": ".", "s/up": "../..", "again.jsonl": "x.jsonl", "out": "../elsewhere"}
+    for link, to in (links | {"../elsewhere/back": "../e"}).items():
+        (tmp_path / "e" / link).symlink_to(to)
+    monkeypatch.chdir(tmp_path)
+    texts = {
+        "e/**/*.jsonl": ["x.jsonl", "elsewhere/w.jsonl", "s/y.jsonl"],
+        "elsewhere/**/*.jsonl": ["x.jsonl", "elsewhere/w.jsonl", "s/y.jsonl"],
+        "**/*.jsonl": ["x.jsonl", "s/y.jsonl", "elsewhere/w.jsonl"],
+        "e/l/*.jsonl": ["x.jsonl"],
+    }
+    found = {path: sorted(columns["text"] for _, columns in records(path)) for path in texts}
+    assert found == {path: sorted(wanted) for path, wanted in texts.items()}
+    assert source.find_files(SourceConfig(path="e/**/*.jsonl")) == ["e/again.jsonl", "e/out/w.jsonl", "e/s/y.jsonl"]
+
+
+PATTERNS = ["**/*.py", "a/**", "**", "*/**/c/*.py", "a/**/b/**/*.py", "a//**//*.py", "[[]q]/**/*", "a**/*.py"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_glob_is_that_of_python(tmp_path: Path, monkeypatch, pattern: str):
+    for name in ("0.py", "a/1.py", "a/b/2.py", "a/b/c/3.py", "a/.b/4.py", "a/b/.5.py", "[q]/6.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    wanted = {os.path.normpath(file) for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)}
+    found = source.find_files(SourceConfig(path=pattern, format="text"))
+    assert sorted(map(os.path.normpath, found)) == sorted(wanted)
 
 
 def test_fields_rename_columns(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Which files of a folder or of a Hub data set are read: as their names and the README say, never by a guess."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -140,6 +141,40 @@ def test_a_folder_as_datasets_saves_it(tmp_path: Path):
     for name in ("dataset_info.json", "state.json"):
         (tmp_path / name).write_text("{}")
     assert texts(tmp_path) == ["a", "b", "c"]
+
+
+def save(folder: Path, rows: list[str], split: str | None = None) -> None:
+    """What `Dataset.save_to_disk` writes, and a cache that `map` left beside it."""
+    folder.mkdir(parents=True)
+    for name, values in {"data-00000-of-00001": rows, "cache-2d0a802b78a30b76": [row.upper() for row in rows]}.items():
+        table = pa.table({"text": values})
+        with pa.ipc.new_stream(str(folder / f"{name}.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": split}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+def test_a_saved_data_set_without_its_caches(tmp_path: Path):
+    save(tmp_path / "one", ["a", "b"], "train")
+    assert texts(tmp_path / "one") == texts(tmp_path / "one", split="train") == ["a", "b"]
+    assert texts(tmp_path, subset="one") == ["a", "b"]
+    assert "has the split train alone" in refused(tmp_path / "one", split="test")
+    (tmp_path / "one/data-00000-of-00001.arrow").unlink()
+    assert "data-00000-of-00001.arrow is missing" in refused(tmp_path / "one")
+    (tmp_path / "one/state.json").write_text('{"_data_files": [{"filename": "../two.arrow"}]}')
+    assert "names no data files, or none of this folder" in refused(tmp_path / "one")
+    (tmp_path / "one/state.json").write_text("{")
+    assert "state.json is not JSON" in refused(tmp_path / "one")
+
+
+def test_a_saved_data_set_of_several_splits(tmp_path: Path):
+    for split in ("alpha", "beta"):
+        save(tmp_path / split, [split], split)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["alpha", "beta"]}')
+    assert "has the splits alpha, beta; choose one" in refused(tmp_path)
+    assert texts(tmp_path, split="beta") == ["beta"]
+    assert "Did you mean 'beta'?" in refused(tmp_path, split="betta")
 
 
 def test_a_data_set_of_the_hub_that_is_cached(hub: Path):
