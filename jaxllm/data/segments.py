@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,15 @@ class Text:
 
     def __str__(self) -> str:
         return "".join(segment.text for segment in self.segments)
+
+    def answers(self) -> Iterator[int]:
+        """The characters at which trained text follows text that is only read."""
+        place, before = 0, True
+        for segment in self.segments:
+            if segment.text:
+                if segment.trained and not before:
+                    yield place
+                place, before = place + len(segment.text), segment.trained
 
 
 @dataclass(frozen=True, eq=False, slots=True)

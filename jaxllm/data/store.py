@@ -92,7 +92,8 @@ class Summary:
         columns = self.unread.get(path, [])
         named = ", ".join(repr(column)[1:-1] for column in columns[:MOST_COLUMNS])  # which may have any character
         more = f" and {len(columns) - MOST_COLUMNS} more" if len(columns) > MOST_COLUMNS else ""
-        return f" without the columns {named}{more}" if columns else ""
+        noun = "column" if len(columns) == 1 else "columns"
+        return f" without the {noun} {named}{more}" if columns else ""
 
 
 class Store:
@@ -345,7 +346,7 @@ def _write(folder: Path, wanted: Wanted, day: date, progress: bool) -> None:
         task = bar.add_task("tokenizing", total=sum(map(os.path.getsize, flat)))
         torn_at: tuple[int, int] | None = None
         for config, render, files in zip(wanted.sources, renderers, wanted.files, strict=True):
-            before = replace(summary)
+            before, joined, example = replace(summary), 0, ""
             places = {file: before_source + i for i, file in enumerate(files)}
             before_source += len(files)
             for records in _batches(source.read(config, partial(bar.advance, task), summary.notes.append)):
@@ -356,6 +357,9 @@ def _write(folder: Path, wanted: Wanted, day: date, progress: bool) -> None:
                         if summary.torn and torn_at is None:
                             torn_at = places[record.file], record.index
                         continue
+                    if found.joined != NEVER:
+                        joined += 1
+                        example = example or _border(record, str(given), found.joined)
                     ids, trained = found.sample
                     append["tokens"](ids)
                     append["trained"](trained)
@@ -366,6 +370,8 @@ def _write(folder: Path, wanted: Wanted, day: date, progress: bool) -> None:
                     append["file"]([places[record.file]])
                     append["record"]([record.index])
             _check_trained(config, render.name, before, summary)
+            if joined:
+                summary.notes.append(_joined(config, joined, summary.samples - before.samples, example))
             source_ends.append(summary.samples)
         if content.hashes(flat, wanted.root) != wanted.hashes:
             raise UserError(
@@ -375,6 +381,21 @@ def _write(folder: Path, wanted: Wanted, day: date, progress: bool) -> None:
         of_sources = {"formats": [r.name for r in renderers], "unread": [list(r.unread) for r in renderers]}
         counts = asdict(summary) | {"torn_at": torn_at} | of_sources
         facts |= {"summary": counts, "source_ends": source_ends}
+
+
+def _joined(config: SourceConfig, count: int, samples: int, example: str) -> str:
+    """What to say of samples whose prompt is read otherwise when it is asked alone."""
+    return (
+        f"{source.label(config)}: in {count:,} of {samples:,} samples the end of the prompt and the beginning of the "
+        f"answer are read as one ({example}), so a model that is asked with the prompt alone gets other tokens than it "
+        "was trained on. Move white space from the end of the prompt to the beginning of the answer, or end the "
+        "prompt with a line end"
+    )
+
+
+def _border(record: Record, text: str, place: int) -> str:
+    """Where the first answer of a sample begins, for people."""
+    return f"{record.origin}: {text[max(place - 12, 0) : place]!r} and {text[place : place + 12]!r}"
 
 
 def _count(summary: Summary, record: Record, given: Rendered, found: Encoded) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _REMEMBERED = 1000  # prompts, which are mostly the few words that open a turn
+_READ, _COMPARED = 24, 4  # tokens at the end of a prompt that are read alone, and those of them that must be alike
 NEVER = -1  # the place of an end mark that is not there
 
 
@@ -31,11 +32,14 @@ class Encoded(NamedTuple):
 
     `end`: the place of the first trained token that ends a turn or the text, or `NEVER`.
     `torn`: the text must be read exactly, and it is not (see `Text.exact`).
+    `joined`: of a text that need not be, the first character of a trained stretch before which the model, asked for
+    it, is given other tokens than it was trained behind; or `NEVER`.
     """
 
     sample: Sample
     end: int
     torn: bool = False
+    joined: int = NEVER
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -106,12 +110,13 @@ class Encoder:
             added = np.array(encoded["special_tokens_mask"][i], bool)
             all_ids = np.array(encoded["input_ids"][i], np.int32)
             ids = all_ids[~added]
-            torn = False
+            torn, border = False, NEVER
             if mixed[i]:
                 self._require_exact_offsets(joined[i])
                 offsets = np.array(encoded["offset_mapping"][i], np.int64).reshape(-1, 2)[~added]
                 trained, ends, torn = self._masks(text.segments, ids, offsets)
                 torn = text.exact and (torn or not self._asked_alike(text, ids, offsets))
+                border = NEVER if text.exact else self._joined(text, ids, offsets)
             else:
                 trained = np.full(len(ids), any(segment.trained for segment in text.segments if segment.text))
                 ends = np.full(len(ids), any(segment.ends for segment in text.segments if segment.text)) & trained
@@ -122,7 +127,7 @@ class Encoder:
                 ids = np.concatenate([front, ids, back])
                 trained = np.concatenate([np.zeros(len(front), bool), trained, np.full(len(back), trained.any())])
                 ends = trained & (ids == eos)
-            results.append(Encoded(Sample(ids, trained), _first(ends), torn))
+            results.append(Encoded(Sample(ids, trained), _first(ends), torn, border))
         return results
 
     def _masks(
@@ -141,12 +146,24 @@ class Encoder:
     def _asked_alike(self, text: Text, ids: np.ndarray, offsets: np.ndarray) -> bool:
         """Whether what stands before each trained stretch has the same tokens when nothing follows it, as it does
         when the model is asked for the answer."""
-        written, place, before = str(text), 0, True
-        for segment in text.segments:
-            if segment.trained and not before and not self._is_read_alike(written, place, ids, offsets):
-                return False
-            place, before = place + len(segment.text), segment.trained
-        return True
+        written = str(text)
+        return all(self._is_read_alike(written, place, ids, offsets) for place in text.answers())
+
+    def _joined(self, text: Text, ids: np.ndarray, offsets: np.ndarray) -> int:
+        """The first answer whose prompt, read alone, does not end with the tokens that are before the answer."""
+        written = str(text)
+        for place in text.answers():
+            stop = int(np.searchsorted(offsets[:, 0], place))
+            # A token over the border is trained, and the prompt may end before it: some tokenizers drop a last space.
+            stops = (stop, stop - 1) if stop and offsets[stop - 1, 1] > place else (stop,)
+            # What is far before the answer mostly decides nothing; where it seems to, the whole prompt tells.
+            for start in (int(offsets[stop - _READ, 0]) if stop > _READ else 0, 0):
+                alone = self._tokenizer.backend_tokenizer.encode(written[start:place], add_special_tokens=False).ids
+                if any(alone[-_COMPARED:] == ids[max(end - _COMPARED, 0) : end].tolist() for end in stops):
+                    break
+            else:
+                return place
+        return NEVER
 
     def _is_read_alike(self, text: str, end: int, ids: np.ndarray, offsets: np.ndarray) -> bool:
         # A token added to the vocabulary stands by itself: what is before it decides nothing behind it.

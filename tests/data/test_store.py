@@ -79,6 +79,20 @@ def test_columns_that_are_not_read_are_said(write_lines, byte_tokenizer, tmp_pat
     )
 
 
+def test_prompts_that_join_with_their_answers_are_said(write_lines, shared: Path, tmp_path: Path):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models/tokenizers/gpt2")
+    pairs = [{"prompt": "Q: 2+2\nA:", "completion": " four"}, {"prompt": "Q: 3+3\nA: ", "completion": "six"}]
+    path = write_lines(pairs)
+    (note,) = build(SourceConfig(path=path), tokenizer, tmp_path / "cache").summary.notes
+    assert note.startswith(f"{path}: in 1 of 2 samples the end of the prompt")
+    assert f"({path}, line 2: 'Q: 3+3\\nA: ' and 'six')" in note
+    assert "Move white space from the end of the prompt to the beginning of the answer" in note
+    for columns in (("instruction", "output"), ("input", "output")):  # Alpaca's heading ends with a line end
+        made = [dict(zip(columns, pair.values(), strict=True)) for pair in pairs]
+        notes = build(SourceConfig(path=write_lines(made)), tokenizer, tmp_path / "cache").summary.notes
+        assert len(notes) == (columns[0] == "input")
+
+
 def test_it_is_built_once(write_lines, byte_tokenizer, tmp_path: Path, counted_builds):
     config = SourceConfig(path=write_lines([{"text": "ab"}]))
     first = build(config, byte_tokenizer, tmp_path)

@@ -18,7 +18,7 @@ from jaxllm.data.chat import RenderConfig
 from jaxllm.data.segments import Segment, Text, Tokens
 from jaxllm.data.source import SourceConfig, read
 from jaxllm.data.template import Renderer
-from jaxllm.data.tokenize import Encoder, fingerprint, parts_from_the_next_word, prompt_ids
+from jaxllm.data.tokenize import NEVER, Encoder, fingerprint, parts_from_the_next_word, prompt_ids
 
 NAMES = [
     "stories3M",
@@ -105,6 +105,36 @@ def test_a_tokenizer_that_strips_and_joins_spaces(shared: Path):
         kept = re.sub(" {2,}", " ", record["output"]).rstrip(" ")
         decoded = tokenizer.decode(sample.ids[sample.trained])
         assert decoded.lstrip(" ") == (kept + tokenizer.eos_token).lstrip(" ")
+
+
+@pytest.mark.parametrize("name", ["tokenizers/gpt2", "tokenizers/qwen2.5", "tokenizers/llama2", "stories3M"])
+def test_a_prompt_that_is_read_otherwise_when_it_is_asked_alone(shared: Path, name: str):
+    """The prompts are tokenized alone here: their tokens, up to one that is trained, must be how the sample begins."""
+    tokenizer = load(shared / "models" / name)
+    long = "Translate: hello there my friend. " * 20
+    pairs = [("A: ", "four"), ("A:", " four"), ("Q: 2\nA:", "four"), ("Hel", "lo world"), ("Q\n\n", "\nA")]
+    pairs += [
+        ("x = ", "12345"),
+        ("def f():\n    ", "    return"),
+        ("a\t", "b"),
+        ("日本", "語です"),
+        ("", "x"),
+        (" ", "x"),
+    ]
+    pairs += [(long, "Bonjour"), (long + "->", " bonjour"), ("1234567890" * 10 + " =", "5"), ("the ", "the")]
+    texts = [Text((Segment(prompt, False), Segment(answer, True))) for prompt, answer in pairs]
+    found = Encoder(tokenizer).encode(texts)
+    joined = []
+    for (prompt, answer), result in zip(pairs, found, strict=True):
+        asked = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
+        given = tokenizer.backend_tokenizer.encode(prompt + answer, add_special_tokens=False).ids
+        read = len(result.sample.ids) - int(result.sample.trained.sum()) - (result.sample.ids[0] != given[0])
+        if given[: len(asked)] != asked or len(asked) != read:
+            joined.append((prompt, answer))
+    assert [pair for pair, result in zip(pairs, found, strict=True) if result.joined != NEVER] == joined
+    assert {result.joined for result in found} <= {NEVER, *(len(prompt) for prompt, _ in pairs)}
+    assert ("Hel", "lo world") in joined
+    assert ("A:", " four") not in joined
 
 
 def test_chat_on_real_data(shared: Path):
