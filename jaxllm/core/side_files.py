@@ -2,24 +2,36 @@
 
 import base64
 import json
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.hub import GENERATION_CONFIG, TOKENIZER_FILES
+from jaxllm.core.notes import note
 
 SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES)
+
+_BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # the hash by which git or git-lfs knows a file
+_OWN_COPY = "if it belongs to the model, put a copy of the file itself there"
 
 
 def read_side_files(folder: str | Path, names: Iterable[str] = SIDE_FILES) -> dict[str, bytes]:
     """What those of `names` hold that are in `folder`, which must be what each name says.
 
-    Raises UserError for a file that is cut, empty or of another kind, so that no copy of it is made.
+    A link out of the folder is left out, with a note: a model that somebody else made must not take a file of the user
+    along. Raises UserError for a file that is cut, empty or of another kind, so that no copy of it is made.
     """
     found: dict[str, bytes] = {}
     for path in (Path(folder) / name for name in names):
+        if (target := link_out(path)) is not None:
+            note(f"{path}: is not copied, for it is a link out of its folder, to {target}; {_OWN_COPY}")
+            continue
         if not path.exists():
+            if path.is_symlink():
+                note(f"{path}: is not copied, for it is a link to nothing; remove it, or put the file itself there")
             continue
         try:
             found[path.name] = path.read_bytes()
@@ -32,6 +44,33 @@ def read_side_files(folder: str | Path, names: Iterable[str] = SIDE_FILES) -> di
                 "model does without"
             ) from error
     return found
+
+
+def check_kept(folder: Path) -> None:
+    """Raises UserError for a file of a tokenizer that a run would train with, and could not keep."""
+    for path in (folder / name for name in TOKENIZER_FILES if name != "tokenizer.model"):  # which nothing here reads
+        if (target := link_out(path)) is not None:
+            raise UserError(
+                f"{path}: is a link out of its folder, to {target}. Such a file is not copied into the run, which "
+                f"would lack what it was trained with; {_OWN_COPY}"
+            )
+
+
+def link_out(path: Path) -> Path | None:
+    """Where `path` leads, if it is a link out of its folder; None for what is in the folder.
+
+    The cache of the Hub keeps the files of a snapshot as links to its own blobs: these count as in the folder.
+    """
+    if not path.is_symlink():
+        return None
+    folder, target = path.parent.resolve(), Path(os.path.realpath(path))
+    if folder in target.parents:
+        return None
+    snapshot = next((inner for inner in (folder, *folder.parents) if inner.parent.name == "snapshots"), None)
+    is_blob = (
+        snapshot is not None and target.parent == snapshot.parent.parent / "blobs" and _BLOB.fullmatch(target.name)
+    )
+    return None if is_blob else target
 
 
 def _check(name: str, content: bytes) -> None:

@@ -139,11 +139,10 @@ def _side_files(source: Source | None, model_folder: str | Path | None) -> dict[
         return files
     if source is None:
         return {}
-    files = read_side_files(source.folder, source.side_files)
     for name in source.side_files:
-        if name not in files:
+        if not (source.folder / name).is_file():
             raise UserError(f"{source.folder / name}: was there when the model was read, and is gone; put it back")
-    return files
+    return read_side_files(source.folder, source.side_files)
 
 
 def _names(entry: Entry, source: Source | None) -> list[str]:

@@ -23,6 +23,7 @@ from jaxllm.core.cache import programs_read
 from jaxllm.core.distributed import is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
+from jaxllm.core.side_files import check_kept
 from jaxllm.data.kept_template import kept_template
 from jaxllm.data.loader import State
 from jaxllm.evaluate.perplexity import Perplexity
@@ -91,6 +92,9 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     own_tokenizer = lm.source is not None and model.folder == lm.source.folder
     special_ids = None if own_tokenizer else _special_ids(tokenizer)
     folder = Path(config.output_dir)
+    goes_on = resume is not None and resume.run.resolve() == folder.resolve()
+    if not goes_on:
+        check_kept(model.folder)
     check_replaceable(folder / config.peft.exported_to, lm.source, adapter=isinstance(config.peft, AdapterConfig))
 
     inputs = read_inputs(config, tokenizer, say, resume.day if resume else None)
@@ -134,7 +138,6 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         else:
             state = program.start(model.load())
             facts = Facts(step=0, steps=steps, epoch=0, position=0, tokens=0, data=store.key, day=str(inputs.day))
-        goes_on = resume is not None and resume.run.resolve() == folder.resolve()
         prepare(config, lm, model.folder, special_ids, chat_template=chat_template, keep_model=goes_on)
 
         start = facts.step

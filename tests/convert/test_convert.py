@@ -132,6 +132,21 @@ def test_a_damaged_file_of_a_hugging_face_folder_is_not_copied(name, shared, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_link_out_of_a_hugging_face_folder_is_not_copied(shared, tmp_path, capsys):
+    (tmp_path / "secret").write_text("SECRET")
+    source = shutil.copytree(shared / "models/stories260K", tmp_path / "model")
+    source.chmod(0o755)
+    (source / "tokenizer.model").unlink()
+    for name in ("tokenizer.model", "chat_template.jinja"):
+        (source / name).symlink_to(tmp_path / "secret")
+    assert main(["to-hf", str(source), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    for name in ("tokenizer.model", "chat_template.jinja"):
+        assert f"note: {source / name}: is not copied, for it is a link out of its folder, to {tmp_path}/secret" in said
+        assert not (tmp_path / "out" / name).exists()
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
 def test_inspect_names_every_parameter(run, capsys):
     assert main(["inspect", str(run)]) == 0
     said = capsys.readouterr().out

@@ -173,6 +173,11 @@ def large_tokenizer(model: Path) -> None:
     edit_json(model / "tokenizer.json", added_tokens=[added(i) for i in (4096, 4097)])
 
 
+def linked_tokenizer(model: Path) -> None:
+    elsewhere = (model / "tokenizer_config.json").rename(model.parent / "elsewhere.json")
+    (model / "tokenizer_config.json").symlink_to(elsewhere)
+
+
 def edit_json(path: Path, **changes: object) -> None:
     before = json.loads(path.read_text())
     if "added_tokens" in changes:
@@ -198,6 +203,11 @@ MODELS = {
     missing_file: ["model-00003-of-00004.safetensors", "is missing"],
     missing_tensor: ["model-00004-of-00004.safetensors", "lacks the tensor"],
     surplus_tensor: ["model-00004-of-00004.safetensors", "'extra'"],
+    linked_tokenizer: [
+        "tokenizer_config.json: is a link out of its folder",
+        "elsewhere.json",
+        "put a copy of the file",
+    ],
     large_tokenizer: ["token ids up to 4,097", "4,096 rows"],
 }
 
