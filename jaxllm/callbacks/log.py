@@ -35,18 +35,21 @@ NORMS = ("grad_norm/", "param_norm/")
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, each with its `step`. Each line goes to the `listeners` too.
 
-    Of several processes, all of which hold it, process 0 writes.
+    Of several processes, all of which hold it, process 0 writes. notes: what is to be said of the lines dropped.
     """
 
     def __init__(self, path: Path, resumed_at: int | None, listeners: Sequence[Callback] = ()) -> None:
         """Opens the file to append.
 
-        What a killed run wrote after step `resumed_at` is dropped; all of it, if None: the run begins anew.
+        What a killed run wrote after step `resumed_at` is dropped; all of it, if None: the run begins anew. Lines that
+        no run writes are dropped too. Raises UserError if the file cannot be read.
         """
         kept: list[str] = []
-        if is_first() and path.exists() and resumed_at is not None:
-            lines = path.read_text(errors="replace").splitlines()  # a disk may have damaged some
-            kept = [line for line in lines if _step_of(line) <= resumed_at]
+        self.notes: list[str] = []
+        if is_first():
+            there = _lines(path)
+            if resumed_at is not None:
+                kept = self._kept(path, there, resumed_at)
         evaluated = gather("\n".join(line for line in kept if '"eval/' in line))[0]
         self._evaluated: dict[str, dict[int, float]] = {}
         for line in map(json.loads, evaluated.splitlines()):
@@ -73,6 +76,19 @@ class MetricsFile:
         if self._file is not None:
             self._file.close()
 
+    def _kept(self, path: Path, lines: Sequence[bytes], resumed_at: int) -> list[str]:
+        steps = [_step_of(line) for line in lines]
+        if damaged := [number for number, step in enumerate(steps, 1) if step is None]:
+            self.notes.append(
+                f"{path}: lines dropped that no run writes, as a kill or a damaged disk leaves them: {len(damaged)} "
+                f"(the first is line {damaged[0]})"
+            )
+        if again := sum(step is not None and step > resumed_at for step in steps):
+            self.notes.append(f"{path}: lines dropped of steps after {resumed_at}, which are trained again: {again}")
+        return [
+            line.decode() for line, step in zip(lines, steps, strict=True) if step is not None and step <= resumed_at
+        ]
+
     def _note(self, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             if name.startswith("eval/"):
@@ -92,11 +108,34 @@ def _finite(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _step_of(line: str) -> float:
+def _lines(path: Path) -> list[bytes]:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the line that a kill cut short
-        return float("inf")
+        return path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}), and the run writes its metrics there; put the file back, or "
+            "move it away and the run goes on without its lines"
+        ) from error
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None for one that no run writes."""
+    try:
+        values = json.loads(line.decode())
+        whole = isinstance(values, dict) and all(map(_is_value, values.values()))
+    except (ValueError, RecursionError, OverflowError):
+        return None
+    step = values.get("step") if whole else None
+    return step if isinstance(step, int) and step >= 0 else None
+
+
+def _is_value(value: Any) -> bool:
+    """Whether `value` is a number, as `_finite` writes it."""
+    if isinstance(value, str):
+        return value in ("nan", "inf", "-inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def memory_peaks() -> dict[str, float]:

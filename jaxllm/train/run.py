@@ -163,6 +163,8 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         own = config.callbacks if is_first() else ()
         chosen = [open_things.enter_context(closing(c.open(folder, resumed_at))) for c in own]
         metrics = open_things.enter_context(closing(MetricsFile(folder / METRICS, resumed_at, chosen)))
+        for note in metrics.notes:
+            say("note", note)
         checkpoints = CheckpointWriter(folder / RUN_CHECKPOINTS, config.checkpoint, program.lm.layer_order)
         save = open_things.enter_context(closing(Save(checkpoints, config.checkpoint, facts_at, metrics)))
         evaluate = Evaluate(

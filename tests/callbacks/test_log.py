@@ -13,6 +13,7 @@ from tensorboard_events import shown
 
 from jaxllm.callbacks.log import Log, MetricsFile, memory_peaks
 from jaxllm.callbacks.tensorboard import TensorBoardConfig
+from jaxllm.core.errors import UserError
 from jaxllm.train.state import Event
 
 VALUES = dict(loss=2.0, grad_norm=1.0, learning_rate=0.1, trained_tokens=30.0, bad=0.0, data_wait_s=0.0)
@@ -43,8 +44,56 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
 def test_what_a_crash_left_of_a_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "train/loss": 3.0}\n\xff\xfe\0\n{"step": 2, "tra')
-    MetricsFile(path, 2).close()
+    metrics = MetricsFile(path, 2)
+    metrics.close()
     assert written(tmp_path) == [{"step": 1, "train/loss": 3.0}]
+    (said,) = metrics.notes
+    assert f"{path}: lines dropped that no run writes" in said
+    assert said.endswith(": 2 (the first is line 2)")
+
+
+OTHERS = [
+    b'{"step": null, "eval/held_out/loss": 1}',
+    b'{"step": 1, "eval/held_out/loss": "abc"}',
+    b'{"step": 1, "eval/held_out/loss": null}',
+    b'{"step": 1, "eval/held_out/loss": [1]}',
+    b'{"step": 1, "eval/held_out/loss": NaN}',
+    b'{"step": 1, "eval/held_out/loss": 1' + b"0" * 400 + b"}",
+    b'{"step": 1' + b"0" * 5000 + b"}",
+    b'{"step": "1"}',
+    b'{"step": 1.5}',
+    b'{"step": true}',
+    b'{"step": -1}',
+    b'{"eval/held_out/loss": 1}',
+    b"[1]",
+    b"7",
+    b'"step"',
+    b"null",
+    b"[" * 100_000,
+    b'{"step": 1, "train/l\xffss": 1}',
+    b"\0\0",
+]
+
+
+def test_lines_that_no_run_writes_are_dropped_and_counted(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = {"step": 1, "eval/held_out/loss": 2.0, "eval/other/loss": "nan"}
+    last = {"step": 2, "eval/held_out/loss": 1}
+    path.write_bytes(b"\n".join([json.dumps(first).encode(), *OTHERS, json.dumps(last).encode(), b'{"step": 3}\n']))
+    metrics = MetricsFile(path, 2)
+    metrics.close()
+    assert written(tmp_path) == [first, last]
+    assert metrics.values("eval/held_out/loss") == {1: 2.0, 2: 1.0}
+    damaged, again = metrics.notes
+    assert damaged.endswith(f": {len(OTHERS)} (the first is line 2)")
+    assert again == f"{path}: lines dropped of steps after 2, which are trained again: 1"
+
+
+@pytest.mark.parametrize("resumed_at", [None, 2])
+def test_a_folder_in_the_place_of_the_metrics(resumed_at, tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read \(Is a directory\).* move it away"):
+        MetricsFile(tmp_path / "metrics.jsonl", resumed_at)
 
 
 def log_lines(tmp_path, steps: int, **how) -> list[dict]:
