@@ -109,7 +109,6 @@ class _Process:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._owner = 0
 
     def ask(self, request: dict[str, Any]) -> list[Rendering | Failure] | Failure:
         """The answers to a request, or how the process ended over it."""
@@ -118,29 +117,29 @@ class _Process:
         except RecursionError:
             return Failure("the record is nested too deeply")
         answer = self._exchange(written)
-        if answer is None:
-            return self._died()
+        if isinstance(answer, Failure):
+            return answer
         return [
             Failure(*values) if failed else Rendering(values[0], [(start, end) for start, end in values[1]])
             for failed, *values in json.loads(answer)
         ]
 
-    def _exchange(self, request: bytes) -> bytes | None:
+    def _exchange(self, request: bytes) -> bytes | Failure:
         with self._lock:
             child = self._running()
             assert child.stdin
             assert child.stdout
             try:
-                write_frame(child.stdin, request)
-                return read_frame(child.stdout)
-            except BrokenPipeError:
-                return None
+                with contextlib.suppress(BrokenPipeError):
+                    write_frame(child.stdin, request)
+                answer = read_frame(child.stdout)
+                return self._died(child) if answer is None else answer
             except BaseException:  # Ctrl-C: the answer to this request would be taken for the next one's
-                self._end()
+                self.stop()
                 raise
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._child is None or self._owner != os.getpid():
+        if self._child is None or self._child.poll() is not None:
             path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
             command = f"from jaxllm.core.chat_rendering_process import serve; serve({self._seconds})"
             try:
@@ -152,15 +151,15 @@ class _Process:
                 )
             except OSError as error:
                 raise UserError(f"cannot start the process that renders chat templates: {error}") from error
-            self._owner = os.getpid()
             atexit.register(self.stop)
         return self._child
 
-    def stop(self) -> None:
-        if self._owner == os.getpid():
-            self._end()
+    def forget(self) -> None:
+        """In a fork: the process belongs to the parent, whose threads may hold the lock."""
+        self._lock, self._child = threading.Lock(), None
 
-    def _end(self) -> None:
+    def stop(self) -> None:
+        """Ends the process, if there is one."""
         child, self._child = self._child, None
         if child is None:
             return
@@ -171,9 +170,8 @@ class _Process:
                     stream.close()
         child.wait()
 
-    def _died(self) -> Failure:
-        child, self._child = self._child, None
-        status = 0 if child is None else child.wait()
+    def _died(self, child: subprocess.Popen[bytes]) -> Failure:
+        self._child, status = None, child.wait()
         if status == -signal.SIGPROF:
             return Failure(f"it takes more than {self._seconds} second(s), so it may never end", exceeds=True)
         reason = f"the process that renders it ended with status {status}, as it does without memory"
@@ -181,3 +179,4 @@ class _Process:
 
 
 _process = _Process()
+os.register_at_fork(after_in_child=_process.forget)

@@ -1,7 +1,6 @@
 """Chat templates are code of strangers: each rendering has limits, wherever the template spends them."""
 
 import datetime
-import os
 import signal
 import threading
 import time
@@ -113,7 +112,7 @@ def test_ctrl_c_ends_a_rendering_at_once():
     assert render("{{ 1 }}", [Conversation(HELLO)]) == [Rendering("1", [])]
 
 
-def test_threads_and_forks_get_their_own_answers():
+def test_threads_forks_and_who_comes_after_a_killed_process_get_their_answers():
     found: dict[int, str] = {}
 
     def ask(n: int) -> None:
@@ -129,12 +128,16 @@ def test_threads_and_forks_get_their_own_answers():
         thread.join()
     assert found == {n: str(n) for n in range(4)}
     process = chat_rendering._process
-    owner, process._owner = process._owner, os.getpid() + 1  # as in a fork
-    kept = process._child
+    parents = process._child
+    assert parents is not None
+    process.forget()  # as in a fork
     ask(9)
-    assert process._child is not kept
-    assert kept is not None
-    assert kept.poll() is None  # the other process keeps its own
-    kept.kill()
-    kept.wait()
-    assert owner == process._owner
+    assert process._child is not parents
+    assert parents.poll() is None
+    parents.kill()
+    parents.wait()
+    assert process._child is not None
+    process._child.kill()
+    process._child.wait()
+    ask(10)
+    assert found[10] == "10"
