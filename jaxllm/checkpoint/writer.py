@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from jaxllm.checkpoint.integrity import write_sums
 from jaxllm.checkpoint.retention import CheckpointConfig
-from jaxllm.checkpoint.store import FACTS, checkpoints, short_reason, silence_orbax
+from jaxllm.checkpoint.store import FACTS, checkpoints, named_checkpoint, short_reason, silence_orbax
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.host_memory import copied_on_host, waits_on_host
@@ -141,8 +141,8 @@ class CheckpointWriter:
             self._point("best", best)
         elif self._config.best is None:
             pointer.unlink(missing_ok=True)
-        elif pointer.exists():
-            best = int(pointer.read_text())
+        elif (named := named_checkpoint(pointer)) is not None:
+            best = named.step
         return best
 
     def _steps(self) -> list[int]:

@@ -172,6 +172,16 @@ def test_the_best_stays_where_its_value_is_forgotten(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"4", "latest"}
 
 
+@pytest.mark.parametrize("held", [b"", b"\xff\xfe", b"x\n", b"9\n"], ids=str)
+def test_a_damaged_best_names_none(held, tmp_path):
+    """Its value is forgotten too, so that nothing tells which it was."""
+    write(tmp_path, {1: 1.0, 2: 2.0}, keep=2)
+    (tmp_path / "best").write_bytes(held)
+    with closing(CheckpointWriter(tmp_path, CheckpointConfig(every=1, keep=1, best="eval/a/loss"))) as writer:
+        writer.save(3, state_of(3), {}, {})
+    assert kept(tmp_path) == [3]
+
+
 def test_names_of_checkpoints(copy):
     (copy / "best").write_text("2\n")
     found = {name: named_checkpoint(copy / name) for name in ("1", "latest", "best", "4", "newest")}
