@@ -132,6 +132,6 @@ def on_layout(lm: LM, layout: Layout, params: dict[str, Any]) -> tuple[LM, dict[
 
     def place(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         pads = [(0, size - old) for size, old in zip(wanted.shape, leaf.shape, strict=True)]
-        return jax.device_put(np.pad(np.asarray(leaf), pads), wanted.sharding)
+        return jax.device_put(np.pad(np.asarray(leaf), pads) if pads else leaf, wanted.sharding)
 
     return moved, jax.tree.map(place, params, moved.abstract())

@@ -29,8 +29,8 @@ from jaxllm.nn.attention import VIRTUAL
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition, Context
 from jaxllm.nn.dropout import Dropout
-from jaxllm.nn.embed import TOKEN_IDS, TOKEN_ROWS, Embed
-from jaxllm.nn.linear import Head, project
+from jaxllm.nn.embed import Embed, tied_logits
+from jaxllm.nn.linear import Head
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective, loss_chunks, token_losses
 from jaxllm.nn.norm import RMSNorm
 from jaxllm.nn.prefix import FOLDER, projected_prefix
@@ -136,12 +136,13 @@ class ExtraLeaf:
     """A parameter that an adapter adds to a model.
 
     axes: the logical names of its axes. draw: its value at the start, of a key and of the model's own parameters.
-    frozen: whether it never trains.
+    frozen: whether it never trains. vocab_axis: the dimension that is as long as the vocabulary in memory.
     """
 
     axes: tuple[str | None, ...]
     draw: Callable[[jax.Array, Params], jax.Array]
     frozen: bool = False
+    vocab_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ class LM:
         if self.vocab_padded == self.config.vocab_size:
             return {}
         axes = {"embed/table": 0} if self.config.tie_word_embeddings else {"embed/table": 0, "head/kernel": 1}
+        axes |= {path: leaf.vocab_axis for path, leaf in self.extra.items() if leaf.vocab_axis is not None}
         return {path: (axis, self.config.vocab_size) for path, axis in axes.items()}
 
     def _init_boxed(self, key: jax.Array) -> Params:
@@ -349,10 +351,7 @@ class LM:
         """`[B, T, D]` → logits `[B, T, padded V]` in at least float32; those of the padding are −inf."""
         x = _apply(self._norm, params["norm"], x)
         if self.config.tie_word_embeddings:
-            z = project(x, params["embed"]["table"].T)
-            if TOKEN_ROWS in params["embed"]:
-                own = project(x, params["embed"][TOKEN_ROWS].T)
-                z = z.at[..., params["embed"][TOKEN_IDS]].set(own)
+            z = tied_logits(x, params["embed"])
         else:
             module = Head(self.vocab_padded, self.config.initializer_range)
             z = _apply(module, params["head"], x)

@@ -1,5 +1,7 @@
 """Token embeddings."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ from jax.typing import DTypeLike
 
 from jaxllm.core.mesh import Layout
 from jaxllm.nn.chunks import chunks_of, in_chunks, joined
+from jaxllm.nn.linear import ADAPTER, project, with_low_rank
 from jaxllm.nn.parameter import parameter
 from jaxllm.nn.prompt import virtual_tokens
 
@@ -18,7 +21,8 @@ class Embed(nn.Module):
 
     Of an adapter it applies the leaves that it finds, and makes none: `prompt` `[n, D]`, embeddings of n virtual tokens
     that stand in front of every row; with `prompt_encoder` besides, they are what that makes of them; `token_rows`
-    `[k, D]`, which stand in the place of the rows `token_ids` `[k]` of the table.
+    `[k, D]`, which stand in the place of the rows `token_ids` `[k]` of the table; the leaves `lora_…` of `nn.linear`,
+    of which the table is the kernel `[vocab, D]`.
     """
 
     vocab_size: int
@@ -33,6 +37,13 @@ class Embed(nn.Module):
         normal = nn.initializers.normal(self.stddev)
         table = parameter(self, "table", normal, ("vocab", "vocab_embed"), (self.vocab_size, self.features))
         x = _rows(table, tokens, layout).astype(self.dtype)
+        adapter = {name: self.get_variable("params", name) for name in ADAPTER if self.has_variable("params", name)}
+        if "lora_a" in adapter:
+
+            def look_up(tokens: jax.Array, table: jax.Array) -> jax.Array:
+                return _rows(table, tokens, layout).astype(self.dtype)
+
+            x = with_low_rank(x, tokens, table, adapter, look_up)
         if self.has_variable("params", TOKEN_ROWS):
             same = tokens[..., None] == self.get_variable("params", TOKEN_IDS)
             rows = self.get_variable("params", TOKEN_ROWS).astype(self.dtype)
@@ -43,6 +54,17 @@ class Embed(nn.Module):
             prompt = virtual_tokens(self.get_variable("params", "prompt"), encoder).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(prompt, (len(x), *prompt.shape)), x], axis=1)
         return layout.constrain(x, "batch", "act_length", "act_embed")
+
+
+def tied_logits(x: jax.Array, embed: Mapping[str, jax.Array]) -> jax.Array:
+    """`[..., D]` → `[..., vocab]` in at least float32: the logits of a head that is the table of the embedding `embed`,
+    with the leaves of its adapter."""
+    z = project(x, embed["table"].T)
+    if "lora_a" in embed:
+        z += project(project(x, embed["lora_b"].T).astype(x.dtype), embed["lora_a"].T) * embed["lora_scale"]
+    if TOKEN_ROWS in embed:
+        z = z.at[..., embed[TOKEN_IDS]].set(project(x, embed[TOKEN_ROWS].T))
+    return z
 
 
 def _rows(table: jax.Array, tokens: jax.Array, layout: Layout) -> jax.Array:

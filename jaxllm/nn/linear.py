@@ -139,9 +139,11 @@ def _low_rank_sum(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Ar
 
 
 def _column_factors(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
-    """lora_magnitude over the norms of the columns; 1 in a layer that the adapter leaves alone, whose scale is 0."""
+    """lora_magnitude over the norms of the columns; 1 for those of zeros, and in a layer that the adapter leaves alone,
+    whose scale is 0."""
     norms = jax.lax.stop_gradient(jnp.linalg.norm(_low_rank_sum(kernel, adapter), axis=0))
-    return jnp.where(adapter["lora_scale"] == 0, 1, adapter["lora_magnitude"] / norms)
+    alone = (adapter["lora_scale"] == 0) | (norms == 0)  # columns of zeros pad the vocabulary
+    return jnp.where(alone, 1, adapter["lora_magnitude"] / jnp.where(alone, 1, norms))
 
 
 def _ia3_factor(name: str, adapter: Mapping[str, jax.Array]) -> jax.Array:
@@ -149,7 +151,10 @@ def _ia3_factor(name: str, adapter: Mapping[str, jax.Array]) -> jax.Array:
 
 
 class Head(nn.Module):
-    """The output matrix `[in, vocab]` of an untied model: logits in at least float32."""
+    """The output matrix `[in, vocab]` of an untied model: logits in at least float32.
+
+    It applies the leaves `lora_…` of an adapter as `Linear` does, without dropout.
+    """
 
     vocab_size: int
     stddev: float
@@ -159,7 +164,26 @@ class Head(nn.Module):
         """`[..., in]` → `[..., vocab]`."""
         shape = (x.shape[-1], self.vocab_size)
         normal = nn.initializers.normal(self.stddev)
-        return project(x, parameter(self, "kernel", normal, ("vocab_embed", "vocab"), shape))
+        kernel = parameter(self, "kernel", normal, ("vocab_embed", "vocab"), shape)
+        adapter = {name: self.get_variable("params", name) for name in ADAPTER if self.has_variable("params", name)}
+        z = project(x, kernel)
+        return with_low_rank(z, x, kernel, adapter, project) if "lora_a" in adapter else z
+
+
+def with_low_rank(
+    y: jax.Array,
+    x: jax.Array,
+    kernel: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """y, the product of x and `kernel`, with what the matrices of low rank do to it.
+
+    product: of x and a matrix `[in, n]`, which for an embedding looks up its rows.
+    """
+    a, b = _halves(adapter)
+    y += multiply(product(x, a), b.astype(y.dtype), y.dtype) * adapter["lora_scale"].astype(y.dtype)
+    return y * _column_factors(kernel, adapter).astype(y.dtype) if "lora_magnitude" in adapter else y
 
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:

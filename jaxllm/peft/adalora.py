@@ -171,7 +171,7 @@ class AdaLora(LowRank):
         return found
 
     def computes(self, lm: LM) -> Any:
-        return self.target_layers(lm), self._scale, self.init_r, self.whole(lm)
+        return self.target_layers(lm), self._scale, self.init_r, self.whole(lm), self.held(lm)
 
     def finished(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> AdapterConfig:
         left = {

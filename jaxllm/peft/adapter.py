@@ -1,7 +1,7 @@
 """An adapter that HF PEFT, or a run, has written: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +12,20 @@ from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
 from jaxllm.hf.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_weights
-from jaxllm.hf.weights import weight_table
+from jaxllm.hf.weights import Entry, weight_table
 from jaxllm.models.base import LM
 from jaxllm.peft.adapter_config import read_adapter_config
 from jaxllm.peft.base import PeftConfig
 from jaxllm.peft.files import PREFIX, AdapterConfig, StoredAdapter
 from jaxllm.peft.merge import merge
+from jaxllm.peft.targets import Targeted
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter in `folder`.
 
-    ties: whether a head that is the embedding stays that where the embedding trains. tensors: by their names.
+    ties: whether a head that is the embedding stays that where the adapter changes it. tensors: by their names.
     """
 
     folder: Path
@@ -47,50 +48,70 @@ class Adapter:
 
         Raises UserError for an adapter of another model.
         """
+        file = self.folder / ADAPTER_CONFIG
         try:
-            lm, left = self.method.add(lm), dict(self.tensors)
-            whole = self.method.whole(lm)
-            saved = self.method.saved(lm)
+            lm = self.method.add(lm)
+            whole, held, ties = self.method.whole(lm), self.method.held(lm), self.method.changes_tied(lm)
         except UserError as error:
-            raise UserError(f"{self.folder / ADAPTER_CONFIG}, for this model: {error}") from error
-        if lm.config.tie_word_embeddings and "embed_tokens" in saved and not self.ties:
+            raise UserError(f"{file}, for this model: {error}") from error
+        if ties and not self.ties:
             raise UserError(
-                f"{self.folder / ADAPTER_CONFIG}: modules_to_save has the embedding without ensure_weight_tying, so "
-                "that the model's head keeps the old one, which is not implemented; train it with"
-                " ensure_weight_tying=True"
+                f"{file}: changes the embedding without ensure_weight_tying, so that the model's head, which is the "
+                "embedding, keeps the old one; that is not implemented. Train it with ensure_weight_tying=True, or "
+                "from a model that is saved with tie_word_embeddings false and a lm_head.weight of its own"
             )
-        shapes = tree.flatten(lm.abstract())
-        found = self.method.leaves(lm, lambda name, shape: self._take(name, shape, left))
-        for entry in weight_table(lm):
-            if entry.path in whole:
-                stack = found.setdefault(entry.path, np.zeros(shapes[entry.path].shape, shapes[entry.path].dtype))
-                out = stack if entry.layer is None else stack[entry.layer]
-                tensor, *others = (self._take(PREFIX + name, entry.shape, left) for name in entry.names)
-                if any(not np.array_equal(tensor, other) for other in others):
-                    raise UserError(
-                        f"{self.folder / ADAPTER_WEIGHTS}: {' and '.join(entry.names)} differ, and are one in the model"
-                    )
-                value = entry.rule.operation.read(tensor)
-                out[tuple(slice(size) for size in value.shape)] = value
-        if left:
-            raise UserError(
-                f"{self.folder / ADAPTER_WEIGHTS}: holds {len(left)} tensors that {ADAPTER_CONFIG} does not ask for of "
-                f"this model, first {next(iter(left))!r}; take the base model that the adapter was made for"
-            )
+        shapes, left = tree.flatten(lm.abstract()), dict(self.tensors)
+        try:
+            found = self.method.leaves(lm, lambda name, shape: _take(name, shape, left))
+            for entry in weight_table(lm):
+                names = [PREFIX + name for name in entry.names]
+                if entry.path in held:  # of which HF PEFT writes those that it has changed
+                    names = [name for name in names if name in left]
+                elif entry.path not in whole:
+                    continue
+                if names:
+                    stack = found.setdefault(entry.path, np.zeros(shapes[entry.path].shape, shapes[entry.path].dtype))
+                    value = entry.rule.operation.read(_take_one(names, entry, left))
+                    out = stack if entry.layer is None else stack[entry.layer]
+                    out[tuple(slice(size) for size in value.shape)] = value
+            if left:
+                raise UserError(
+                    f"holds {len(left)} tensors that {ADAPTER_CONFIG} does not ask for of this model, first "
+                    f"{next(iter(left))!r}; take the base model that the adapter was made for"
+                )
+        except UserError as error:
+            raise UserError(f"{self.folder / ADAPTER_WEIGHTS}: {error}") from error
         fixed = {path: leaf.draw(jax.random.key(0), {}) for path, leaf in lm.extra.items() if path not in found}
         return {path: jax.device_put(leaf, shapes[path].sharding) for path, leaf in {**found, **fixed}.items()}
 
-    def _take(self, name: str, shape: tuple[int, ...], left: dict[str, np.ndarray]) -> np.ndarray:
-        tensor = left.pop(name, None)
-        file = self.folder / ADAPTER_WEIGHTS
-        if tensor is None:
-            raise UserError(f"{file}: lacks {name}, which {ADAPTER_CONFIG} asks for of this model")
-        if tensor.shape != shape:
+
+def _take(name: str, shape: tuple[int, ...], left: dict[str, np.ndarray]) -> np.ndarray:
+    tensor = left.pop(name, None)
+    if tensor is None:
+        raise UserError(f"lacks {name}, which {ADAPTER_CONFIG} asks for of this model")
+    if tensor.shape != shape:
+        raise UserError(
+            f"{name} has the shape {[*tensor.shape]}, and for this model it is {[*shape]}; take the base model that "
+            "the adapter was made for"
+        )
+    return tensor
+
+
+def _take_one(names: Sequence[str], entry: Entry, left: dict[str, np.ndarray]) -> np.ndarray:
+    """The parameter's tensor, which each of `names` is."""
+    tensor = left.get(names[0])
+    if entry.rule.vocab_axis is not None and tensor is not None and tensor.shape[1:] == entry.shape[1:]:
+        rows, of_model = len(tensor), entry.shape[0]
+        if rows != of_model:
             raise UserError(
-                f"{file}: {name} has the shape {[*tensor.shape]}, and for this model it is {[*shape]}; take "
-                "the base model that the adapter was made for"
+                f"{names[0]} has {rows} rows, and the model's vocabulary {of_model}: it was resized before the adapter "
+                f"was trained. Resize the model too, in transformers by model.resize_token_embeddings({rows}), save it "
+                "with the adapter's tokenizer, and give that folder as the model"
             )
-        return tensor
+    tensor, *others = (_take(name, entry.shape, left) for name in names)
+    if any(not np.array_equal(tensor, other) for other in others):
+        raise UserError(f"{' and '.join(names)} differ, and are one in the model")
+    return tensor
 
 
 def with_adapter(
@@ -132,8 +153,10 @@ def read_adapter(folder: str | Path) -> Adapter:
         named = ", ".join(sorted(str(inner.parent) for inner in folder.glob(f"*/{ADAPTER_CONFIG}")))
         remedy = f"it has those of {named}" if named else "give the folder of an adapter, such as <run>/export/adapter"
         raise UserError(f"{folder}: has no {ADAPTER_CONFIG}; {remedy}")
-    method, ties = read_adapter_config(file)
-    return Adapter(folder, method, ties, _read_tensors(folder))
+    (method, ties), tensors = read_adapter_config(file), _read_tensors(folder)
+    if isinstance(method, Targeted):
+        method = method.model_copy(update={"save_embedding_layers": method.holds_embeddings(tensors)})
+    return Adapter(folder, method, ties, tensors)
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -143,4 +166,12 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     with open_weights(file) as weights:
         names = sorted(weights.keys())
         tensors = {name: weights.get_tensor(name) for name in names}
-    return {re.sub(r"\.base_layer(?=\.bias$)", "", name): tensors[name] for name in names}
+    tensors = {re.sub(r"(\.token_adapter)?\.base_layer(?=\.(bias|weight)$)", "", name): tensors[name] for name in names}
+    # Where the embeddings are asked for too, HF PEFT also writes what a module of modules_to_save was before, and the
+    # rows of tokens a second time, beside the head that reads them too.
+    again = {name: re.sub(r"\.(original_module|modules_to_save)(?=\.\w+$)", "", name) for name in tensors}
+    tensors = {name: tensor for name, tensor in tensors.items() if again[name] == name or again[name] not in tensors}
+    rows = [name for name in tensors if name.endswith(".token_adapter.trainable_tokens_delta")]
+    if len(rows) == 2 and np.array_equal(*(tensors[name] for name in rows)):
+        tensors.pop(f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta", None)
+    return tensors

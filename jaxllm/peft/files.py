@@ -87,15 +87,20 @@ class AdapterConfig(PeftConfig):
         del lm
         return set()
 
-    def saved(self, lm: LM) -> tuple[str, ...]:
-        """The modules that the files hold as a whole."""
-        del lm
-        return ()
-
-    def adapted(self, lm: LM) -> set[str]:
-        """The names of the modules with an adapter."""
+    def held(self, lm: LM) -> set[str]:
+        """The paths of the model's own parameters that do not train, and are in the files all the same."""
         del lm
         return set()
+
+    def wrapped(self, lm: LM) -> dict[str, str]:
+        """By the names of the modules that have an adapter, what HF PEFT puts between such a name and `.weight`."""
+        del lm
+        return {}
+
+    def changes_tied(self, lm: LM) -> bool:
+        """Whether it changes an embedding that is the head too."""
+        del lm
+        return False
 
     def mask(self, lm: LM) -> Any:
         chosen = self.whole(lm)
@@ -120,7 +125,7 @@ class AdapterConfig(PeftConfig):
 
     def export(self, lm: LM, params: Params, folder: Path, *, model_folder: Path, base: str | None) -> None:
         """Writes the adapter in the files of HF PEFT; an older one in `folder` is replaced."""
-        leaves, whole, adapted = tree.flatten(params), self.whole(lm), self.adapted(lm)
+        leaves, whole, wrapped = tree.flatten(params), self.whole(lm) | self.held(lm), self.wrapped(lm)
         extra = {path: on_host(lm, leaves[path]) for path in lm.extra}
         finished = self.finished(lm, extra)
         tensors = finished.tensors(lm, extra)
@@ -129,7 +134,7 @@ class AdapterConfig(PeftConfig):
                 tensor = gather(lm, leaves[entry.path], entry)
                 for name in entry.names:
                     module, _, kind = name.rpartition(".")
-                    tensors[f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{kind}"] = tensor
+                    tensors[f"{PREFIX}{module}{wrapped.get(module, '')}.{kind}"] = tensor
         content = {
             "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
@@ -156,16 +161,21 @@ class AdapterOfParts(StoredAdapter):
 
     @abstractmethod
     def parts(self, lm: LM) -> list[Part]:
-        """Every tensor of the files but those of `whole`, for `lm`, a result of `add`."""
+        """Every tensor of the files but those of `whole` and `held`, for `lm`, a result of `add`. Of two with the same
+        path and place, the files have both, and they are equal."""
 
     def tensors(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {part.name: part.write(leaves[part.path]) for part in self.parts(lm)}
 
     def leaves(self, lm: LM, take: Take) -> dict[str, np.ndarray]:
-        shapes, found = tree.flatten(lm.abstract()), dict[str, np.ndarray]()
+        shapes, found, twins = tree.flatten(lm.abstract()), dict[str, np.ndarray](), dict[tuple[str, str], Part]()
         for part in self.parts(lm):
             shape, tensor = shapes[part.path], take(part.name, part.shape)
-            part.read(tensor, found.setdefault(part.path, np.zeros(shape.shape, shape.dtype)))
+            leaf = found.setdefault(part.path, np.zeros(shape.shape, shape.dtype))
+            twin = twins.setdefault((part.path, str(part.place)), part)
+            if twin is not part and not np.array_equal(part.write(leaf), tensor.astype(leaf.dtype)):
+                raise UserError(f"{part.name} and {twin.name} differ, and are one where the head is the embedding")
+            part.read(tensor, leaf)
         return found
 
 

@@ -76,7 +76,7 @@ class Ia3(Targeted):
 
     def computes(self, lm: LM) -> Any:
         targets = self.target_layers(lm)
-        return [(*target, self._on_input(*target)) for target in targets], self.whole(lm)
+        return [(*target, self._on_input(*target)) for target in targets], self.whole(lm), self.held(lm)
 
     def _on_input(self, module: Module, layers: tuple[bool, ...]) -> bool:
         """Whether the inputs of the matrix are multiplied. Raises UserError if some layers' are and others' not."""

@@ -14,7 +14,7 @@ from jaxllm.models.base import LM
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, Part
 from jaxllm.peft.low_rank import START, LowRank, Positive, Rank, Target
-from jaxllm.peft.modules import Module, is_named
+from jaxllm.peft.modules import Module, is_named, modules
 from jaxllm.peft.patterns import ExpressionError, check, matching
 from jaxllm.peft.targets import shown
 from jaxllm.peft.tokens import token_leaves, token_part
@@ -48,6 +48,7 @@ class Lora(LowRank):
     """ids of tokens whose embeddings train besides, such as new ones; the rest of the embedding does not"""
 
     peft_type: ClassVar[str] = "LORA"
+    adapts_outer: ClassVar[bool] = True
     described: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "use_rslora", "use_dora", "bias", "target_modules", "layers_to_transform"),
         *("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
@@ -117,10 +118,30 @@ class Lora(LowRank):
         return saved
 
     def add(self, lm: LM) -> LM:
-        extra = [target.leaves(lm, self.use_dora, self.init_lora_weights == "pissa") for target in self.targets(lm)]
+        targets = self.targets(lm)
+        for target in targets:
+            if target.module.is_outer:
+                self._check_outer(target.module)
+        extra = [target.leaves(lm, self.use_dora, self.init_lora_weights == "pissa") for target in targets]
         if self.trainable_token_indices:
             extra.append(token_leaves(lm, self.trainable_token_indices))
         return replace(lm, extra={**lm.extra, **reduce(dict.__or__, extra)}, adapter_dropout=self.lora_dropout)
+
+    def _check_outer(self, module: Module) -> None:
+        """Raises UserError where an adapter of the embedding or the head does not go with another setting."""
+        means = f"target_modules means {module.short}"
+        if module.is_embedding and self.trainable_token_indices:
+            raise UserError(f"peft.{means}, and trainable_token_indices rows of it; remove one of them")
+        if module.alias and self.use_dora:
+            raise UserError(
+                f"peft.{means}, which is the head too, and use_dora gives each norms of its own; set use_dora to "
+                f"false, or leave {module.short} out"
+            )
+        if self.lora_dropout and (module.alias or not module.is_embedding):
+            raise UserError(
+                f"peft.lora_dropout is {self.lora_dropout}, which is not implemented for the head, and {means}"
+                f"{', which is the head too' if module.alias else ''}; set lora_dropout to 0, or leave it out"
+            )
 
     def rates(self) -> Mapping[str, float]:
         return {} if self.loraplus_lr_ratio == 1 else {"*/lora_b": self.loraplus_lr_ratio}
@@ -142,8 +163,13 @@ class Lora(LowRank):
             tensors[whole] = np.concatenate(halves, axis=0 if whole.endswith("lora_A.weight") else 1)
         return tensors
 
+    def wrapped(self, lm: LM) -> dict[str, str]:
+        embedding = next(module for module in modules(lm) if module.is_embedding)
+        names = filter(None, (embedding.names[0], embedding.alias)) if self.trainable_token_indices else ()
+        return {**super().wrapped(lm), **dict.fromkeys(names, ".token_adapter.base_layer")}
+
     def computes(self, lm: LM) -> Any:
-        how = (self.use_dora, self.init_lora_weights, self.trainable_token_indices)
+        how = (self.use_dora, self.init_lora_weights, self.trainable_token_indices, self.held(lm))
         return self.targets(lm), how, self.whole(lm)
 
     def targets(self, lm: LM) -> list[Target]:

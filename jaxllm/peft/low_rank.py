@@ -7,7 +7,7 @@ gradients are; a layer without an adapter has the scale 0.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -29,6 +29,8 @@ from jaxllm.peft.targets import ALL_LINEAR, Targeted, shown
 Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 # Above the width of any matrix it is for.
 Rank = Annotated[int, Field(ge=1, le=2**16)]
+
+Draw = Callable[[jax.Array, Params], jax.Array]
 
 # The leaves that a matrix may be stored in.
 MATRIX = ("kernel", *STORED)
@@ -61,9 +63,12 @@ class LowRank(Targeted):
         layers = raw.get("layers_to_transform")
         return super().section({**raw, "layers_to_transform": [layers] if type(layers) is int else layers})
 
-    def is_in_layer(self, name: str, layer: int | None) -> bool:
-        # As in HF PEFT: no layers mean all, and a whole name means its matrix, whatever the layers are.
-        return not self.layers_to_transform or layer in self.layers_to_transform or name in self.target_modules
+    def is_in_layer(self, module: Module, layer: int) -> bool:
+        # As in HF PEFT: no layers mean all, and a whole name means its matrix, whatever the layers are, as does the
+        # name of an embedding that is the head too.
+        if not self.layers_to_transform or module.names[layer] in self.target_modules or module.alias:
+            return True
+        return module.stacked and layer in self.layers_to_transform
 
     def target_layers(self, lm: LM) -> list[tuple[Module, tuple[bool, ...]]]:
         count = lm.config.num_hidden_layers
@@ -92,13 +97,17 @@ class LowRank(Targeted):
         return {
             **super().description(lm),
             "lora_dropout": self.lora_dropout,
-            "ensure_weight_tying": lm.config.tie_word_embeddings and "embed_tokens" in self.saved(lm),
+            "ensure_weight_tying": self.changes_tied(lm),
         }
 
 
 @dataclass(frozen=True)
 class Target:
-    """A matrix with an adapter: the rank and the scale of each layer, 0 in layers without one."""
+    """A matrix with an adapter: the rank and the scale of each layer, 0 in layers without one.
+
+    The embedding and the head, which are in no layer, have one of each; `parts` and `leaves` then have no axis of
+    layers.
+    """
 
     module: Module
     ranks: tuple[int, ...]
@@ -107,70 +116,110 @@ class Target:
     def leaves(self, lm: LM, magnitude: bool, principal: bool = False) -> dict[str, ExtraLeaf]:
         """The leaves of the adapter, by their paths; with that of DoRA if `magnitude`, with those of PiSSA if
         `principal`."""
-        path = self.module.path
+        path, in_table = self.module.path, self.module.is_embedding
         kernel = tree.at(lm.abstract(), path)
-        _, width, out = kernel.shape
-        layers, of_input, of_output = tree.at(lm.axes(), path)
+        width, out = kernel.shape[-2:]
+        *layers, of_input, of_output = tree.at(lm.axes(), path)
         dtype, most = at_least_float32(kernel.dtype), max(self.ranks)
         ranks, scales = jnp.array(self.ranks), jnp.array(self.scales, dtype)
+        if principal and in_table:
+            raise UserError(
+                f"peft.init_lora_weights is pissa, whose start HF peft has for linear layers alone, and target_modules "
+                f"means {self.module.short}; leave it out, or set init_lora_weights to true"
+            )
         if principal and most > min(width, out):
             raise UserError(
                 f"peft.init_lora_weights is pissa, and the rank {most} of {self.module.short} is above "
                 f"{min(width, out)}, that of the matrix; set r to that at the most"
             )
 
-        def a(key: jax.Array, _: Params) -> jax.Array:
+        def a(key: jax.Array, params: Params) -> jax.Array:
+            if in_table:  # as in HF PEFT, where it is lora_b that is drawn
+                return jnp.zeros((1, len(tree.at(params, path)), most), dtype)
             # torch's default of a linear layer (Kaiming's uniform with a = √5), as in HF PEFT
             bound = 1 / math.sqrt(width)
             drawn = jax.random.uniform(key, (len(self.ranks), width, most), dtype, -bound, bound)
             return jnp.where(jnp.arange(most) < ranks[:, None, None], drawn, 0)
 
+        def b(key: jax.Array, params: Params) -> jax.Array:
+            if in_table:
+                return jax.random.normal(key, (1, most, out), dtype)
+            columns = tree.at(params, path).shape[-1] if self.module.is_outer else out  # as the vocabulary is padded
+            return jnp.zeros((len(self.ranks), most, columns), dtype)
+
         def halves(params: Params) -> tuple[jax.Array, jax.Array]:
-            stack = tree.at(params, path).astype(dtype)
-            a, b = jax.lax.map(lambda one: principal_halves(one, most), stack)
+            a, b = jax.lax.map(
+                lambda one: principal_halves(one, most), self._stack(tree.at(params, path)).astype(dtype)
+            )
             own = jnp.arange(most) < ranks[:, None]
             root = jnp.sqrt(jnp.where(scales > 0, scales, 1))[:, None, None]
             return jnp.where(own[:, None], a / root, 0), jnp.where(own[..., None], b / root, 0)
 
         def norms(_: jax.Array, params: Params) -> jax.Array:
-            stored = {name: leaf for name, leaf in tree.at(params, self.module.folder).items() if name in MATRIX}
-            of_layers = jax.lax.map(lambda one: jnp.linalg.norm(kernel_of(one).astype(dtype), axis=0), stored)
+            folder = tree.at(params, self.module.folder)
+            stored = (
+                {"kernel": folder["table"]} if in_table else {name: folder[name] for name in MATRIX if name in folder}
+            )
+            stacks = {name: self._stack(leaf) for name, leaf in stored.items()}
+            of_layers = jax.lax.map(lambda one: jnp.linalg.norm(kernel_of(one).astype(dtype), axis=0), stacks)
             return jnp.where(ranks[:, None] > 0, of_layers, 0)
 
-        axes_a, axes_b = (layers, of_input, "rank"), (layers, "rank", of_output)
+        def leaf(axes: tuple[str | None, ...], draw: Draw, frozen: bool = False) -> ExtraLeaf:
+            vocab_axis = axes.index("vocab") if "vocab" in axes else None
+            if self.module.stacked:
+                return ExtraLeaf((*layers, *axes), draw, frozen, vocab_axis)
+            return ExtraLeaf(axes, lambda key, params: draw(key, params)[0], frozen, vocab_axis)
+
+        axes_a, axes_b = (of_input, "rank"), ("rank", of_output)
         leaves = {
-            "lora_a": ExtraLeaf(axes_a, a),
-            "lora_b": ExtraLeaf(axes_b, lambda *_: jnp.zeros((len(self.ranks), most, out), dtype)),
-            "lora_scale": ExtraLeaf((layers,), lambda *_: scales, frozen=True),
+            "lora_a": leaf(axes_a, a),
+            "lora_b": leaf(axes_b, b),
+            "lora_scale": leaf((), lambda *_: scales, frozen=True),
         }
         if principal:
             for end, frozen in (("", False), ("_start", True)):
-                leaves[f"lora_a{end}"] = ExtraLeaf(axes_a, lambda _, params: halves(params)[0], frozen)
-                leaves[f"lora_b{end}"] = ExtraLeaf(axes_b, lambda _, params: halves(params)[1], frozen)
+                leaves[f"lora_a{end}"] = leaf(axes_a, lambda _, params: halves(params)[0], frozen)
+                leaves[f"lora_b{end}"] = leaf(axes_b, lambda _, params: halves(params)[1], frozen)
         if magnitude:
-            leaves["lora_magnitude"] = ExtraLeaf((layers, of_output), norms)
+            leaves["lora_magnitude"] = leaf((of_output,), norms)
         return {f"{self.module.folder}/{name}": leaf for name, leaf in leaves.items()}
 
+    def _stack(self, leaf: jax.Array) -> jax.Array:
+        """A leaf beside the kernel with an axis of layers, which those outside of the layers have not."""
+        return leaf if self.module.stacked else leaf[None]
+
     def parts(self, lm: LM, magnitude: bool, principal: bool = False) -> Iterator[Part]:
-        """The tensors of each layer with an adapter, by the module's name; those of PiSSA's start have START."""
-        _, width, out = tree.at(lm.abstract(), self.module.path).shape
-        of_output = self.module.operation.order
+        """The tensors of each layer with an adapter, by the module's name; those of PiSSA's start have START.
+
+        Where the embedding is the head too, the files have the adapter beside both.
+        """
+        module, c = self.module, lm.config
+        width, out = tree.at(lm.abstract(), module.path).shape[-2:]
+        if module.is_embedding:
+            width = c.vocab_size
+        elif module.is_outer:
+            out = c.vocab_size
+        rows, columns, of_output = slice(width), slice(out), module.operation.order
+        of_a, of_b = (f"lora_{'embedding_' if module.is_embedding else ''}{name}" for name in "AB")
+        weight = "" if module.is_embedding else ".weight"
         for i, rank in enumerate(self.ranks):
             if not rank:
                 continue
-            ends = {"": ("lora_A.weight", "lora_B.weight")}
+            layer, name = (i,) if module.stacked else (), module.names[i]
+            ends = {"": (of_a + weight, of_b + weight)}
             if principal:
-                ends["_start"] = (f"lora_A{START}", f"lora_B{START}")
-            for end, (of_a, of_b) in ends.items():
-                for leaf, place, name, shape, order in (
-                    ("lora_a", (i, slice(None), slice(rank)), of_a, (rank, width), None),
-                    ("lora_b", (i, slice(rank)), of_b, (out, rank), of_output),
-                ):
-                    path = f"{self.module.folder}/{leaf}{end}"
-                    yield Part(path, place, f"{self.module.names[i]}.{name}", shape, True, order)
+                ends["_start"] = (of_a + START, of_b + START)
+            for end, (name_a, name_b) in ends.items():
+                path_a, path_b = (f"{module.folder}/lora_{half}{end}" for half in "ab")
+                place_a, place_b = (*layer, rows, slice(rank)), (*layer, slice(rank), columns)
+                yield Part(path_a, place_a, f"{name}.{name_a}", (rank, width), True)
+                yield Part(path_b, place_b, f"{name}.{name_b}", (out, rank), True, of_output)
+                if module.alias:
+                    yield Part(path_b, place_b, f"{module.alias}.lora_A.weight", (rank, out))
+                    yield Part(path_a, place_a, f"{module.alias}.lora_B.weight", (width, rank))
             if magnitude:
-                name = f"{self.module.names[i]}.lora_magnitude_vector"
-                yield Part(f"{self.module.folder}/lora_magnitude", (i,), name, (out,), order=of_output)
+                path, tensor = f"{module.folder}/lora_magnitude", f"{name}.lora_magnitude_vector"
+                yield Part(path, (*layer, columns), tensor, (out,), order=of_output)
 
 
 def principal_halves(kernel: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

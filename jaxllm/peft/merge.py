@@ -1,6 +1,7 @@
 """A model without the leaves of an adapter, and with weights that do what both did."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -18,8 +19,8 @@ def merge(params: Params) -> Params:
     for path in plain:
         folder, _, kind = path.rpartition("/")
         adapter = {name: leaves[f"{folder}/{name}"] for name in ADAPTER if f"{folder}/{name}" in leaves}
-        if adapter and kind in ("kernel", "bias"):
-            plain[path] = _merged(plain[path], adapter, kind)
+        if adapter and kind in ("kernel", "table", "bias"):
+            plain[path] = _merged(plain[path], adapter, kind, path.startswith("layers/"))
     if f"embed/{TOKEN_ROWS}" in leaves:
         table, rows, ids = (leaves[f"embed/{name}"] for name in ("table", TOKEN_ROWS, TOKEN_IDS))
         replace = jax.jit(lambda *a: a[0].at[a[2]].set(a[1].astype(a[0].dtype)), out_shardings=table.sharding)
@@ -27,8 +28,11 @@ def merge(params: Params) -> Params:
     return tree.insert({}, plain)
 
 
-def _merged(leaf: jax.Array, adapter: Mapping[str, jax.Array], kind: str) -> jax.Array:
-    """`merged_kernel` or `merged_bias` of a stack of layers, one after the other."""
-    of_layer = merged_kernel if kind == "kernel" else merged_bias
-    merge = jax.jit(lambda *stacks: jax.lax.map(lambda one: of_layer(*one), stacks), out_shardings=leaf.sharding)
-    return merge(leaf, dict(adapter))
+def _merged(leaf: jax.Array, adapter: Mapping[str, jax.Array], kind: str, stacked: bool) -> jax.Array:
+    """`merged_kernel` or `merged_bias`; of a stack of layers, of one after the other."""
+    of_layer = merged_bias if kind == "bias" else merged_kernel
+
+    def of_stack(*stacks: Any) -> jax.Array:
+        return jax.lax.map(lambda one: of_layer(*one), stacks)
+
+    return jax.jit(of_stack if stacked else of_layer, out_shardings=leaf.sharding)(leaf, dict(adapter))

@@ -8,11 +8,14 @@ from pydantic import model_validator
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.models.base import LM
 from jaxllm.peft.draws import LayerDraws
-from jaxllm.peft.files import AdapterOfParts
+from jaxllm.peft.files import PREFIX, AdapterOfParts
 from jaxllm.peft.modules import Module, ends, holders, is_named, modules
 from jaxllm.peft.patterns import ExpressionError, check, matching
 
 ALL_LINEAR = "all-linear"
+
+# What the files of transformers call the embedding and the head.
+OUTER_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
 
 
 class Targeted(AdapterOfParts):
@@ -24,6 +27,9 @@ class Targeted(AdapterOfParts):
     modules_to_save: tuple[str, ...] = ()
     """modules that train as a whole, such as [lm_head, embed_tokens] or [mlp], and are in the adapter's files; as in HF
     PEFT, a name also means those that it is the end of: norm all norms of a Llama, model.norm the last one"""
+    save_embedding_layers: bool = False
+    """whether the files hold the embedding and the head besides, which do not train: of a model whose vocabulary was
+    resized before, and so is another than its base"""
     lisa: LayerDraws | None = None
     """the adapters of a few layers train at a time, as with type: lisa; default: those of all layers"""
 
@@ -51,9 +57,9 @@ class Targeted(AdapterOfParts):
                 )
         return super().mask(lm)
 
-    def is_in_layer(self, name: str, layer: int | None) -> bool:
-        """Whether the matrix of `name` in `layer` (None: in no layer) is meant, if target_modules mean it."""
-        del name, layer
+    def is_in_layer(self, module: Module, layer: int) -> bool:
+        """Whether the matrix of `layer` is meant, if target_modules mean its name."""
+        del module, layer
         return True
 
     def target_layers(self, lm: LM) -> list[tuple[Module, tuple[bool, ...]]]:
@@ -70,12 +76,13 @@ class Targeted(AdapterOfParts):
         found = list[tuple[Module, tuple[bool, ...]]]()
         for module in every:
             layers = tuple(
-                (name in left or module.alias in left) and self.is_in_layer(name, i if module.stacked else None)
+                (name in left or module.alias in left) and self.is_in_layer(module, i)
                 for i, name in enumerate(module.names)
             )
             if any(layers):
                 found.append((module, layers))
-        short = dict.fromkeys(module.short for module in every if self.adapts_outer or module.is_matrix)
+        inner_first = sorted(every, key=lambda module: module.is_outer)
+        short = dict.fromkeys(module.short for module in inner_first if self.adapts_outer or module.is_matrix)
         if not found:
             if chosen and not left:
                 self.whole(lm)  # which says what else is wrong with them
@@ -130,7 +137,17 @@ class Targeted(AdapterOfParts):
             dict.fromkeys("embed_tokens" if tied and one == "lm_head" else one for one in self.modules_to_save)
         )
 
+    def held(self, lm: LM) -> set[str]:
+        outer = {module.path for module in modules(lm) if module.is_outer}
+        return outer - self.whole(lm) if self.save_embedding_layers else set()
+
+    def holds_embeddings(self, names: Iterable[str]) -> bool:
+        """Whether the tensors `names` of a file have an embedding or a head, and not for modules_to_save."""
+        outer = {name.removeprefix(PREFIX).removesuffix(".weight") for name in names if name.endswith(OUTER_WEIGHTS)}
+        return any(not any(holder.endswith(self.modules_to_save) for holder in holders(name)) for name in outer)
+
     def adapted(self, lm: LM) -> set[str]:
+        """The names of the modules with an adapter."""
         return {
             name
             for module, layers in self.target_layers(lm)
@@ -138,10 +155,22 @@ class Targeted(AdapterOfParts):
             if chosen
         }
 
+    def wrapped(self, lm: LM) -> dict[str, str]:
+        tied = {module.alias for module, _ in self.target_layers(lm) if module.alias}
+        return dict.fromkeys(self.adapted(lm) | tied, ".base_layer")
+
+    def changes_tied(self, lm: LM) -> bool:
+        if not lm.config.tie_word_embeddings:
+            return False
+        adapts = any(module.is_embedding for module, _ in self.target_layers(lm))
+        return adapts or any(module.is_embedding and module.path in self.whole(lm) for module in modules(lm))
+
     def description(self, lm: LM) -> dict[str, Any]:
         names = self.target_modules
         if names == ALL_LINEAR:
             names = tuple(dict.fromkeys(module.short for module, _ in self.target_layers(lm)))
+        elif isinstance(names, str) and any(module.alias for module, _ in self.target_layers(lm)):
+            names = tuple(sorted(self.adapted(lm)))  # HF PEFT does not tie what an expression of whole names means
         return {
             **super().description(lm),
             "target_modules": names if isinstance(names, str) else list(names),

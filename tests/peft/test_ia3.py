@@ -76,6 +76,10 @@ def test_files_of_hf_peft_load_and_merge(tmp_path):
     ("settings", "message"),
     [
         (dict(target_modules=("c_attn",), feedforward_modules=()), "matches no matrix of the model"),
+        (
+            dict(target_modules=("lm_head",), feedforward_modules=()),
+            "means lm_head, which is in no layer",
+        ),
         (dict(feedforward_modules=("up_proj",)), "has 'up_proj', which target_modules has not"),
         (dict(feedforward_modules=r".*layers\.0\..*"), "means k_proj in some of its layers only"),
         (dict(target_modules="(q_proj"), "no regular expression"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from adapters import TOKENS, TOLERANCE, dear, logits, model, torch_logits
 from families import transformers_model
+from safetensors.numpy import load_file, save_file
 from whole_runs import train, workplace
 
 import jaxllm
@@ -52,6 +53,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "token rows": dict(r=2, target_modules=("q_proj",), modules_to_save=("lm_head",), trainable_token_indices=ROWS),
     "tied token rows": dict(r=2, target_modules=("q_proj",), use_dora=True, trainable_token_indices=ROWS),
     "norms": dict(r=2, target_modules=("q_proj",), modules_to_save=("norm",)),
+    "embedding and head": dict(r=2, target_modules=("q_proj", "embed_tokens", "lm_head"), use_dora=True, bias="all"),
+    "head with pissa": dict(r=2, target_modules=("q_proj", "lm_head"), init_lora_weights="pissa"),
+    "tied head": dict(r=2, target_modules=".*q_proj|lm_head", save_embedding_layers=True),
     "biases of the adapted": dict(r=2, target_modules=("q_proj",), bias="lora_only"),
 }
 
@@ -65,7 +69,7 @@ def trained(lm: LM, base: Params, method: Lora) -> Params:
     def moved(path: str, leaf: jax.Array) -> jax.Array:
         folder, _, name = path.rpartition("/")
         new = leaf + 0.15 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-        if name in ("lora_a", "lora_b", "lora_magnitude"):
+        if name in ("lora_a", "lora_b", "lora_magnitude") and path.startswith("layers/"):
             has_rank = leaves[f"{folder}/lora_a"][:, 0] != 0
             own = {
                 "lora_a": has_rank[:, None],
@@ -79,7 +83,8 @@ def trained(lm: LM, base: Params, method: Lora) -> Params:
 
 
 @pytest.mark.parametrize(
-    "variant", dear(VARIANTS, "some layers", "patterns", "modules to save", "norms", "tied", "tied token rows")
+    "variant",
+    dear(VARIANTS, "some layers", "patterns", "modules to save", "norms", "tied", "tied token rows", "tied head"),
 )
 def test_its_files_load_in_hf_peft_and_come_back(variant, tmp_path):
     """And at the start it changes nothing; and what it has become can be merged."""
@@ -94,9 +99,9 @@ def test_its_files_load_in_hf_peft_and_come_back(variant, tmp_path):
         transformers_model(lm.config, base, tmp_path / "base"), tmp_path / "adapter"
     )
     np.testing.assert_allclose(ours, torch_logits(theirs), atol=TOLERANCE)
-    if variant == "pissa":  # comes back as the plain adapter of twice the rank that it is in the files
+    if "pissa" in variant:  # comes back as the plain adapter of twice the rank that it is in the files
         again = read_adapter(tmp_path / "adapter").method
-        assert (again.r, again.init_lora_weights) == (6, True)
+        assert (again.r, again.init_lora_weights) == (2 * method.r, True)
         back = with_adapter(tmp_path / "adapter", lm, lambda: base, again)()
         np.testing.assert_allclose(logits(again.add(lm), back), ours, atol=TOLERANCE)
     else:
@@ -132,26 +137,48 @@ SAVED: dict[str, dict[str, Any]] = {
     ),
     "token rows": dict(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [*ROWS]}),
     "tied token rows": dict(r=2, target_modules=["q_proj"], trainable_token_indices=[*ROWS]),
+    "embedding and head": dict(
+        r=2,
+        target_modules=["q_proj", "embed_tokens", "lm_head"],
+        layers_to_transform=[0],
+        rank_pattern={"lm_head": 3},
+        use_rslora=True,
+    ),
+    "tied head": dict(r=2, lora_alpha=0.2, target_modules=["q_proj", "lm_head"], ensure_weight_tying=True),
+    "saved embeddings": dict(r=2, target_modules=["q_proj"], save=True),
+    "tied and saved with rows": dict(r=2, target_modules=["v_proj"], trainable_token_indices=[*ROWS], save=True),
+    "saved beside whole": dict(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], save=True),
 }
 
 
-@pytest.mark.parametrize("variant", dear(SAVED, "dora", "norms", "tied", "token rows", "whole modules and names"))
+@pytest.mark.parametrize(
+    "variant", dear(SAVED, "dora", "norms", "tied", "token rows", "whole modules and names", "embedding and head")
+)
 def test_files_of_hf_peft_load_and_merge(variant, tmp_path, shared):
     lm, base = model(tie_word_embeddings=variant.startswith("tied"), num_attention_heads=8, num_key_value_heads=2)
     module = transformers_model(lm.config, base, tmp_path / "base")
     torch.manual_seed(0)
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **SAVED[variant])
+    settings = dict(SAVED[variant])
+    saves = settings.pop("save", "auto")  # True: embeddings that are others than the base's, and do not train
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
     theirs = peft.get_peft_model(module, settings)
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
             if weight.requires_grad and "lora_A" not in name and "lora_B" not in name:
                 weight *= 1 + 0.3 * torch.rand(weight.shape)
-    theirs.save_pretrained(tmp_path / "adapter")
+            elif saves is True and ("embed_tokens" in name or "lm_head" in name):
+                weight *= 1.1
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=saves)
     wanted = torch_logits(theirs.eval())
     assert np.abs(wanted - logits(lm, base)).max() > 0.05
     adapter = read_adapter(tmp_path / "adapter")
     beside = with_adapter(tmp_path / "adapter", lm, lambda: base, adapter.method)()
     np.testing.assert_allclose(logits(lm, beside), wanted, atol=TOLERANCE)
+    if saves is True:  # and what was not trained is in the files of what is trained on
+        assert adapter.method.save_embedding_layers
+        adapter.method.export(adapter.method.add(lm), beside, tmp_path / "on", model_folder=tmp_path, base="base")
+        on = peft.PeftModel.from_pretrained(transformers_model(lm.config, base, tmp_path / "again"), tmp_path / "on")
+        np.testing.assert_allclose(torch_logits(on.eval()), wanted, atol=TOLERANCE)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(shared / "models/stories260K" / name, tmp_path / "base" / name)
     paths = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
@@ -237,6 +264,26 @@ def test_what_is_wrong_with_an_adapter_is_one_message(adapter, changes, message)
         with_adapter(folder, lm, lambda: base)
 
 
+def test_an_adapter_of_a_resized_vocabulary(adapter):
+    lm, base, folder = adapter
+    weights = load_file(folder / "adapter_model.safetensors")
+    rows = lm.config.vocab_size + 2
+    name = "base_model.model.model.embed_tokens.weight"
+    save_file({**weights, name: np.zeros((rows, lm.config.hidden_size))}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=rf"embed_tokens.weight has {rows} rows, .*resize_token_embeddings\({rows}\)"):
+        with_adapter(folder, lm, lambda: base)
+
+
+def test_an_adapter_of_a_tied_head_alone(adapter):
+    """HF peft then has two matrices where the model has one."""
+    _, _, folder = adapter
+    lm, base = model(tie_word_embeddings=True)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(target_modules=["q_proj", "lm_head"])))
+    with pytest.raises(UserError, match=r"adapter_config.json: .* without ensure_weight_tying.*keeps the old one"):
+        with_adapter(folder, lm, lambda: base)
+
+
 def test_an_adapter_of_a_wider_model(adapter):
     lm, _, folder = adapter
     other, base = model(hidden_size=80)
@@ -273,6 +320,18 @@ def test_an_adapter_of_a_wider_model(adapter):
         (dict(rank_pattern={"q_proj": 0}), "a rank of 0 adds nothing"),
         (dict(r=50, init_lora_weights="pissa"), "the rank 50 of q_proj is above .*, that of the matrix"),
         (dict(target_modules="(q_proj"), "no regular expression"),
+        (
+            dict(target_modules=("lm_head",), lora_dropout=0.1),
+            "lora_dropout is 0.1, which is not implemented for the head",
+        ),
+        (
+            dict(target_modules=("embed_tokens",), init_lora_weights="pissa"),
+            "start HF peft has for linear layers alone",
+        ),
+        (
+            dict(target_modules=("embed_tokens",), trainable_token_indices=(3,)),
+            "and trainable_token_indices rows of it",
+        ),
         (dict(trainable_token_indices=(3, 999)), "trainable_token_indices has 999, and the embedding has .* rows"),
         (dict(trainable_token_indices=(3, 3)), "each id once"),
         (dict(trainable_token_indices={"lm_head": [3]}), "only tokens of embed_tokens can train; got some of lm_head"),

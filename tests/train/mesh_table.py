@@ -23,7 +23,10 @@ ADAMW = section("adamw", learning_rate=1e-4)
 METHODS: dict[str, dict[str, Any]] = {
     "full, adamw": dict(optimizer=ADAMW),
     "full, adalomo fused": dict(optimizer=section("adalomo", learning_rate=1e-4), fused=True),
-    "lora": dict(optimizer=ADAMW, method=Lora(type="lora", r=3, lora_alpha=6, target_modules="all-linear")),
+    "lora": dict(
+        optimizer=ADAMW,
+        method=Lora(type="lora", r=3, lora_alpha=6, target_modules=r".*_proj|.*embed_tokens|lm_head"),
+    ),
     "lisa": dict(optimizer=ADAMW, lisa=Draws(active=3, interval=5, seed=0)),
 }
 

@@ -24,7 +24,10 @@ from jaxllm.peft.prompt import PromptTuning, PTuning
 TOLERANCE = 1e-10
 BIASED = dict(attention_bias=True)
 METHODS = {
-    "lora": (dict(), Lora(type="lora", r=4, lora_alpha=8.0, target_modules=("q_proj", "o_proj", "down_proj"))),
+    "lora": (
+        dict(),
+        Lora(type="lora", r=4, lora_alpha=8.0, target_modules=("q_proj", "down_proj", "embed_tokens", "lm_head")),
+    ),
     "dora": (
         dict(num_key_value_heads=2, **BIASED),
         Lora(
