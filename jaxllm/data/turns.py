@@ -70,6 +70,8 @@ def openings(first: str | None, second: str | None, marks: Marks) -> Openings:
         between = second[second.index(_ANSWER) + len(_ANSWER) : second.index(_NEXT)]
         header = _common_end(start, between).strip()
         found = {piece for piece in marks.split(header) if piece in marks.added and piece not in ends}
+    if marks.bos and marks.bos != marks.eos and first.startswith(marks.bos):
+        found.add(marks.bos)  # some templates begin each round with it
     return Openings(frozenset(found), header)
 
 
@@ -100,7 +102,7 @@ def end_of_turn(
         return end
     closing = all(piece in marks.special and piece not in opens.marks and piece not in prompt for piece in behind)
     if any(piece in marks.special for piece in kept):
-        in_plain_text = bool(opens.header) and not opens.marks
+        in_plain_text = bool(opens.header) and not any(mark in opens.header for mark in opens.marks)
         return end if closing or in_plain_text or behind[0] in opens.marks else None
     return tail[: tail.index(behind[0], len(end)) + len(behind[0])] if closing and last else None
 

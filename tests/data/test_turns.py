@@ -56,6 +56,14 @@ def test_what_stands_behind_the_last_turn_is_not_trained(tokenizer, behind: str,
     assert trained(tokenizer, TURNS + behind, messages) == ["".join(f"{said}<|im_end|>" for said in answers)]
 
 
+def test_the_beginning_of_the_next_round_is_not_trained(tokenizer):
+    rounds = (
+        "{% for m in messages %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + "
+        "m.content + eos_token }}{% endfor %}{% if messages[-1].role == 'assistant' %}{{ bos_token }}{% endif %}"
+    )
+    assert trained(tokenizer, rounds, TWO) == [" four<eos> assistant<eos>"]
+
+
 @pytest.mark.parametrize(
     "template",
     [
