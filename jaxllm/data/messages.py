@@ -150,9 +150,9 @@ def _arguments(arguments: Any, i: int) -> Any:
     if not isinstance(arguments, str):
         return {} if arguments is None else arguments
     try:
-        return arguments if arguments.strip() and json.loads(arguments) is not None else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"message {i}: the arguments of a tool call are not JSON: {error.msg}") from None
+        return arguments if arguments.strip() and parse_json(arguments) is not None else {}
+    except JsonError as error:
+        raise UserError(f"message {i}: the arguments of a tool call are not JSON: {error.what}") from None
 
 
 def tool_arguments(message: Message, form: str, probed: Any = None) -> Message:

@@ -454,9 +454,7 @@ def _whole_numbers(value: Any, name: str) -> np.ndarray:
         return np.array(value, np.int64)
     except OverflowError:
         place = next(i for i, number in enumerate(value) if not -(2**63) <= number < 2**63)
-        raise UserError(
-            f"column {name!r} holds {_cut(value[place])} at place {place}, which is no token's id"
-        ) from None
+        raise UserError(f"column {name!r} holds {_cut(value[place])} at place {place}, beyond 64 bits") from None
 
 
 def _cut(number: int) -> str:

@@ -419,6 +419,14 @@ def test_real_tool_calling_conversations(shared: Path):
         ([TURNS[0], TURNS[1] | {"training": False}], "is said by `train`"),
         ([TURNS[0], {"role": "assistant", "tool_calls": [{}]}], "needs a `function` with a `name`"),
         ([TURNS[0], {"role": "assistant", "tool_calls": "x"}], "`tool_calls` must be a list"),
+        *(
+            ([TURNS[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": text}]}], f"not JSON: {said}")
+            for text, said in (
+                ("[" * 5000, "its lists or objects are nested too deeply"),
+                (f"[{'9' * 5000}]", "a whole number has thousands of digits"),
+                ('{"a": 1, "a": 2}', "the key 'a' is given twice"),
+            )
+        ),
     ],
 )
 def test_messages_that_are_none(chatml, messages, said: str):
