@@ -23,13 +23,14 @@ class Targeted(AdapterOfParts):
 
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     """the matrices that get them: all-linear (all of the layers), a list of names such as [q_proj, v_proj], or a
-    regular expression of the whole name, such as '.*layers\\.[0-3]\\..*_proj'"""
+    regular expression of the whole name, such as '.*layers\\.[0-3]\\..*_proj'; with lora, embed_tokens and lm_head are
+    matrices too"""
     modules_to_save: tuple[str, ...] = ()
     """modules that train as a whole, such as [lm_head, embed_tokens] or [mlp], and are in the adapter's files; as in HF
     PEFT, a name also means those that it is the end of: norm all norms of a Llama, model.norm the last one"""
     save_embedding_layers: bool = False
-    """whether the files hold the embedding and the head besides, which do not train: of a model whose vocabulary was
-    resized before, and so is another than its base"""
+    """whether the adapter's files hold the embedding and the head too, which do not train, as for a model whose
+    vocabulary was resized before"""
     lisa: LayerDraws | None = None
     """the adapters of a few layers train at a time, as with type: lisa; default: those of all layers"""
 
