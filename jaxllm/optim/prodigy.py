@@ -1,4 +1,4 @@
-"""Prodigy, as optax has it, with masked weight decay and a start without gradients."""
+"""Prodigy, with masked weight decay, a start without gradients, and no second copy of its state."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,15 +20,20 @@ def prodigy(
     safeguard_warmup: bool,
     mask: Callable[[optax.Params], Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.contrib.prodigy`, whose weight decay goes by `mask`.
+    """Prodigy (Mishchenko and Defazio, arXiv 2306.06101), in the form of `optax.contrib.prodigy` and with its state.
 
-    While all gradients have been zero (a batch without trained tokens), nothing but decay happens: optax divides zero
-    by zero, and has no estimate ever after.
+    With gradient g, parameter θ (θ₀ at first), the rate η of the schedule times Adam's bias corrections, and the
+    estimate d, all sums being over all parameters::
+
+        r ← √b2·r + (d/d₀)·η·d·Σ g·(θ₀ − θ);   s ← √b2·s + (d/d₀)·η·d·g;   d' = max(d, coef·r / Σ|s|)
+        m ← b1·m + (1 − b1)·d·g;   v ← b2·v + (1 − b2)·(d·g)²
+        θ ← θ − η·d·( m/(√v + d'·eps) + weight_decay·θ );   d ← d'
+
+    safeguard_warmup: η is left out of s. mask: the parameters that decay. While all gradients have been zero (a batch
+    without trained tokens) nothing but decay happens: optax divides zero by zero, and has no estimate ever after.
     """
     b1, b2 = betas
-    inner = optax.contrib.prodigy(
-        learning_rate, betas, None, eps, estim_lr0, estim_lr_coef, safeguard_warmup=safeguard_warmup
-    )
+    b3 = b2**0.5
 
     def init(params: optax.Params) -> optax.contrib.ProdigyState:
         m, v, grad_sum = (jax.tree.map(jnp.zeros_like, params) for _ in range(3))
@@ -46,17 +51,30 @@ def prodigy(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
-        result: Any = inner.update(updates, state, params)
-        moves, after = result
-        started = optax.tree.norm(after.grad_sum, ord=jnp.inf) > 0
-        after = after._replace(estim_lr=jnp.where(started, after.estim_lr, state.estim_lr))
-        step = after.count
-        rate = state.estim_lr * learning_rate(state.count) * jnp.sqrt(1 - b2**step) / (1 - b1**step)
+        d, step = state.estim_lr, jnp.asarray(optax.safe_increment(state.count))
+        rate = d * learning_rate(state.count) * jnp.sqrt(1 - b2**step) / (1 - b1**step)
+        weight = (d if safeguard_warmup else rate) * d / estim_lr0
 
-        def decayed(move: jax.Array, p: jax.Array, decays: bool) -> jax.Array:
-            move = jnp.where(started, move, 0)
-            return move - weight_decay * rate * p if decays else move
+        def summed(g: jax.Array, s: jax.Array) -> jax.Array:
+            return b3 * s + weight * g
 
-        return jax.tree.map(decayed, moves, params, mask(params)), after
+        along = jax.tree.map(lambda g, p, start: jnp.sum(g * (start - p)), updates, params, state.params0)
+        numerator = b3 * state.numerator_weighted + d / estim_lr0 * rate * optax.tree.sum(along)
+        sizes = jax.tree.map(lambda g, s: jnp.sum(jnp.abs(summed(g, s))), updates, state.grad_sum)
+        denominator = jnp.asarray(optax.tree.sum(sizes))
+        started = denominator > 0
+        estimate = jnp.where(started, jnp.maximum(d, estim_lr_coef * numerator / denominator), d)
+
+        def moved(g: jax.Array, p: jax.Array, decays: bool, *of_state: jax.Array) -> tuple[jax.Array, ...]:
+            # What the estimate was made of is computed again: kept, it would be a second copy of the state.
+            (m, v, s), new_d = jax.lax.optimization_barrier((of_state, estimate))
+            m, v = b1 * m + (1 - b1) * d * g, b2 * v + (1 - b2) * jnp.square(d * g)
+            move = jnp.where(started, -rate * m / (jnp.sqrt(v) + new_d * eps), 0)
+            return move - weight_decay * rate * p if decays else move, m, v, summed(g, s)
+
+        of_state = state.exp_avg, state.exp_avg_sq, state.grad_sum
+        each = jax.tree.map(moved, updates, params, mask(params), *of_state)
+        moves, m, v, grad_sum = jax.tree.transpose(jax.tree.structure(updates), jax.tree.structure((0,) * 4), each)
+        return moves, optax.contrib.ProdigyState(m, v, grad_sum, state.params0, estimate, numerator, step)
 
     return in_float32(optax.GradientTransformationExtraArgs(init, update))

@@ -250,6 +250,7 @@ class Muon(OptimizerConfig):
 
     type: Literal["muon"]
     has_statistics: ClassVar[bool] = True
+    needs_whole_matrices: ClassVar[bool] = True
     beta: Decay = 0.95
     """Decay of the matrices' momentum."""
     ns_steps: PositiveInt = 5
@@ -277,6 +278,7 @@ class GaLore(OptimizerConfig):
 
     type: Literal["galore"]
     has_statistics: ClassVar[bool] = True
+    needs_whole_matrices: ClassVar[bool] = True
     rank: PositiveInt = 128
     """Dimensions of the subspace."""
     update_proj_gap: PositiveInt = 200

@@ -14,8 +14,8 @@ import optax
 from jaxllm.core import tree
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.clip import clip_coefficient
-from jaxllm.train.fused import LeafUpdate, Visitor
-from jaxllm.train.layerwise import INDEX, Layerwise, Leaves, layers_and_rest
+from jaxllm.train.layerwise import INDEX, Layerwise, layers_and_rest
+from jaxllm.train.leaf_update import LeafUpdate, Leaves, Visitor
 from jaxllm.train.lisa import LisaOptimizer, LisaState
 from jaxllm.train.metrics import squares
 from jaxllm.train.state import TrainState

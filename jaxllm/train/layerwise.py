@@ -11,11 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.core import tree
 from jaxllm.models.base import LM
 from jaxllm.nn.loss import Losses, Objective
+from jaxllm.train.leaf_update import Leaves
 from jaxllm.train.step import Batch, trained_tokens
 from jaxllm.train.sweep import sum_micro
-
-Leaves = dict[str, Any]
-"""By the path of a parameter: it, its gradient, or a tuple of what the optimizer keeps about it."""
 
 INDEX = "index"
 """Beside the parameters of the layers: which of them each is."""

@@ -21,7 +21,8 @@ from jaxllm.models.base import LM
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.peft.draws import LisaPolicy
-from jaxllm.train.layerwise import INDEX, Layerwise, Leaves, in_embedding, layers_and_rest
+from jaxllm.train.layerwise import INDEX, Layerwise, in_embedding, layers_and_rest
+from jaxllm.train.leaf_update import Leaves
 from jaxllm.train.metrics import squares
 from jaxllm.train.pipeline import pass_through
 from jaxllm.train.rounding import apply_updates

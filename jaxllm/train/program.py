@@ -66,7 +66,9 @@ class Program:
     def compile(self, widths: Sequence[int], options: Mapping[str, Any] | None = None) -> CompiledStep:
         """The compiled step for rows of any of `widths`. options: the compiler's."""
         config = self.config
-        how = (config.seed, config.curvature(), config.peft.penalty(self.lm))
+        # AdaLoRA weighs the triplets of all layers against each other.
+        by_layer = config.optim.needs_whole_matrices and not isinstance(config.peft, AdaLora)
+        how = (config.seed, config.curvature(), config.peft.penalty(self.lm), by_layer)
         step = config.train.step(self.lm, self.tx, self.schedule, *how)
         return compile_steps(step, self.state, [self.batch(width) for width in widths], self.lm.layout, options)
 

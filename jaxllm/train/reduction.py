@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxllm.core import tree
+from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
 from jaxllm.nn.loss import Losses, Objective
@@ -46,7 +47,12 @@ def reduced_once(gradient: Gradient, *, scattered: bool = False, dtype: DTypeLik
         def of_replica(batch: Batch) -> tuple[Losses, Params]:
             own = trained_tokens(batch)  # what `gradient` divides by
             means = gradient(replica, state, batch, objective)
-            return jax.tree.map(lambda mean: mean * (own.astype(mean.dtype) / trained.astype(mean.dtype)), means)
+
+            def part(mean: jax.Array) -> jax.Array:
+                dtype = at_least_float32(mean.dtype)
+                return mean * (own.astype(dtype) / trained.astype(dtype))
+
+            return jax.tree.map(part, means)
 
         def split(a: jax.Array) -> jax.Array:
             micro, rows, *rest = a.shape

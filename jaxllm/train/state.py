@@ -140,19 +140,31 @@ def abstract_state(
 def laid_like(shape: tuple[int, ...], param: Any) -> NamedSharding:
     """Where an array `shape` of the state of `param` lies: each axis as an axis of the parameter that is as long.
 
-    So moments lie as the parameter, and those of a projection along the axis that they share with it. Statistics that
-    have fewer axes are small, and every device holds them.
+    So moments lie as the parameter, and those of a projection along the axis that they share with it. What that axis is
+    not split over, and the projected one was, splits the first axis that divides. Statistics that have fewer axes are
+    small, and every device holds them.
     """
     mesh = param.sharding.mesh
     if len(shape) != param.ndim:
         return NamedSharding(mesh, PartitionSpec())
-    spec = (*param.sharding.spec, *(None,) * param.ndim)
+    spec = (*param.sharding.spec, *(None,) * (param.ndim - len(param.sharding.spec)))
     moved = [axis for axis, size in enumerate(param.shape) if size != shape[axis]]
     laid = []
     for axis, size in enumerate(shape):
         like = axis if axis not in moved else next((other for other in moved if param.shape[other] == size), None)
         laid.append(None if like is None or spec[like] in laid else spec[like])
+    for part in spec:
+        if part is not None and part not in laid:
+            ways = math.prod(mesh.shape[name] for name in _names(part))
+            free = (axis for axis, at in enumerate(laid) if at is None and axis and shape[axis] % ways == 0)
+            if (axis := next(free, None)) is not None:
+                laid[axis] = part
     return NamedSharding(mesh, PartitionSpec(*laid))
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one dimension of a PartitionSpec is split over."""
+    return part if isinstance(part, tuple) else (part,) if part else ()
 
 
 def over_replicas(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
@@ -162,7 +174,7 @@ def over_replicas(sharding: NamedSharding, shape: Sequence[int]) -> NamedShardin
     As it is, where no dimension divides or the replicas are split already.
     """
     mesh = sharding.mesh
-    axes = [part if isinstance(part, tuple) else (part,) if part else () for part in sharding.spec]
+    axes = [_names(part) for part in sharding.spec]
     axes += [()] * (len(shape) - len(axes))
     if mesh.shape[REPLICAS] == 1 or any(REPLICAS in part for part in axes):
         return sharding

@@ -19,19 +19,22 @@ from jaxllm.models.base import LM
 from jaxllm.models.stack import Stack
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
+from jaxllm.train.by_layer import update_by_layer
 from jaxllm.train.curvature import Curvature, with_drawn_targets
+from jaxllm.train.leaf_update import LeafUpdate, Visitor
 from jaxllm.train.metrics import norms, squares
 from jaxllm.train.offload import in_pieces
 from jaxllm.train.rounding import apply_updates
-from jaxllm.train.state import SMALLEST_LOSS_SCALE, TrainState
+from jaxllm.train.state import SMALLEST_LOSS_SCALE, TrainState, over_replicas
 
 Batch = Mapping[str, jax.Array]
 Metrics = Mapping[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 Gradient = Callable[[LM, TrainState, Batch, Objective], tuple[Losses, Params]]
-"""The mean losses of a batch over its trained tokens, and the gradient of the objective for the trainable half, in at
-least float32; where the state has a loss scale, the gradient is multiplied by it."""
+"""The mean losses of a batch over its trained tokens, and the gradient of the objective for the trainable half: in the
+dtype of the parameters if there is one micro-batch, otherwise in at least float32. Where the state has a loss scale,
+the gradient is multiplied by it."""
 
 # The dimensions of every array of a batch: micro-batches, sequences, tokens.
 BATCH_AXES = ("micro", "batch", "act_inner_length")
@@ -53,6 +56,8 @@ def make_step(
     stochastic_rounding: bool = False,
     curvature: Curvature | None = None,
     penalty: Callable[[Params], jax.Array] | None = None,
+    by_layer: bool = False,
+    scattered: bool = False,
 ) -> Step:
     """A step over batches of arrays `[micro-batches, sequences, T]`.
 
@@ -76,6 +81,9 @@ def make_step(
 
     penalty: of the trainable parameters, added to the objective once a step; the curvature is that of the loss alone.
 
+    by_layer: one layer is updated after the other, see `by_layer`; `tx` must then treat leaves separately, and also the
+    layers of a stack, and there is no curvature. scattered: each replica has a part of the gradient and of the state.
+
     Metrics: `loss` (the mean cross entropy, whatever is minimised), `grad_norm` (before clipping), `learning_rate`,
     `trained_tokens`, `bad` (1 for a step that was not applied); `grad_norm/<group>` and `param_norm/<group>` (before
     the update) of the trainable half, see `metrics.norms`; `objective` where it is not the loss, `z_loss` and `penalty`
@@ -86,31 +94,50 @@ def make_step(
     def unscaled_gradient(state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
         losses, grads = gradient(lm, state, batch, objective)
         if state.loss_scale is not None:
-            grads = optax.tree.scale(1 / state.loss_scale.scale, grads)
+            grads = optax.tree.scale(1 / state.loss_scale.scale, wide(grads))
         return losses, grads
 
+    def wide(grads: Params) -> Params:
+        return jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
+
+    def clips_by(norm: jax.Array) -> jax.Array | None:
+        return None if max_grad_norm is None else clip_coefficient(norm, max_grad_norm)
+
     def clipped(grads: Params, norm: jax.Array) -> Params:
+        grads = wide(grads)
         if max_grad_value is not None:
             grads = optax.tree.clip(grads, -max_grad_value, max_grad_value)
-        if max_grad_norm is not None:
-            grads = optax.tree.scale(clip_coefficient(norm, max_grad_norm), grads)
+        if (coefficient := clips_by(norm)) is not None:
+            grads = optax.tree.scale(coefficient, grads)
         return grads
 
+    def rounds_by(state: TrainState) -> jax.Array | None:
+        return step_key(seed, state.step, ROUNDING) if stochastic_rounding else None
+
     def curvature_gradient(state: TrainState, batch: Batch) -> tuple[Params, jax.Array]:
-        """√N·ĝ, and whether it is finite."""
+        """ĝ before it is clipped, and its norm."""
         batch = with_drawn_targets(batch, step_key(seed, state.step, TARGETS))
         _, grads = unscaled_gradient(state, batch, CROSS_ENTROPY)
-        norm = jnp.sqrt(sum(squares(grads).values()))
-        root = jnp.sqrt(jnp.sum(batch["loss_mask"])).astype(norm.dtype)
-        return optax.tree.scale(root, clipped(grads, norm)), jnp.isfinite(norm)
+        # Of what a condition gives XLA does not see how it is used, and would leave it whole on each device.
+        shardings = tree.flatten(lm.shardings())
+
+        def laid_out(path: str, g: jax.Array) -> jax.Array:
+            sharding = over_replicas(shardings[path], g.shape) if scattered else shardings[path]
+            return jax.lax.with_sharding_constraint(g, sharding)
+
+        grads = tree.map_with_path(laid_out, grads)
+        return grads, jnp.sqrt(sum(squares(grads).values()))
 
     def curvature_if_due(state: TrainState, batch: Batch) -> tuple[Params | None, jax.Array | bool]:
-        """`curvature_gradient` of the steps in which it is due, zeros of others; None where it never is."""
+        """√N·ĝ in the steps in which it is due, zeros in others, and whether it is finite; None where it never is."""
         if curvature is None:
             return None, True
+        # What the condition gives is kept beside the gradient, so it is scaled, and made wider, behind it.
         drawn = partial(curvature_gradient, state, batch)
-        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(drawn)[0])
-        return jax.lax.cond(curvature.is_due(state.step), drawn, lambda: (nothing, jnp.array(True)))
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(drawn))
+        grads, norm = jax.lax.cond(curvature.is_due(state.step), drawn, lambda: nothing)
+        root = jnp.sqrt(jnp.sum(batch["loss_mask"])).astype(norm.dtype)
+        return optax.tree.scale(root, clipped(grads, norm)), jnp.isfinite(norm)
 
     def updates_of(
         state: TrainState, grads: Params, hessian_grads: Params | None
@@ -124,9 +151,9 @@ def make_step(
         return updates, jax.tree.map(lambda moved, kept: jnp.where(due, moved, kept), moved, after)
 
     def applied(state: TrainState, updates: optax.Updates) -> Params:
-        if not stochastic_rounding:
+        if (key := rounds_by(state)) is None:
             return apply_updates(state.params, updates)
-        return apply_updates(state.params, updates, step_key(seed, state.step, ROUNDING), jnp.asarray(lm.layer_order))
+        return apply_updates(state.params, updates, key, jnp.asarray(lm.layer_order))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = with_dropout(lm, batch, seed, state.step)
@@ -136,7 +163,7 @@ def make_step(
             penalties["penalty"], of_penalty = jax.value_and_grad(penalty)(state.params)
             losses = losses._replace(objective=losses.objective + penalties["penalty"])
             penalties["objective"] = losses.objective
-            grads = jax.tree.map(jnp.add, grads, of_penalty)
+            grads = jax.tree.map(jnp.add, wide(grads), of_penalty)
         loss_scale = state.loss_scale
         metrics = step_metrics(losses, squares(grads), squares(state.params), batch, schedule(state.step), objective)
         metrics |= penalties
@@ -151,6 +178,12 @@ def make_step(
         metrics["bad"] = (~good & ~overflow).astype(jnp.int32)
 
         def updated(opt_state: optax.OptState) -> tuple[optax.OptState, tuple[Params, Metrics]]:
+            if by_layer:
+                # Writes in place come after the last reading of the old parameters, or XLA copies them.
+                begins, _ = jax.lax.optimization_barrier((good, metrics))
+                visitor = Visitor(LeafUpdate(lm, tx), begins, clips_by(norm), max_grad_value, rounds_by(state))
+                params, after = update_by_layer(visitor, lm, state.params, grads, opt_state, scattered=scattered)
+                return after, (params, {})
             before = state._replace(opt_state=opt_state)
             updates, after = updates_of(before, clipped(grads, norm), hessian_grads)
             new, old = (applied(before, updates), after), (before.params, opt_state)
@@ -196,19 +229,20 @@ def over_micro_batches(
     loss: Callable[[Any, Batch], tuple[jax.Array, Losses]], params: Any, batch: Batch
 ) -> tuple[Losses, Any]:
     """The losses of one micro-batch after the other, and the gradients for `params` of what `loss` has in front of
-    them, summed in at least float32."""
+    them; of several, summed in at least float32."""
 
     def of_micro(micro: Batch) -> tuple[Losses, Any]:
         (_, means), grads = jax.value_and_grad(loss, has_aux=True)(params, micro)
-        return means, jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
+        return means, grads
 
     def add(total: tuple[Losses, Any], micro: Batch):
-        return jax.tree.map(jnp.add, total, of_micro(micro)), None
+        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), total, of_micro(micro)), None
 
     first = {name: array[0] for name, array in batch.items()}
     if batch["tokens"].shape[0] == 1:
         return of_micro(first)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_micro, first))
+    shapes = jax.eval_shape(of_micro, first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, at_least_float32(a.dtype)), shapes)
     return jax.lax.scan(add, zeros, dict(batch))[0]
 
 

@@ -94,11 +94,11 @@ def _visitor(visit: Visit, trainable: Leaves, state: Mapping[str, Any]) -> Calla
         for names in parts:
             g = {name: grads[name][None] for name in names}
             g, dx = _barrier((g, dx)) if chained else (g, dx)
-            params, slots = _row({name: trainable[name] for name in names}, i), {name: state[name] for name in names}
-            new, new_state = visit(params, g, _row(slots, j), i[None])
+            params, slots = ({name: of[name] for name in names} for of in (trainable, state))
+            new, new_state = visit(take_row(params, i), g, take_row(slots, j), i[None])
             new, new_state, dx = _barrier((new, new_state, dx))
-            trainable = {**trainable, **_put({name: trainable[name] for name in names}, new, i)}
-            state = {**state, **_put(slots, new_state, j)}
+            trainable = {**trainable, **put_row(params, new, i)}
+            state = {**state, **put_row(slots, new_state, j)}
             if chained:
                 trainable, state, dx = _barrier((trainable, state, dx))
         return trainable, state, dx
@@ -141,7 +141,7 @@ def rows_sweep(
 
     def add(total: Leaves, grads: Leaves, dx: jax.Array, row: jax.Array, slot: jax.Array) -> tuple[Leaves, jax.Array]:
         grads, dx = _barrier((grads, dx))
-        return _put(total, jax.tree.map(lambda g: g[None], grads), slot), dx
+        return put_row(total, jax.tree.map(lambda g: g[None], grads), slot), dx
 
     of_layer = jax.eval_shape(
         lambda dx: _layer_gradients(block, take(trainable, rows[0]), take(frozen, rows[0]), inputs[0], dx, micro)[0], dx
@@ -303,11 +303,13 @@ def take(stacked: Any, i: jax.Array) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
 
 
-def _row(stacked: Any, i: jax.Array) -> Any:
+def take_row(stacked: Any, i: jax.Array) -> Any:
+    """Layer `i` of a stack, as a stack of one."""
     return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), stacked)
 
 
-def _put(stacked: Any, row: Any, i: jax.Array) -> Any:
+def put_row(stacked: Any, row: Any, i: jax.Array) -> Any:
+    """The stack with `row`, a stack of one, in place of layer `i`."""
     return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), i, 0), stacked, row)
 
 

@@ -196,8 +196,9 @@ class TrainConfig(Section):
         seed: int,
         curvature: Curvature | None = None,
         penalty: Callable[[Params], jax.Array] | None = None,
+        by_layer: bool = False,
     ) -> Step:
-        """The training step. seed: of what it draws."""
+        """The training step. seed: of what it draws. curvature, penalty, by_layer: see `make_step`."""
         options = {
             "objective": Objective(self.label_smoothing, self.z_loss),
             "max_grad_norm": self.max_grad_norm,
@@ -210,7 +211,7 @@ class TrainConfig(Section):
             return make(tx, schedule, **options)
         if self.update == "fused":
             return make_fused_step(lm, tx, schedule, **options)
-        options |= {"curvature": curvature, "penalty": penalty}
+        options |= {"curvature": curvature, "penalty": penalty, "by_layer": by_layer, "scattered": self.shard_optimizer}
         if lm.layout.stages > 1:
             kept = "stages" if self.remat == "full" else "layers"
             gradient = pipelined(kept)

@@ -106,6 +106,7 @@ def program(
     optimizer: OptimizerConfig = OPTIMIZER,
     fused: bool = False,
     curvature: Curvature | None = None,
+    by_layer: bool | None = None,
     lisa: Draws | None = None,
     frozen: Sequence[str] = (),
     method: PeftConfig | None = None,
@@ -131,7 +132,8 @@ def program(
 ) -> Program:
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
 
-    tx, schedule: in place of those of `optimizer`. frozen: patterns of the parameters that do not train. method: of
+    tx, schedule: in place of those of `optimizer`. by_layer: see `make_step`; None = as a run of `optimizer` does.
+    frozen: patterns of the parameters that do not train. method: of
     fine-tuning, whose leaves are drawn at random all of them. quantization: of the layers' matrices; as_floats: those
     that it reads back are parameters as they are. dtype: of parameters, and of the computation where no
     other is given; float16 scales the loss. stack, kept: of the ordinary step on a mesh without a pipeline, and with
@@ -172,7 +174,9 @@ def program(
         gradient = pipelined(kept) if layout.stages > 1 else walked
         gradient = reduced_once(gradient, scattered=scattered, dtype=reduce_dtype)
         penalty = None if method is None else method.penalty(moved)
-        ordinary = partial(make_step, gradient=gradient, curvature=curvature, penalty=penalty)
+        whole_matrices = optimizer.needs_whole_matrices if by_layer is None else by_layer
+        how = dict(curvature=curvature, penalty=penalty, by_layer=whole_matrices, scattered=scattered)
+        ordinary = partial(make_step, gradient=gradient, **how)
         make = make_fused_step if fused else ordinary
         step = make(moved, tx, schedule, **options)
     rows, length = shape

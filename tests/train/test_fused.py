@@ -23,7 +23,8 @@ from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import OPTIMIZERS, build
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.train.config import Config
-from jaxllm.train.fused import LeafUpdate, make_fused_step
+from jaxllm.train.fused import make_fused_step
+from jaxllm.train.leaf_update import LeafUpdate
 from jaxllm.train.state import abstract_state
 from jaxllm.train.step import CompiledStep, accumulated, batch_shapes, compile_step, make_step
 
