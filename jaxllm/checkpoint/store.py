@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ from jaxllm.checkpoint.integrity import find_damage
 from jaxllm.core import tree
 from jaxllm.core.distributed import gather
 from jaxllm.core.errors import UserError
+from jaxllm.core.fit import Paddable, check_fits
 from jaxllm.core.layers import rearranged
 
 STATE = "state"
 FACTS = "facts.json"
 POINTERS = ("latest", "best")
+# What a run says of its model and method, from which the shapes of its state follow.
+RUN_FILES = "model/config.json and config.resolved.yaml"
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
@@ -79,21 +83,16 @@ class Checkpoint:
         """The paths of the arrays in a part of the state."""
         return [path.removeprefix(f"{part}/") for path in self._facts()["leaves"] if path.startswith(f"{part}/")]
 
-    def shapes(self, paths: Iterable[str]) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """The shape and dtype of some arrays of the state, by their paths."""
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            described = checkpointer.metadata(self.folder / STATE).item_metadata.tree
-        found = {path: tree.at(described, path) for path in paths}
-        return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in found.items()}
-
-    def restore(self, abstract: Any, *, partial: bool = False) -> Any:
+    def restore(self, abstract: Any, *, partial: bool = False, paddable: Paddable | None = None) -> Any:
         """The state with the shapes, dtypes and shardings of `abstract`, whatever mesh wrote it: its layers one behind
         the other.
 
-        A dimension that was padded differently (the vocabulary on another mesh) is cut or filled with zeros.
-        With `partial`, `abstract` may name a part of the state only. Raises UserError for a state with other leaves.
+        With `partial`, `abstract` may name a part of the state only. paddable: the parameters whose vocabulary another
+        mesh may have padded differently, see `check_fits`; these are cut, or filled with zeros. Floats are cast. Raises
+        UserError for a state with other leaves, or of other shapes.
         """
         self._check_leaves(set(tree.flatten(abstract)), partial)
+        self._check_shapes(abstract, paddable or {})
 
         def argument(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
             return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=False)
@@ -101,21 +100,17 @@ class Checkpoint:
         arguments = ocp.args.PyTreeRestore(
             item=abstract, restore_args=jax.tree.map(argument, abstract), partial_restore=partial
         )
-        silence_orbax()
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                state = checkpointer.restore(self.folder / STATE, args=arguments)
-        except jax.errors.JaxRuntimeError:  # out of memory, which is no damage
-            raise
-        except Exception as error:  # Orbax raises nothing narrower for a file that it cannot read
-            raise UserError(self._damaged(short_reason(error))) from error
+        with self._reading() as checkpointer:
+            state = checkpointer.restore(self.folder / STATE, args=arguments)
         return rearranged(state, np.argsort(self._facts()["layer_order"]))
 
     def _facts(self) -> dict[str, Any]:
         try:
             facts = json.loads((self.folder / FACTS).read_text())
             return {name: facts[name] for name in ("run", "leaves", "jaxllm")} | {
-                "layer_order": facts.get("layer_order", [])
+                # What checkpoints of older versions lack.
+                "layer_order": facts.get("layer_order", []),
+                "paddable": facts.get("paddable", {}),
             }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(self._damaged(f"{FACTS} is missing or unreadable")) from error
@@ -131,10 +126,37 @@ class Checkpoint:
         ]
         if differences:
             raise UserError(
-                f"the checkpoint {self} was written by another version of jaxllm ({facts['jaxllm']}): "
-                f"{' and '.join(differences)}. Finish the run with that version, or choose a new output_dir and start "
-                f"from its weights with model.path={self}"
+                f"the checkpoint {self} was written by another version of jaxllm ({facts['jaxllm']}), or for a run "
+                f"whose files have changed since: {' and '.join(differences)}. Finish the run with that version, put "
+                f"its {RUN_FILES} back, or choose a new output_dir and start from its weights with "
+                f"model.path={self}"
             )
+
+    def _check_shapes(self, abstract: Any, paddable: Paddable) -> None:
+        with self._reading() as checkpointer:
+            metadata: Any = checkpointer.metadata(self.folder / STATE)
+        stored = tree.flatten(metadata.item_metadata.tree)
+        wanted, what = tree.flatten(abstract), f"the checkpoint {self} does not fit the model"
+        remedy = f"Put back the run's {RUN_FILES} as they were when it was written"
+        for path, (_, size) in self._facts()["paddable"].items():
+            if path in paddable and paddable[path][1] != size:
+                raise UserError(
+                    f"{what}: {path} has a vocabulary of {size}, and the model's is of {paddable[path][1]}. {remedy}"
+                )
+        found = {path: stored[path] for path in wanted if path in stored}
+        check_fits(found, wanted, what=what, remedy=remedy, paddable=paddable, casts=True)
+
+    @contextmanager
+    def _reading(self) -> Iterator[ocp.Checkpointer]:
+        """What reads the state. Raises UserError for files that it cannot read."""
+        silence_orbax()
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                yield checkpointer
+        except jax.errors.JaxRuntimeError:  # out of memory, which is no damage
+            raise
+        except Exception as error:  # Orbax raises nothing narrower for a file that it cannot read
+            raise UserError(self._damaged(short_reason(error))) from error
 
     def _damaged(self, what: str) -> str:
         """The message about a checkpoint that cannot be used."""

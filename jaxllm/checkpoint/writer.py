@@ -22,6 +22,7 @@ from jaxllm.checkpoint.retention import CheckpointConfig
 from jaxllm.checkpoint.store import FACTS, checkpoints, named_checkpoint, short_reason, silence_orbax
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
+from jaxllm.core.fit import Paddable
 from jaxllm.core.host_memory import copied_on_host, waits_on_host
 
 
@@ -40,15 +41,25 @@ class CheckpointWriter:
     """Writes checkpoints into `folder`, which no other process writes to, and deletes those that need not stay.
 
     layer_order: which layer is at each place of the leaves of the layers, if they are not one behind the other.
+    paddable: of the parameters that a mesh may pad, the axis and its real size.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, layer_order: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        layer_order: np.ndarray | None = None,
+        paddable: Paddable | None = None,
+    ) -> None:
         silence_orbax()
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._pass_unraisable
         self.folder = folder.absolute()
         self._config = config
-        self._layer_order = [] if layer_order is None else layer_order.tolist()
+        self._layout = {
+            "layer_order": [] if layer_order is None else layer_order.tolist(),
+            "paddable": dict(paddable or {}),
+        }
         self._writes = jax.process_index() == 0
         self._sealing: dict[str, Any] = {}
         # No compression: weights hardly shrink, and the disk is faster than zstd.
@@ -77,7 +88,7 @@ class CheckpointWriter:
         begun = time.monotonic()
         before = self.wait()
         self._sealing = {"run": dict(facts), "leaves": list(tree.flatten(state)), "jaxllm": metadata.version("jaxllm")}
-        self._sealing["layer_order"] = self._layer_order
+        self._sealing |= self._layout
         with self._write_errors():
             arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(_on_host(state)))
             self._orbax.save(self.folder / str(step), args=arguments)

@@ -26,6 +26,7 @@ from jaxllm.core.config import ByType, Section
 from jaxllm.core.config import load as load_config
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
+from jaxllm.core.fit import Paddable
 from jaxllm.core.mesh import Layout
 from jaxllm.core.notes import note
 from jaxllm.core.tree import Params
@@ -177,10 +178,10 @@ def _from_checkpoint(
         if chosen is None:
             raise UserError(f"{run}: the run has no complete checkpoint yet")
         chosen.verify()
-        state = chosen.restore(_where_they_are(chosen, adapted.abstract()), partial=True)
+        state = chosen.restore(_where_they_are(chosen, adapted.abstract()), partial=True, paddable=adapted.paddable)
         leaves = {path: leaf for half in state.values() for path, leaf in tree.flatten(half).items()}
         params, optimizer = tree.insert({}, leaves), _averaging_optimizer(run)
-        params = params if optimizer is None else _averaged(chosen, params, optimizer)
+        params = params if optimizer is None else _averaged(chosen, params, optimizer, adapted.paddable)
         return merge(params) if merges else params
 
     return OpenModel(plain if merges else adapted, run / RUN_MODEL, load)
@@ -231,7 +232,7 @@ def _averaging_optimizer(run: Path) -> OptimizerConfig | None:
     return load_config(run / RESOLVED, [], _OfRun).optim
 
 
-def _averaged(checkpoint: Checkpoint, params: Params, optimizer: OptimizerConfig) -> Params:
+def _averaged(checkpoint: Checkpoint, params: Params, optimizer: OptimizerConfig, paddable: Paddable) -> Params:
     """What is evaluated of the parameters of a checkpoint."""
     part, leaves = f"opt_state/{optimizer.averages}", tree.flatten(params)
 
@@ -239,7 +240,7 @@ def _averaged(checkpoint: Checkpoint, params: Params, optimizer: OptimizerConfig
         return jax.ShapeDtypeStruct(leaf.shape, at_least_float32(leaf.dtype), sharding=leaf.sharding)
 
     shapes = {f"{part}/{path}": wanted(leaves[path]) for path in checkpoint.leaves(part) if path in leaves}
-    state = checkpoint.restore(tree.insert({}, shapes), partial=True)
+    state = checkpoint.restore(tree.insert({}, shapes), partial=True, paddable=paddable)
     kept = tree.flatten(state["opt_state"][optimizer.averages])
     evaluated = jax.jit(optimizer.evaluation_params)({path: leaves[path] for path in kept}, kept)
     return tree.insert({}, {**leaves, **evaluated})

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,10 @@ def save(
     model_folder: where config.json, of which only what changed is updated, the tokenizer's files and the settings of
         generation come from; None = from the model's source.
 
-    Raises UserError for a folder that holds something else, for a model_folder without a tokenizer, for a damaged file
-    among those that go along, and for a full disk.
+    Raises UserError for parameters that are not the model's, for a folder that holds something else, for a model_folder
+    without a tokenizer, for a damaged file among those that go along, and for a full disk.
     """
+    replace(lm.plain, extra={}).check_params(params)
     folder = Path(folder).absolute()
     source: Source | None = lm.source
     check_replaceable(folder, source)

@@ -4,6 +4,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from pydantic import AfterValidator, NonNegativeFloat, PositiveFloat, PositiveIn
 from jaxllm.core import tree
 from jaxllm.core.config import ByType, Section
 from jaxllm.core.errors import UserError
+from jaxllm.core.fit import check_fits
 from jaxllm.core.mesh import Layout
 from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
@@ -231,13 +233,29 @@ class LM:
         return math.ceil(self.config.vocab_size / ways) * ways
 
     @property
-    def padded(self) -> dict[str, tuple[int, int]]:
-        """By path, the padded dimension of a parameter and the real size of that; empty where nothing is padded."""
-        if self.vocab_padded == self.config.vocab_size:
-            return {}
+    def paddable(self) -> dict[str, tuple[int, int]]:
+        """By path, the dimension of a parameter that some layouts pad, and the real size of that."""
         axes = {"embed/table": 0} if self.config.tie_word_embeddings else {"embed/table": 0, "head/kernel": 1}
         axes |= {path: leaf.vocab_axis for path, leaf in self.extra.items() if leaf.vocab_axis is not None}
         return {path: (axis, self.config.vocab_size) for path, axis in axes.items()}
+
+    @property
+    def padded(self) -> dict[str, tuple[int, int]]:
+        """`paddable`; empty where this layout pads nothing."""
+        return {} if self.vocab_padded == self.config.vocab_size else self.paddable
+
+    def check_params(self, params: Params) -> None:
+        """Raises UserError unless `params` has the leaves of the model, in its shapes and in dtypes that fit."""
+        check_fits(
+            params,
+            self._leaves,
+            what="the parameters do not fit the model",
+            remedy="Give them as init or load_hf makes them for this model, or build the model with their sizes",
+        )
+
+    @cached_property
+    def _leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return tree.flatten(self._shapes_and_axes()[0])
 
     def _init_boxed(self, key: jax.Array) -> Params:
         c = self.config
@@ -370,7 +388,10 @@ class LM:
         """What the head reads, `[B, T, D]`: the embedding walked through every block by `stack`.
 
         stack: by default a scan, or the pipeline that the layout has.
+
+        Raises UserError for parameters that are not the model's.
         """
+        self.check_params(params)
         of_layout = scan() if self.layout.stages == 1 else pipeline(self.layout, virtual=self.virtual_stages)
         walk = stack or of_layout
         x = self.embed(params, tokens, ctx)
@@ -399,7 +420,8 @@ class LM:
         default 0, 1, 2, …; segments: `[B, T]` int32, which document each token is of (attention does not cross
         documents), default one a row. May be jitted and differentiated; no mesh need be set.
 
-        Raises ValueError for an array of another shape, or of numbers that are not whole.
+        Raises UserError for parameters that are not the model's, and ValueError for an array of another shape, or of
+        numbers that are not whole.
         """
         for name, array in (("tokens", tokens), ("positions", positions), ("segments", segments)):
             if array is not None and (array.ndim != 2 or array.shape != tokens.shape or array.dtype.kind not in "iu"):

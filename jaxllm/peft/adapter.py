@@ -11,7 +11,7 @@ import numpy as np
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
-from jaxllm.hf.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_weights
+from jaxllm.hf.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, open_weights
 from jaxllm.hf.weights import Entry, weight_table
 from jaxllm.models.base import LM
 from jaxllm.peft.adapter_config import read_adapter_config
@@ -94,6 +94,8 @@ def _take(name: str, shape: tuple[int, ...], left: dict[str, np.ndarray]) -> np.
             f"{name} has the shape {[*tensor.shape]}, and for this model it is {[*shape]}; take the base model that "
             "the adapter was made for"
         )
+    if tensor.dtype not in DTYPES.values():
+        raise UserError(f"{name} is {tensor.dtype}, and the weights of an adapter must be {', '.join(DTYPES)}")
     return tensor
 
 

@@ -28,6 +28,7 @@ from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
 from jaxllm.core.config import Section, load
 from jaxllm.core.distributed import is_first
 from jaxllm.core.errors import UserError
+from jaxllm.core.fit import Paddable
 from jaxllm.data.old_store import old_key
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
@@ -83,12 +84,14 @@ class Resume:
             return date.fromisoformat(self.facts.day)
         return date.fromtimestamp((self.run / RUN_MODEL / "config.json").stat().st_mtime)  # written when it began
 
-    def restore(self, shapes: Any) -> Any:
+    def restore(self, shapes: Any, paddable: Paddable) -> Any:
         """The training state, with the shapes, dtypes and shardings of `shapes`; its files have been verified.
+
+        paddable: of the model, the parameters that another mesh may have padded.
 
         The damaged checkpoints are renamed to `<step>.damaged`.
         """
-        state = self.checkpoint.restore(shapes)
+        state = self.checkpoint.restore(shapes, paddable=paddable)
         for damaged in self.damaged if is_first() else ():
             names = (f"{damaged.step}.damaged{again}" for again in ("", *(f".{i}" for i in range(2, 1000))))
             damaged.folder.rename(next(path for name in names if not (path := damaged.parent / name).exists()))

@@ -133,7 +133,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     with ExitStack() as open_things:
         open_things.enter_context(_clear_errors(folder, lambda: out_of_memory(compiled, config, per_device, limit)))
         if resume:
-            state, facts = program.arranged(resume.restore(program.state)), resume.facts
+            state, facts = program.arranged(resume.restore(program.state, program.lm.paddable)), resume.facts
             say("resuming", f"from {resume}, {steps - facts.step} of {steps} steps to go")
         else:
             state = program.start(model.load())
@@ -165,7 +165,9 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         metrics = open_things.enter_context(closing(MetricsFile(folder / METRICS, resumed_at, chosen)))
         for note in metrics.notes:
             say("note", note)
-        checkpoints = CheckpointWriter(folder / RUN_CHECKPOINTS, config.checkpoint, program.lm.layer_order)
+        checkpoints = CheckpointWriter(
+            folder / RUN_CHECKPOINTS, config.checkpoint, program.lm.layer_order, program.lm.paddable
+        )
         save = open_things.enter_context(closing(Save(checkpoints, config.checkpoint, facts_at, metrics)))
         evaluate = Evaluate(
             Perplexity(program.lm), program.weights, sets, metrics, console, last=steps, stop=interrupt.stopped

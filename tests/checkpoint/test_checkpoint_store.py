@@ -332,3 +332,40 @@ def test_a_state_with_other_leaves_is_of_another_version(three):
     assert f"model.path={three}/3" in said
     params = Checkpoint(three, 3).restore({"params": other["params"]}, partial=True)["params"]
     np.testing.assert_array_equal(params["w"], state_of(3)["params"]["w"])
+
+
+OTHER_SHAPES = {
+    "more rows": ((66, 32), np.float32, r"params/w has the shape \[64, 32\], and the model's is \[66, 32\]"),
+    "fewer rows": ((60, 32), np.float32, r"params/w has the shape \[64, 32\], and the model's is \[60, 32\]"),
+    "as many numbers": ((32, 64), np.float32, r"params/w has the shape \[64, 32\], and the model's is \[32, 64\]"),
+    "no floats": ((64, 32), np.int32, "params/w is float32, and the model's is int32"),
+}
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("other", OTHER_SHAPES)
+def test_a_state_of_other_shapes_is_refused(other, partial, three):
+    """It was cut or filled with zeros, without a word."""
+    shape, dtype, message = OTHER_SHAPES[other]
+    wanted = abstract(state_of(3))
+    wanted["params"]["w"] = jax.ShapeDtypeStruct(shape, dtype, sharding=Layout.single().replicated)
+    with pytest.raises(UserError, match=f"/3 does not fit the model: {message}. Put back the run's model/config.json"):
+        Checkpoint(three, 3).restore({"params": wanted["params"]} if partial else wanted, partial=partial)
+
+
+def test_only_the_padding_of_a_vocabulary_is_cut_or_filled(tmp_path):
+    """Of 61 tokens, as they lie on a mesh that splits them into four."""
+    with closing(CheckpointWriter(tmp_path, CheckpointConfig(), paddable={"w": (0, 61)})) as writer:
+        writer.save(1, state_of(1), {})
+    checkpoint, wanted = Checkpoint(tmp_path, 1), abstract(state_of(1))
+
+    def restored(rows: int, real: int) -> np.ndarray:
+        wanted["params"]["w"] = jax.ShapeDtypeStruct((rows, 32), np.float32, sharding=Layout.single().replicated)
+        return np.asarray(checkpoint.restore(wanted, paddable={"w": (0, real)})["params"]["w"])
+
+    saved = np.asarray(state_of(1)["params"]["w"])
+    np.testing.assert_array_equal(restored(61, 61), saved[:61])
+    np.testing.assert_array_equal(restored(72, 61), np.pad(saved, ((0, 8), (0, 0))))
+    for rows, real in ((60, 60), (62, 62)):
+        with pytest.raises(UserError, match=f"w has a vocabulary of 61, and the model's is of {real}"):
+            restored(rows, real)

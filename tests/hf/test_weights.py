@@ -18,6 +18,7 @@ from side_files import side_files
 from jaxllm import load_hf, save_hf
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
+from jaxllm.generate.decode import Decoder
 from jaxllm.hf import export, read_model
 from jaxllm.hf.config import write_config
 from jaxllm.hf.export import save
@@ -415,3 +416,36 @@ def test_a_killed_export_leaves_the_last_one_and_the_next_cleans_up(small, tmp_p
     save_hf(lm, changed, folder)
     assert contents(folder) != before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+UNFITTING = {
+    "more rows": ("embed/table", lambda x: jnp.pad(x, ((0, 8), (0, 0))), r"embed/table has the shape \["),
+    "fewer layers": ("layers/attn/q/kernel", lambda x: x[:1], r"layers/attn/q/kernel has the shape \[1, "),
+    "turned": ("layers/mlp/up/kernel", lambda x: jnp.swapaxes(x, 1, 2), "layers/mlp/up/kernel has the shape"),
+    "one number": ("norm/scale", lambda x: jnp.ones(()), r"norm/scale has the shape \[\], and the model's is \["),
+    "whole numbers": ("norm/scale", lambda x: x.astype(int), "norm/scale is int32, and the model's is float32"),
+    "complex numbers": ("norm/scale", lambda x: x.astype(complex), "norm/scale is complex64"),
+    "missing": ("norm/scale", lambda x: None, "norm/scale is missing"),
+    "unknown": ("norm/bias", lambda x: jnp.ones(4), "the model has no norm/bias"),
+}
+
+
+@pytest.mark.parametrize("what", UNFITTING)
+def test_parameters_of_another_model_are_neither_written_nor_computed_with(what, small, tmp_path):
+    lm, params = small
+    path, change, message = UNFITTING[what]
+    other = tree.insert(params, {path: change(tree.flatten(params).get(path))})
+    with pytest.raises(UserError, match=message):
+        save_hf(lm, other, tmp_path / "model")
+    assert [*tmp_path.iterdir()] == []
+    tokens = np.zeros((1, 3), np.int32)
+    for run in (lm.logits, jax.jit(lm.logits), lambda *_: Decoder(lm)(other, [[1, 2]], max_new_tokens=2)):
+        with pytest.raises(UserError, match=message):
+            run(other, tokens)
+
+
+def test_float64_is_not_written_over_float32(small, tmp_path):
+    lm, params = small
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    with pytest.raises(UserError, match=r"embed/table is float64, and the model's is float32, and .* more differ"):
+        save_hf(lm, wide, tmp_path / "model")

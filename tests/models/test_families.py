@@ -117,7 +117,9 @@ def test_the_comparison_has_teeth(name, reference):
     def wrong(field, change):
         if field == "num_key_value_heads":
             return lm.logits(interleaved_groups(params, config), tokens)
-        return small_lm(config.model_copy(update=change)).logits(params, tokens)
+        changed = small_lm(config.model_copy(update=change))
+        left = {path: leaf for path, leaf in tree.flatten(params).items() if path in tree.flatten(changed.abstract())}
+        return changed.logits(tree.insert({}, left), tokens)
 
     changes = {field: change for field, change in CHANGES.items() if field in fields}
     wrongs = jax.jit(lambda: {field: wrong(field, change) for field, change in changes.items()})()

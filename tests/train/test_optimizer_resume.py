@@ -63,7 +63,9 @@ def test_an_optimizer_goes_on_with_its_state(name, tmp_path):
     ends = on_host(go_on(made, state, SAVED, END))
     checkpoint = Checkpoint(tmp_path, SAVED)
 
-    moved = checkpoint.restore(shapes_on(name, mesh_layout(data=2, fsdp=2, tensor=2)))
+    moved = checkpoint.restore(
+        shapes_on(name, mesh_layout(data=2, fsdp=2, tensor=2)), paddable=small_lm(CONFIG).paddable
+    )
     assert len(moved.params["head"]["kernel"].sharding.device_set) == 8
     for path, leaf in on_host(moved).items():
         wanted = saved[path]

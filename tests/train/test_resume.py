@@ -70,8 +70,9 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
 def saved_state(folder: Path, step: int, layout: Layout | None = None) -> dict[str, Any]:
     """`{path: array}` of a checkpoint, restored onto `layout`."""
     config = load(folder / "config.resolved.yaml", [], Config)
-    shapes = Program.of(config, model_without_weights(config, layout or Layout.single()), STEPS).state
-    return tree.flatten(Checkpoint(folder / "checkpoints", step).restore(shapes))
+    program = Program.of(config, model_without_weights(config, layout or Layout.single()), STEPS)
+    checkpoint = Checkpoint(folder / "checkpoints", step)
+    return tree.flatten(checkpoint.restore(program.state, paddable=program.lm.paddable))
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
