@@ -158,8 +158,8 @@ class Log(Callback):
     norms_every: steps between lines that have the norms of each group. tokens_through: the real tokens seen through a
     step. flops: operations a token, by the papers' convention and the useful ones.
     peak: of all devices together in FLOP/s, if known. first: metrics for the first line (`perf/compile_s`, …).
-    records: where the records of a step's batch come from. max_bad_steps: how many steps in a row may have a loss or
-    gradient that is not finite (the step itself leaves the parameters alone then).
+    records: where the records of a step's batch come from. max_bad_steps: how many steps in a row may have a loss,
+    gradient or parameter norm that is not finite (the step itself leaves the parameters alone then).
     """
 
     def __init__(
@@ -256,6 +256,9 @@ class Log(Callback):
         if not self._bad_steps:
             return
         found = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
+        for name, norm in values.items():
+            if name.startswith("param_norm/") and not math.isfinite(norm):
+                found += f", norm of the parameters of {name.partition('/')[2]} {norm:.4g}"
         records = self._records(step)
         named = ", ".join(records[:RECORDS_NAMED])
         more = len(records) - RECORDS_NAMED
@@ -267,10 +270,10 @@ class Log(Callback):
         )
         if self._bad_steps >= self._max_bad_steps:
             raise UserError(
-                f"{self._bad_steps} steps in a row up to step {step} had a loss or gradient that is not finite "
-                f"(last: {found}); none of them was applied. Look at the records named above, or start again from an "
-                "earlier checkpoint (checkpoint.resume) in a new output_dir with a lower optim.learning_rate or a "
-                "longer optim.schedule.warmup"
+                f"{self._bad_steps} steps in a row up to step {step} had a loss, gradient or parameter norm that is "
+                f"not finite (last: {found}); none of them was applied. Look at the records named above, or start "
+                "again from an earlier checkpoint (checkpoint.resume) in a new output_dir with a lower "
+                "optim.learning_rate or a longer optim.schedule.warmup"
             )
 
     def close(self) -> None:

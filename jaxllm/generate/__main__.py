@@ -102,6 +102,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _write(options: argparse.Namespace) -> None:
     from jaxllm.convert.load import open_model
+    from jaxllm.core.finite import ANOTHER, check_finite
     from jaxllm.core.mesh import Layout
     from jaxllm.generate.chat import Conversation
     from jaxllm.generate.writer import Writer
@@ -116,9 +117,11 @@ def _write(options: argparse.Namespace) -> None:
     otherwise = NEW_TOKENS if conversation is None else NEW_TOKENS_OF_A_REPLY
     ends: list[Any] = defaults.eos_token_id or [tokenizer.eos_token_id]
     new_tokens = options.max_new_tokens or defaults.max_new_tokens or (None if defaults.max_length else otherwise)
+    params = model.load()
+    check_finite(params, f"{options.model}: the weights are not finite", ANOTHER)
     writer = Writer(
         model.lm,
-        model.load(),
+        params,
         tokenizer,
         sampling=sampling,
         stop_ids=[token for token in ends if token is not None],

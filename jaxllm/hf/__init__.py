@@ -47,7 +47,8 @@ def save_hf(lm: LM, params: Params, folder: str | Path) -> None:
     A model of `load_hf` goes back into the names, files and `config.json` that it came in. An older export in
     `folder` is replaced; a folder that holds anything else is refused with a UserError, and left as it is.
 
-    Raises UserError for parameters that are not the model's: other leaves, other shapes, or dtypes that are not floats.
+    Raises UserError for parameters that are not the model's (other leaves, other shapes, or dtypes that are not floats)
+    or not finite.
 
     >>> import tempfile, jax, jax.numpy as jnp
     >>> from jaxllm.core.mesh import Layout

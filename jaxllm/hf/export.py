@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
+from jaxllm.core.finite import check_finite
 from jaxllm.core.hub import TOKENIZER_FILES
 from jaxllm.core.side_files import SIDE_FILES, read_side_files
 from jaxllm.core.tree import Params
@@ -50,10 +51,11 @@ def save(
     model_folder: where config.json, of which only what changed is updated, the tokenizer's files and the settings of
         generation come from; None = from the model's source.
 
-    Raises UserError for parameters that are not the model's, for a folder that holds something else, for a model_folder
-    without a tokenizer, for a damaged file among those that go along, and for a full disk.
+    Raises UserError for parameters that are not the model's or not finite, for a folder that holds something else, for
+    a model_folder without a tokenizer, for a damaged file among those that go along, and for a full disk.
     """
     replace(lm.plain, extra={}).check_params(params)
+    check_finite(params, f"{folder}: not written", "Export the weights of an earlier checkpoint")
     folder = Path(folder).absolute()
     source: Source | None = lm.source
     check_replaceable(folder, source)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
+from jaxllm.core.finite import check_finite
 from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
 from jaxllm.hf.export import gather, replacing, write_json, write_tensors
@@ -124,8 +125,13 @@ class AdapterConfig(PeftConfig):
         return self.model_dump(mode="json", include={*self.described})
 
     def export(self, lm: LM, params: Params, folder: Path, *, model_folder: Path, base: str | None) -> None:
-        """Writes the adapter in the files of HF PEFT; an older one in `folder` is replaced."""
+        """Writes the adapter in the files of HF PEFT; an older one in `folder` is replaced.
+
+        Raises UserError for an adapter that is not finite.
+        """
         leaves, whole, wrapped = tree.flatten(params), self.whole(lm) | self.held(lm), self.wrapped(lm)
+        written = {path: leaves[path] for path in (*lm.extra, *whole)}
+        check_finite(written, f"{folder}: not written", "Go on from an earlier checkpoint")
         extra = {path: on_host(lm, leaves[path]) for path in lm.extra}
         finished = self.finished(lm, extra)
         tensors = finished.tensors(lm, extra)

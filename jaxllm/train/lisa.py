@@ -191,9 +191,10 @@ def make_lisa_step(
         grads = {name: g.astype(at_least_float32(g.dtype)) for name, g in grads.items()}
         params = {**rest, **{name: a[rows] for name, a in layers.items()}}
 
-        metrics = step_metrics(losses, squares(grads), squares(params), batch, schedule(state.step), objective)
+        param_squares = squares(params)
+        metrics = step_metrics(losses, squares(grads), param_squares, batch, schedule(state.step), objective)
         norm = metrics["grad_norm"]
-        good = jnp.isfinite(losses.objective) & jnp.isfinite(norm)
+        good = jnp.isfinite(losses.objective) & jnp.isfinite(norm) & jnp.isfinite(sum(param_squares.values()))
         metrics["bad"] = (~good).astype(jnp.int32)
         if max_grad_value is not None:
             grads = optax.tree.clip(grads, -max_grad_value, max_grad_value)

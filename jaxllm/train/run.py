@@ -18,10 +18,11 @@ from jaxllm.callbacks.log import Log, MetricsFile
 from jaxllm.callbacks.save import Save
 from jaxllm.checkpoint.run_files import RUN_CHECKPOINTS, RUN_MODEL, check_seal
 from jaxllm.checkpoint.writer import CheckpointWriter
-from jaxllm.core import hub
+from jaxllm.core import hub, tree
 from jaxllm.core.cache import programs_read
 from jaxllm.core.distributed import is_first, require_same
 from jaxllm.core.errors import UserError
+from jaxllm.core.finite import ANOTHER, check_finite
 from jaxllm.core.mesh import Layout
 from jaxllm.core.side_files import check_kept
 from jaxllm.data.kept_template import kept_template
@@ -138,6 +139,9 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         else:
             state = program.start(model.load())
             facts = Facts(step=0, steps=steps, epoch=0, position=0, tokens=0, data=store.key, day=str(inputs.day))
+        weights_of = f"{resume or hub.shown(model.folder)}: the weights are not finite"
+        check_finite(tree.combine(state.params, state.frozen), weights_of, ANOTHER)
+        applied_before = int(state.step)
         prepare(config, lm, model.folder, special_ids, chat_template=chat_template, keep_model=goes_on)
 
         start = facts.step
@@ -212,6 +216,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         say("", "the same command goes on from there")
         return 128 + interrupt.signal
     check_seal(folder)
+    _check_trained(done - start, applied_before, int(state.step), folder)
     base = config.model.path if isinstance(config.model, PretrainedModel) else None
     exported = folder / config.peft.exported_to
     config.peft.export(program.lm.plain, program.exported(state), exported, model_folder=folder / RUN_MODEL, base=base)
@@ -220,6 +225,16 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         say("held out", f"{name}: loss {said}")
     say("exported", f"{exported}, a folder for {config.peft.exported_for}")
     return 0
+
+
+def _check_trained(steps: int, before: int, after: int, folder: Path) -> None:
+    """Raises UserError where nothing was trained. before, after: updates applied, around these steps and in all."""
+    if after == 0 or (steps and after == before):
+        raise UserError(
+            f"{folder}: none of the {steps or 'earlier'} steps was applied, because each had a loss, gradient or "
+            f"parameter norm that is not finite (see {METRICS}); nothing was exported. Look at the records of these "
+            "steps, or start again in a new output_dir with a lower optim.learning_rate"
+        )
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def make_step(
     the batch is cut into micro-batches, nor on how `gradient` walks through them. With `max_grad_norm`, the
     gradient is scaled by min(1, max_grad_norm / (norm + 1e-6)), norm being that of all trainable parameters. With
     `max_grad_value`, its entries are clamped to ±max_grad_value before that (the norm is of the unclamped ones).
-    A loss or gradient that is not finite leaves parameters, optimizer state and the schedule's step as they are.
+    A loss or gradient that is not finite leaves parameters, optimizer state and the schedule's step as they are. So do
+    parameters whose norm is not finite: a model normalises what such weights make to 0, and its loss is finite.
     Optimizer state that lies in the host's memory is on the device while it is used, see `in_pieces`.
 
     seed: of what is drawn, anew for each step: what `lm.dropout` drops, a mask for each sequence, and how bfloat16
@@ -165,14 +166,16 @@ def make_step(
             penalties["objective"] = losses.objective
             grads = jax.tree.map(jnp.add, wide(grads), of_penalty)
         loss_scale = state.loss_scale
-        metrics = step_metrics(losses, squares(grads), squares(state.params), batch, schedule(state.step), objective)
+        param_squares = squares(state.params)
+        metrics = step_metrics(losses, squares(grads), param_squares, batch, schedule(state.step), objective)
         metrics |= penalties
         norm = metrics["grad_norm"]
         hessian_grads, finite = curvature_if_due(state, batch)
-        good = jnp.isfinite(losses.objective) & jnp.isfinite(norm) & finite
+        sound = jnp.isfinite(sum(param_squares.values()))
+        good = jnp.isfinite(losses.objective) & jnp.isfinite(norm) & finite & sound
         overflow = jnp.zeros((), bool)
         if loss_scale is not None:
-            overflow = jnp.isfinite(losses.objective) & ~good & (loss_scale.scale > SMALLEST_LOSS_SCALE)
+            overflow = jnp.isfinite(losses.objective) & sound & ~good & (loss_scale.scale > SMALLEST_LOSS_SCALE)
             metrics |= {"loss_scale": loss_scale.scale, "overflow": overflow.astype(jnp.int32)}
             loss_scale = loss_scale.after(good, overflow)
         metrics["bad"] = (~good & ~overflow).astype(jnp.int32)

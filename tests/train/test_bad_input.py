@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from whole_runs import Ran, train, workplace, write_jsonl
 
+from jaxllm.convert.__main__ import main as convert
 from jaxllm.generate.__main__ import main as generate
 from jaxllm.train.__main__ import main
 from jaxllm.train.lock import owned
@@ -430,31 +431,52 @@ def test_losses_that_are_not_finite(place, capfd):
     assert [line.get("train/bad_steps_in_a_row") for line in steps] == [None, 1, 2, 3]
 
 
-def test_records_of_bad_steps_are_named(place, capfd):
-    """Weights that are not finite: each bad step names its records, a few of many."""
+def model_with(place, name: str, value: float) -> Path:
+    """A small model whose tensor `name` has `value` everywhere."""
     model = place.folder / "model"
     shutil.copytree(place.shared / "models/stories260K", model, ignore=shutil.ignore_patterns("llama2c"))
     for path in (model, *model.iterdir()):
         path.chmod(0o755)
-    edit_tensors(model / "model.safetensors", lambda tensors: tensors["model.norm.weight"].fill(np.inf))
+    edit_tensors(model / "model.safetensors", lambda tensors: tensors[name].fill(value))
+    return model
+
+
+def test_a_run_of_which_no_step_was_applied(place, capfd):
+    """Each step names its records, a few of many; the run fails, and so does the same command with no step to go."""
+    model, run = model_with(place, "model.norm.weight", 1e18), place.folder / "run"
     data = write_jsonl(place.folder / "many.jsonl", [RECORD] * 120)
-    status = main(
-        [
-            str(place.config),
-            f"output_dir={place.folder / 'run'}",
-            f"model={{path: {model}}}",
-            f"data={{sources: [{{path: {data}}}], seq_len: 64}}",
-            "train={steps: 5, batch_size: 24, max_bad_steps: 2}",
-            "evals=[]",
-        ]
-    )
-    said = capfd.readouterr()
+    command = [
+        str(place.config),
+        f"output_dir={run}",
+        f"model={{path: {model}}}",
+        f"data={{sources: [{{path: {data}}}], seq_len: 64}}",
+        "train={steps: 2, batch_size: 24, max_bad_steps: 3}",
+        "evals=[]",
+    ]
+    status, said = main(command), capfd.readouterr()
     assert status == 2
-    assert "2 steps in a row up to step 2" in said.err
-    bad = [line for line in said.out.splitlines() if "not applied: loss nan" in line]
+    assert f"{run}: none of the 2 steps was applied" in said.err
+    bad = [line for line in said.out.splitlines() if re.search("not applied: loss .*, gradient norm (inf|nan)", line)]
     assert [line.split()[1] for line in bad] == ["1", "2"]
     assert bad[0].count(f"{data}, line ") == 50
     assert bad[0].endswith(" more")
+    assert "none of the earlier steps was applied" in fails(capfd, *command)
+    assert (run / "checkpoints/latest").read_text() == "2\n"
+    assert not (run / "export").exists()
+
+
+def test_weights_of_infinite_norm_are_refused(place, capfd):
+    """By training, generation and conversion: what they make is normalised to 0, so that the loss is finite."""
+    model, run = model_with(place, "model.embed_tokens.weight", 3e38), place.folder / "run"
+    few = ("train={steps: 2, batch_size: 8}", "evals=[]", "data.eval_fraction=0")
+    said = fails(capfd, place.config, f"output_dir={run}", f"model={{path: {model}}}", *few)
+    assert f"{model}: the weights are not finite: embed/table has numbers that are NaN, infinite or so large" in said
+    assert not run.exists()
+    assert generate([str(model), "--prompt", "Once"]) == 2
+    assert f"{model}: the weights are not finite: embed/table" in capfd.readouterr().err
+    assert convert(["to-hf", str(model), str(place.folder / "hf")]) == 2
+    assert "hf: not written: embed/table" in capfd.readouterr().err
+    assert not (place.folder / "hf").exists()
 
 
 @contextmanager
