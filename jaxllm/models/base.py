@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ from jaxllm.nn.attention import VIRTUAL
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition, Context
 from jaxllm.nn.dropout import Dropout
-from jaxllm.nn.embed import Embed, tied_logits
+from jaxllm.nn.embed import BESIDE, Embed, tied_logits
 from jaxllm.nn.linear import Head
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective, loss_chunks, token_losses
 from jaxllm.nn.norm import RMSNorm
@@ -244,11 +244,12 @@ class LM:
         """`paddable`; empty where this layout pads nothing."""
         return {} if self.vocab_padded == self.config.vocab_size else self.paddable
 
-    def check_params(self, params: Params) -> None:
-        """Raises UserError unless `params` has the leaves of the model, in its shapes and in dtypes that fit."""
+    def check_params(self, params: Params, also: Sequence[str] = ()) -> None:
+        """Raises UserError unless `params` has the leaves of the model, and others whose paths end in one of `also`."""
+        leaves, known = tree.flatten(params), self._leaves
         check_fits(
-            params,
-            self._leaves,
+            {path: leaf for path, leaf in leaves.items() if path in known or path.rpartition("/")[2] not in also},
+            known,
             what="the parameters do not fit the model",
             remedy="Give them as init or load_hf makes them for this model, or build the model with their sizes",
         )
@@ -391,7 +392,7 @@ class LM:
 
         Raises UserError for parameters that are not the model's.
         """
-        self.check_params(params)
+        self.check_params(params, also=BESIDE)
         of_layout = scan() if self.layout.stages == 1 else pipeline(self.layout, virtual=self.virtual_stages)
         walk = stack or of_layout
         x = self.embed(params, tokens, ctx)

@@ -14,6 +14,8 @@ from jaxllm.nn.parameter import parameter
 from jaxllm.nn.prompt import virtual_tokens
 
 TOKEN_ROWS, TOKEN_IDS = "token_rows", "token_ids"
+BESIDE = (*ADAPTER, TOKEN_ROWS, TOKEN_IDS)
+"""The leaves of adapters that are read wherever they lie beside a parameter of the model."""
 
 
 class Embed(nn.Module):

@@ -7,15 +7,14 @@ import jax
 
 from jaxllm.core import tree
 from jaxllm.core.tree import Params
-from jaxllm.nn.embed import TOKEN_IDS, TOKEN_ROWS
+from jaxllm.nn.embed import BESIDE, TOKEN_IDS, TOKEN_ROWS
 from jaxllm.nn.linear import ADAPTER, merged_bias, merged_kernel
 
 
 def merge(params: Params) -> Params:
     """`params` without the leaves of adapters, and with matrices that do what they did."""
     leaves = tree.flatten(params)
-    added = (*ADAPTER, TOKEN_ROWS, TOKEN_IDS)
-    plain = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] not in added}
+    plain = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] not in BESIDE}
     for path in plain:
         folder, _, kind = path.rpartition("/")
         adapter = {name: leaves[f"{folder}/{name}"] for name in ADAPTER if f"{folder}/{name}" in leaves}
