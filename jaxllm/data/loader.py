@@ -2,9 +2,10 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
 from jaxllm.data import pack
+from jaxllm.data.duplicates import held_out_groups
 from jaxllm.data.mixture import mix
 from jaxllm.data.order import Shuffled
 from jaxllm.data.pack import LongSamples, Packing, PackPlan
@@ -43,7 +45,7 @@ class DataConfig(Section):
     """what becomes of a sample that is longer than seq_len: split (over rows), cut (at its end), drop or error; auto:
     text is split, and with packing concat everything, the rest is cut"""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """the share of samples that is held out for evaluation"""
+    """the share of records that is held out for evaluation; records that say the same count as one"""
 
     @model_validator(mode="after")
     def _sound_mixture(self) -> "DataConfig":
@@ -65,21 +67,41 @@ class DataConfig(Section):
         return self
 
 
-def plans(config: DataConfig, store: Store, seed: int, batch_size: int) -> tuple[PackPlan, PackPlan | None]:
+HeldOutBy = Literal["samples", "records"]
+
+
+def plans(
+    config: DataConfig,
+    store: Store,
+    seed: int,
+    batch_size: int,
+    *,
+    held_out_by: HeldOutBy = "records",
+    among: np.ndarray | None = None,
+) -> tuple[PackPlan, PackPlan | None]:
     """The rows to train on in batches of `batch_size`, and those held out, of the sources' `store`.
 
-    None is held out when `config.eval_fraction` is 0, else that share of all samples, with weights that of each
-    source. Raises UserError when either would be empty.
+    None is held out when `config.eval_fraction` is 0, else that share of all records, with weights that of each
+    source. All samples of a record are on the same side, and records that say the same are too.
+
+    Args:
+        held_out_by: samples: each by itself, as earlier versions drew them.
+        among: the samples to take, of sources without weights; default: all.
+
+    Raises UserError when either would be empty.
     """
     weighted = [(i, source) for i, source in enumerate(config.sources) if source.weight]
     if not weighted:
-        train, held_out = _plans_of(np.arange(len(store)), config, store, seed)
+        samples = np.arange(len(store)) if among is None else among
+        train, held_out = _plans_of(samples, _drawn(config, store, seed, held_out_by, [samples]), config, store, seed)
     else:
         parts = []
-        for i, source in weighted:
-            first, end = int(store.source_ends[i - 1]) if i else 0, int(store.source_ends[i])
+        ends = [0, *store.source_ends.tolist()]
+        samples = [np.arange(ends[i], ends[i + 1]) for i, _ in weighted]
+        groups = _drawn(config, store, seed, held_out_by, samples)
+        for (i, source), own in zip(weighted, samples, strict=True):
             try:
-                parts.append(_plans_of(np.arange(first, end), config, store, seed))
+                parts.append(_plans_of(own, groups, config, store, seed))
             except UserError as error:
                 raise UserError(f"data.sources.{i} ({source.path!r}): {error}") from None
         names, weights = zip(*((source.path, source.weight) for _, source in weighted), strict=True)
@@ -89,7 +111,20 @@ def plans(config: DataConfig, store: Store, seed: int, batch_size: int) -> tuple
     return pack.group(train, batch_size, seed) if config.packing == "grouped" else train, held_out
 
 
-def _plans_of(samples: np.ndarray, config: DataConfig, store: Store, seed: int) -> tuple[PackPlan, PackPlan | None]:
+def _drawn(
+    config: DataConfig, store: Store, seed: int, held_out_by: HeldOutBy, parts: Sequence[np.ndarray]
+) -> np.ndarray | None:
+    """bool [samples of the store]: which are held out; None: each part draws among its own samples, or none is."""
+    if not config.eval_fraction or held_out_by == "samples":
+        return None
+    groups = store.groups
+    drawn = held_out_groups([groups[part] for part in parts], config.eval_fraction, partial(pack.split, seed=seed))
+    return drawn[groups]
+
+
+def _plans_of(
+    samples: np.ndarray, drawn: np.ndarray | None, config: DataConfig, store: Store, seed: int
+) -> tuple[PackPlan, PackPlan | None]:
     def plan(samples: np.ndarray) -> PackPlan:
         return pack.plan(
             store.lengths,
@@ -105,8 +140,13 @@ def _plans_of(samples: np.ndarray, config: DataConfig, store: Store, seed: int) 
 
     if not config.eval_fraction:
         return plan(samples), None
-    train, held_out = pack.split(len(samples), config.eval_fraction, seed)
-    return plan(samples[train]), plan(samples[held_out])
+    if drawn is None:
+        train, held_out = (samples[side] for side in pack.split(len(samples), config.eval_fraction, seed))
+    else:
+        train, held_out = samples[~drawn[samples]], samples[drawn[samples]]
+    if not len(train):
+        raise UserError("each of its records is held out, as another source has the same; remove it, or that source")
+    return plan(train), plan(held_out) if len(held_out) else None
 
 
 class State(NamedTuple):

@@ -261,14 +261,14 @@ def group(plan: PackPlan, batch_size: int, seed: int) -> PackPlan:
 
 
 def split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Holds out `fraction` of n samples at random: (train, held out), each int64 and sorted.
+    """Holds out `fraction` of n records at random: (train, held out), each int64 and sorted.
 
-    At least one sample is held out. Raises UserError when one of the two would be empty.
+    At least one is held out. Raises UserError when one of the two would be empty.
     """
     held_out = max(1, round(n * fraction))
     if held_out >= n:
         raise UserError(
-            f"data.eval_fraction = {fraction} of {n} samples leaves none to train on. "
+            f"data.eval_fraction = {fraction} of {n} different records leaves none to train on. "
             "Lower it, set a `separator` if one file holds many documents, or set it to 0"
         )
     order = permutation(n, seed, Purpose.SPLIT)

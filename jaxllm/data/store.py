@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from jaxllm.core.cache import alone, cache_root
 from jaxllm.core.errors import UserError
-from jaxllm.data import content, source, template, tokenize
+from jaxllm.data import content, duplicates, source, template, tokenize
 from jaxllm.data.files import Suffix
 from jaxllm.data.sealed import META, Damaged, open_sealed, sealing
 from jaxllm.data.segments import Rendered, Text, Tokens
@@ -34,7 +34,7 @@ from jaxllm.data.tokenize import NEVER, Encoded, Encoder, Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 4  # of the files' meaning; another version is another folder
+VERSION = 5  # of the files' meaning; another version is another folder
 BATCH_RECORDS = 4096  # records tokenized in one call …
 BATCH_BYTES = 1 << 20  # … or fewer, once they take so many bytes of their file
 MOST_COLUMNS = 8  # that are not read, by name
@@ -52,6 +52,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "splittable": np.bool_,
     "file": np.int32,  # index into the files of all sources, one source after the other
     "record": np.int64,
+    "content": np.uint64,  # a hash of what its record says
 }
 
 
@@ -108,6 +109,7 @@ class Store:
         first_trained: int64 [n], the place of each sample's first trained target; at least 1.
         first_end: int64 [n], the place of the first trained token that ends a turn or the text; −1 without one.
         splittable: bool [n], whether a sample longer than the window may be trained in pieces.
+        content: uint64 [n], a hash of what the record of each sample says (see `duplicates.content_of`).
     """
 
     def __init__(self, folder: Path, key: str, labels: Sequence[str], files: list[str]) -> None:
@@ -131,6 +133,7 @@ class Store:
         self.first_trained = arrays["first_trained"][:]
         self.first_end = arrays["first_end"][:]
         self.splittable = arrays["splittable"][:]
+        self.content = arrays["content"][:]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -151,6 +154,35 @@ class Store:
     def origin(self, i: int) -> tuple[str, int]:
         """The file of sample `i` and its record there, counted from 1 (see `source.Record`)."""
         return self._files[self._file[i]], int(self._record[i])
+
+    def places(self, files: Sequence[str]) -> np.ndarray:
+        """int64 [n]: the record that each sample is of, the same for the same record in any source and store.
+
+        files: real paths. A record of a file that is not among them has a place below 0.
+        """
+        number = {file: i for i, file in enumerate(files)}
+        numbers = np.array([number.get(os.path.realpath(file), -1) for file in self._files], np.int64)
+        of_file = numbers[self._file]
+        return np.where(of_file < 0, -self._record, of_file << 40 | self._record)
+
+    @cached_property
+    def real_files(self) -> list[str]:
+        """The real paths of the files, each once."""
+        return list(dict.fromkeys(map(os.path.realpath, self._files)))
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """int64 [n]: numbers from 0 on, equal for samples of one record, and of records that say the same."""
+        group = duplicates.numbered(self.content)
+        if len(self.real_files) == len(self._files):
+            return group  # what is of one record has the same content
+        return duplicates.joined(group, duplicates.numbered(self.places(self.real_files)))
+
+    @property
+    def repeated(self) -> tuple[int, int]:
+        """How many records say what an earlier one says, and how many there are."""
+        records = 1 + int(((np.diff(self._file) != 0) | (np.diff(self._record) != 0)).sum())
+        return records - len(np.unique(self.content)), records
 
     def _given_up(self, damage: Damaged) -> UserError:
         remedy = "The next start tokenizes the data again. If this happens again, check the disk and the memory"
@@ -345,6 +377,7 @@ def _write(folder: Path, wanted: Wanted, day: date, progress: bool) -> None:
     with sealing(folder, dtypes) as (append, facts), _progress_bar(progress) as bar:
         task = bar.add_task("tokenizing", total=sum(map(os.path.getsize, flat)))
         torn_at: tuple[int, int] | None = None
+        hashed, said = None, 0
         for config, render, files in zip(wanted.sources, renderers, wanted.files, strict=True):
             before, joined, example = replace(summary), 0, ""
             places = {file: before_source + i for i, file in enumerate(files)}
@@ -360,6 +393,8 @@ def _write(folder: Path, wanted: Wanted, day: date, progress: bool) -> None:
                     if found.joined != NEVER:
                         joined += 1
                         example = example or _border(record, str(given), found.joined)
+                    if record is not hashed:
+                        hashed, said = record, duplicates.content_of(record.columns, FORMATS[render.name].reads)
                     ids, trained = found.sample
                     append["tokens"](ids)
                     append["trained"](trained)
@@ -369,6 +404,7 @@ def _write(folder: Path, wanted: Wanted, day: date, progress: bool) -> None:
                     append["splittable"]([given.splittable])
                     append["file"]([places[record.file]])
                     append["record"]([record.index])
+                    append["content"]([said])
             _check_trained(config, render.name, before, summary)
             if joined:
                 summary.notes.append(_joined(config, joined, summary.samples - before.samples, example))

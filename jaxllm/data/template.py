@@ -69,6 +69,11 @@ class Format:
         optional = f" (also {', '.join(self.optional)})" if self.optional else ""
         return ", ".join(self.columns) + optional
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """All columns that it reads."""
+        return (*self.columns, *self.optional)
+
     def fits(self, columns: Columns) -> bool:
         return set(self.columns) <= set(columns) and not set(self.without) & set(columns)
 

@@ -22,8 +22,9 @@ from jaxllm.core import hub
 from jaxllm.core.distributed import gather, is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
+from jaxllm.data.duplicates import refuse_overlaps
 from jaxllm.data.left_out import left_out
-from jaxllm.data.loader import Arrays, Loader, plans
+from jaxllm.data.loader import Arrays, HeldOutBy, Loader, plans
 from jaxllm.data.pack import PackPlan
 from jaxllm.data.preview import preview, require_ends
 from jaxllm.data.source import SourceConfig, describe_origin, find_files
@@ -114,11 +115,13 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The rows to train on; those of each held-out set, by its name; and the day that chat templates were told."""
+    """The rows to train on; those of each held-out set, by its name; the day that chat templates were told; and
+    how what is held out was drawn."""
 
     train: Rows
     held_out: Mapping[str, Rows]
     day: date
+    held_out_by: HeldOutBy
 
 
 def saying(console: Console) -> Say:
@@ -131,10 +134,18 @@ def saying(console: Console) -> Say:
     return say
 
 
-def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say, day: date | None = None) -> Inputs:
+def read_inputs(
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    say: Say,
+    day: date | None = None,
+    held_out_by: HeldOutBy = "records",
+) -> Inputs:
     """The data of the config, tokenized unless the cache has it, and packed. Says what there is, and shows a sample.
 
     day: what chat templates are told that the date is; default: the day on which the data were tokenized, or today.
+    held_out_by: records, or samples for a run that an earlier version began, which keeps what it held out.
+    Raises UserError for sources that overlap, and for a held-out set of which everything is trained on.
     """
     _say_files(config.data.sources, say)
     wanted = Wanted.of(config.data.sources, tokenizer, progress=is_first())
@@ -143,8 +154,13 @@ def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say, da
     if wanted.dated:
         say("date", f"chat templates that ask for the date are told {day}")
     store = _open(wanted, day, say)
-    plan, held_out_share = plans(config.data, store, config.seed, config.train.batch_size)
+    if held_out_by == "records":
+        refuse_overlaps(config.data.sources, wanted.files)
+    plan, held_out_share = plans(config.data, store, config.seed, config.train.batch_size, held_out_by=held_out_by)
     say("data", store.summary)
+    repeated, records = store.repeated
+    if repeated:
+        say("", f"{repeated:,} of {records:,} records say what an earlier one says")
     _say_notes(store, say)
     say("", plan)
     require_ends(store, plan)
@@ -155,14 +171,30 @@ def read_inputs(config: Config, tokenizer: PreTrainedTokenizerFast, say: Say, da
         if source is None:
             assert held_out_share is not None  # the config was checked
             held_out[chosen.name] = Rows(store, held_out_share)
+            if held_out_by == "samples":
+                _say_trained(_trained_too(store, held_out_share.piece_sample, store, plan), chosen.name, say)
             continue
         _say_files([source], say)
         own = _open(Wanted.of([source], tokenizer, progress=is_first()), day, say)
         data = config.data.model_copy(update={"sources": [source], "eval_fraction": 0.0})
-        held_out[chosen.name] = Rows(own, plans(data, own, config.seed, config.train.batch_size)[0])
+        every = np.arange(len(own))
+        trained = _trained_too(own, every, store, plan)
+        if held_out_by == "samples":
+            _say_trained(trained, chosen.name, say)
+            trained[:] = False
+        if trained.all():
+            raise UserError(
+                f"evals {chosen.name} ({source.path!r}): each of its records is trained on, too; name other records, "
+                "or remove its path and hold out a share by data.eval_fraction"
+            )
+        among = every[~trained]
+        own_plan, _ = plans(data, own, config.seed, config.train.batch_size, among=among)
+        held_out[chosen.name] = Rows(own, own_plan)
         say("held out", f"{chosen.name}: {own.summary}")
+        if trained.any():
+            say("", f"without {trained.sum():,} of these samples, whose records are trained on, too")
         _say_notes(own, say)
-    return Inputs(Rows(store, plan), held_out, day)
+    return Inputs(Rows(store, plan), held_out, day, held_out_by)
 
 
 def _open(wanted: Wanted, day: date, say: Say) -> Store:
@@ -170,6 +202,25 @@ def _open(wanted: Wanted, day: date, say: Say) -> Store:
     store = wanted.open(day, progress=is_first(), note=lambda text: say("note", text))
     require_same("the content of the data", store.folder.name)
     return store
+
+
+def _trained_too(own: Store, samples: np.ndarray, store: Store, plan: PackPlan) -> np.ndarray:
+    """bool: which of `samples` of the store `own` are of records that `plan` trains on, or that say the same."""
+    trained = np.unique(plan.piece_sample)
+    files = store.real_files
+    places = own.places(files)[samples]
+    return ((places > 0) & np.isin(places, store.places(files)[trained])) | np.isin(
+        own.content[samples], store.content[trained]
+    )
+
+
+def _say_trained(trained: np.ndarray, name: str, say: Say) -> None:
+    if trained.any():
+        say(
+            "note",
+            f"{name}: {trained.sum():,} of {len(trained):,} held-out pieces are of records that are trained on, too, "
+            "as this run began with a version that allowed it; a new run keeps them apart",
+        )
 
 
 def _say_notes(store: Store, say: Say) -> None:

@@ -29,6 +29,7 @@ from jaxllm.core.config import Section, load
 from jaxllm.core.distributed import is_first
 from jaxllm.core.errors import UserError
 from jaxllm.core.fit import Paddable
+from jaxllm.data.loader import HeldOutBy
 from jaxllm.data.old_store import old_key
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
@@ -56,6 +57,8 @@ class Facts(Section):
     """real tokens seen"""
     data: str
     """which token store the rows are of"""
+    held_out_by: HeldOutBy = "samples"
+    """how data.eval_fraction was drawn; earlier versions wrote none, and drew samples"""
     day: str | None = None
     """what chat templates were told that the date is, in ISO 8601; earlier versions wrote none"""
 

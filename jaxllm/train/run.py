@@ -98,7 +98,8 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         check_kept(model.folder)
     check_replaceable(folder / config.peft.exported_to, lm.source, adapter=isinstance(config.peft, AdapterConfig))
 
-    inputs = read_inputs(config, tokenizer, say, resume.day if resume else None)
+    day, held_out_by = (resume.day, resume.facts.held_out_by) if resume else (None, "records")
+    inputs = read_inputs(config, tokenizer, say, day, held_out_by)
     store, plan = inputs.train
     chat_template, remark = kept_template(config.data.sources, [*store.summary.formats.values()], tokenizer)
     if remark:
@@ -138,7 +139,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
             say("resuming", f"from {resume}, {steps - facts.step} of {steps} steps to go")
         else:
             state = program.start(model.load())
-            facts = Facts(step=0, steps=steps, epoch=0, position=0, tokens=0, data=store.key, day=str(inputs.day))
+            facts = Facts(step=0, steps=steps, epoch=0, position=0, tokens=0, data=store.key)
         weights_of = f"{resume or hub.shown(model.folder)}: the weights are not finite"
         check_finite(tree.combine(state.params, state.frozen), weights_of, ANOTHER)
         applied_before = int(state.step)
@@ -156,11 +157,10 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         tokens_through = _running_total(loader.tokens_of, start, facts.tokens)
 
         def facts_at(done: int) -> dict[str, Any]:
-            place = loader.state_after(done - start)._asdict()
-            said = Facts(
-                step=done, steps=steps, **place, tokens=tokens_through(done), data=store.key, day=str(inputs.day)
-            )
-            return said.model_dump()
+            place, tokens = loader.state_after(done - start)._asdict(), tokens_through(done)
+            day, drawn = str(inputs.day), inputs.held_out_by
+            facts = Facts(step=done, steps=steps, **place, tokens=tokens, data=store.key, day=day, held_out_by=drawn)
+            return facts.model_dump()
 
         open_things.enter_context(interrupt.graceful())
         resumed_at = start if resume else None

@@ -239,7 +239,7 @@ def test_a_split_is_a_partition(n: int, fraction: float, seed: int):
 
 
 def test_a_split_that_leaves_nothing():
-    with pytest.raises(UserError, match=r"eval_fraction = 0.1 of 1 samples leaves none to train on"):
+    with pytest.raises(UserError, match=r"eval_fraction = 0.1 of 1 different records leaves none to train on"):
         split(1, 0.1, 0)
 
 

@@ -7,14 +7,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hub_cache import COMMIT, add_repository
 from whole_runs import stories, train, workplace, write_jsonl
 
+from jaxllm.core.config import load
+from jaxllm.core.errors import UserError
 from jaxllm.data import store
 from jaxllm.prepare.__main__ import main
+from jaxllm.train.config import Config
+from jaxllm.train.inputs import Inputs, open_tokenizer, read_inputs
 
 
 @pytest.fixture
@@ -51,6 +56,30 @@ def test_a_run_tokenizes_nothing_more(config, capsys, monkeypatch):
     lines = [line for line in said.splitlines() if not line.startswith("prepared")]
     assert [line for line in ran.said.splitlines() if line in lines] == lines
     assert re.search(r"held out +file: 4 samples", said)
+
+
+def test_a_held_out_set_has_nothing_that_is_trained_on(config, shared):
+    both = write_jsonl(config.parent / "both.jsonl", stories(shared, 10, first=12))  # three of them are trained on
+    said: list[str] = []
+
+    def read(*overrides: str, **began: Any) -> Inputs:
+        evals = f"evals=[{{name: file, path: {both}, every: 9}}]"
+        chosen = load(config, ["data.eval_fraction=0", evals, *overrides], Config)
+        said.clear()
+        return read_inputs(chosen, open_tokenizer(chosen), lambda what, value: said.append(f"{what} {value}"), **began)
+
+    held_out = read().held_out["file"]
+    assert sorted({held_out.store.origin(int(i))[1] for i in held_out.plan.piece_sample}) == [*range(4, 11)]
+    assert " without 3 of these samples, whose records are trained on, too" in said
+    # A run of an earlier version keeps its set, and is told.
+    before = read(held_out_by="samples").held_out["file"]
+    assert {before.store.origin(int(i))[1] for i in before.plan.piece_sample} == {*range(1, 11)}
+    assert any("file: 3 of 10 held-out pieces are of records that are trained on" in line for line in said)
+    with pytest.raises(UserError, match=r"evals file .*each of its records is trained on"):
+        read(f"evals.0.path={config.parent / 'stories.jsonl'}")
+    (config.parent / "link.jsonl").symlink_to("stories.jsonl")
+    with pytest.raises(UserError, match=r"data.sources.0 .*both have the file"):
+        read(f"data.sources.1={{path: {config.parent / 'link.jsonl'}}}")
 
 
 def test_it_starts_no_backend_of_jax(config):

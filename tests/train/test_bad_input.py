@@ -235,7 +235,7 @@ DATA = {
     "other columns": (json.dumps({"promt": "a", "completion": "b"}), ["line 1", "promt", "Did you mean 'prompt'"]),
     "not UTF-8": ("\udcff", ["is not UTF-8", "offset 0"]),
     "nothing trained": (3 * (json.dumps({**RECORD, "completion": ""}) + "\n"), ["nothing is trained", "none of 3"]),
-    "one record, and a share of it held out": (json.dumps(RECORD), ["data.eval_fraction = 0.2 of 1 samples"]),
+    "one record, and a share of it held out": (json.dumps(RECORD), ["data.eval_fraction = 0.2 of 1 different"]),
 }
 
 
