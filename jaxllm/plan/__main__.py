@@ -54,7 +54,7 @@ def _plan(options: argparse.Namespace) -> None:
 
         from jaxllm.core.config import load
         from jaxllm.plan.plan import devices_for, plan
-        from jaxllm.plan.report import report, report_devices
+        from jaxllm.plan.report import report, report_devices, report_remedies
         from jaxllm.train.config import Config
 
         config = load(options.config, options.changes, Config)
@@ -65,6 +65,12 @@ def _plan(options: argparse.Namespace) -> None:
     with console.status("compiling the training step"), quiet_libraries():
         planned = plan(config, devices)
     report(console, planned, target, config)
+
+    def compile_peak(changed: Config) -> int:
+        count = options.devices if changed.mesh == config.mesh else None
+        return plan(changed, devices_for(changed, None if missing else target, count)).compiled.peak_bytes
+
+    report_remedies(console, planned, target, config, compile_peak)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm.core.process import GPU_MEMORY_SHARE
+from jaxllm.core.process import GPU_MEMORY_SHARE, quiet_libraries
 from jaxllm.peft.base import describe
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.targets import Target
 from jaxllm.train.config import Config
 from jaxllm.train.inputs import saying
-from jaxllm.train.memory import GIB, remedies
+from jaxllm.train.memory import GIB, Compile, remedies, tried
+
+# After so many seconds no other remedy is compiled.
+TRY_SECONDS = 120
 
 
 def report_devices(console: Console, target: Target, missing: Sequence[str]) -> None:
@@ -49,8 +52,23 @@ def report(console: Console, planned: Plan, target: Target, config: Config) -> N
         say("", "keeps it in the host's memory, but for a few arrays at a time while they are updated")
     fits, why = verdict(planned, target)
     say("fits", f"{fits}: {why}")
-    if fits == "no":
-        say("", f"what would help most: {remedies(planned.compiled, config, rows // lm.layout.size('batch'))}")
+
+
+def report_remedies(console: Console, planned: Plan, target: Target, config: Config, compile_peak: Compile) -> None:
+    """What would lower the peak of a plan that does not fit, each compiled with `compile_peak`, the best first."""
+    say, layout = saying(console), planned.lm.layout
+    if verdict(planned, target)[0] != "no":
+        return
+    limit = target.memory_bytes * GPU_MEMORY_SHARE
+    _, rows = config.train.accumulation(layout)
+    candidates = remedies(config, rows // layout.size("batch"), layout.mesh.shape)
+    with console.status("looking for what would help") as status, quiet_libraries():
+        peak = planned.compiled.peak_bytes
+        found = tried(candidates, config, peak, compile_peak, TRY_SECONDS, status.update)
+    if not found:
+        say("helps", f"none of what was tried: {'; '.join(map(str, candidates))}")
+    for i, remedy in enumerate(found):
+        say("" if i else "helps", f"{remedy}{', which fits' if (remedy.peak or 0) <= limit else ''}")
 
 
 def _table(planned: Plan) -> Table:

@@ -39,7 +39,7 @@ from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs,
 from jaxllm.train.interrupt import Interrupt
 from jaxllm.train.lock import owned
 from jaxllm.train.loop import loop
-from jaxllm.train.memory import check_fits, device_bytes, out_of_memory
+from jaxllm.train.memory import check_fits, device_bytes, out_of_memory, untried_advice
 from jaxllm.train.metrics import flops_per_token, peak_flops
 from jaxllm.train.model_config import PretrainedModel
 from jaxllm.train.program import Program
@@ -127,13 +127,17 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         compiled = program.compile(plan.widths, options)
     limit = device_bytes(lm.layout.mesh.local_devices[0])
     per_device = micro_batch // lm.layout.size("batch")
-    check_fits(compiled, config, per_device, limit)
+
+    def advice() -> str:
+        return untried_advice(config, per_device)
+
+    check_fits(compiled, limit, advice)
     needs = f"{compiled.peak_bytes / 2**30:.2f} of {limit / 2**30:.1f} GiB of each device"
     from_cache = ", read from the cache" if read else ""
     say("compiled", f"the training step in {compiled.compile_s:.1f} s{from_cache}; it takes {needs}")
 
     with ExitStack() as open_things:
-        open_things.enter_context(_clear_errors(folder, lambda: out_of_memory(compiled, config, per_device, limit)))
+        open_things.enter_context(_clear_errors(folder, lambda: out_of_memory(compiled, limit, advice())))
         if resume:
             state, facts = program.arranged(resume.restore(program.state, program.lm.paddable)), resume.facts
             say("resuming", f"from {resume}, {steps - facts.step} of {steps} steps to go")

@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm.core.errors import UserError
 from jaxllm.train.config import Config
-from jaxllm.train.memory import GIB, check_fits, device_bytes
+from jaxllm.train.memory import GIB, check_fits, device_bytes, remedies, tried, untried_advice
 from jaxllm.train.step import CompiledStep
 
 
@@ -32,48 +32,64 @@ def compiled(state_gib: float, activations_gib: float) -> CompiledStep:
     return CompiledStep(nothing, 1.0, **sizes, in_place_bytes=state, host_bytes=0)
 
 
-def message(step: CompiledStep, limit_gib: float, micro_batch: int = 8, **train: Any) -> str:
-    with pytest.raises(UserError) as error:
-        check_fits(step, config(**train), micro_batch, int(limit_gib * GIB))
-    return str(error.value)
-
-
 def test_what_fits_is_let_through():
-    check_fits(compiled(10, 6), config(), 8, 16 * GIB)
+    check_fits(compiled(10, 6), 16 * GIB, lambda: pytest.fail("there is nothing to advise"))
 
 
 def test_what_was_asked_and_what_is_there():
-    text = message(compiled(30.5, 61.25), 80)
+    with pytest.raises(UserError) as error:
+        check_fits(compiled(30.5, 61.25), 80 * GIB, lambda: "What would help most: prayer")
+    text = str(error.value)
     assert "\n" not in text
-    for part in ("91.75 GiB", "30.50 parameters", "61.25 activations", "80.00 GiB are there"):
+    for part in ("91.75 GiB", "30.50 parameters", "61.25 activations", "80.00 GiB are there. What would help"):
         assert part in text
 
 
-def settings(text: str) -> list[str]:
-    return text.split("What would help most: ")[1].split("; ")
+def changes(chosen: Config) -> list[str]:
+    return [str(remedy) for remedy in remedies(chosen, 8)]
 
 
-def test_activations_are_saved_first_where_they_are_most():
-    remat, micro_batch, mesh = settings(message(compiled(20, 70), 80))
-    assert remat == "train.remat: full"
-    assert micro_batch == "train.micro_batch_size: 4 (now 8)"
-    assert "mesh.fsdp" in mesh
+def test_what_is_refused_or_set_already_is_no_remedy():
+    assert "train.update: fused" in changes(config())
+    late = changes(config(reduce="late", remat="full"))
+    assert late[0] == "train.reduce: each"
+    assert not [remedy for remedy in late if "fused" in remedy or "remat" in remedy]
+    assert "train.update: fused, train.remat: none" in changes(config(remat="full"))
+    sophia = config().model_dump(mode="json") | {"optim": {"type": "sophia_g", "learning_rate": 1e-4}}
+    assert not [remedy for remedy in changes(Config.model_validate(sophia)) if "fused" in remedy]
+    assert "optim.type: lion" in changes(config())
+    assert "train.micro_batch_size: 1" not in [str(remedy) for remedy in remedies(config(), 1)]
 
 
-def test_state_is_saved_first_where_it_is_most():
-    mesh, optimizer, remat = settings(message(compiled(70, 20), 80))
-    assert "mesh.fsdp" in mesh
-    assert optimizer.startswith("optim.type: lion")
-    assert remat == "train.remat: full"
+def test_a_remedy_is_compiled_and_the_best_comes_first():
+    """But what the config itself asks for is named before all others, and what saves next to nothing is not named."""
+    sizes = {"remat": 40, "micro_batch_size": 60, "param_dtype": 70, "seq_len": 99}
+    seen = []
+
+    def compile_peak(changed: Config) -> int:
+        train, before = changed.train, config(reduce="late").train
+        if changed.optim.type != "adamw":
+            raise UserError("a run would refuse it")
+        differing = [name for name in ("reduce", *sizes) if getattr(train, name, None) != getattr(before, name, None)]
+        seen.append(name := next(iter(differing), "seq_len"))
+        return sizes.get(name, 80) * GIB
+
+    late = config(reduce="late")
+    found = tried(remedies(late, 8), late, 100 * GIB, compile_peak, seconds=60)
+    assert [str(remedy) for remedy in found] == [
+        "train.reduce: each (80.00 GiB)",
+        "train.remat: full (40.00 GiB)",
+        "train.micro_batch_size: 1 (60.00 GiB)",
+        "train.param_dtype: bfloat16 (70.00 GiB)",
+    ]
+    assert seen == ["reduce", "remat", "micro_batch_size", "param_dtype", "seq_len"]
+    assert tried(remedies(late, 8), late, 100 * GIB, compile_peak, seconds=-1) == []
 
 
-def test_what_is_already_set_is_not_advised():
-    text = message(compiled(20, 70), 80, micro_batch=1, remat="full", micro_batch_size=1)
-    length, *_ = settings(text)
-    assert length == "data.seq_len: 2048 (now 4096)"
-    assert len(settings(text)) == 3
-    assert "remat" not in text
-    assert "micro_batch" not in text
+def test_without_time_to_compile_the_causes_come_first():
+    text = untried_advice(config(reduce="late"), 8)
+    assert text.startswith("What may help: train.reduce: each; train.remat: full; ")
+    assert "GiB" not in text
 
 
 def test_simulated_devices_share_the_machine():
