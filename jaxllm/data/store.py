@@ -112,19 +112,22 @@ class Store:
         content: uint64 [n], a hash of what the record of each sample says (see `duplicates.content_of`).
     """
 
-    def __init__(self, folder: Path, key: str, labels: Sequence[str], files: list[str]) -> None:
+    def __init__(self, folder: Path, key: str = "", labels: Sequence[str] = (), files: Sequence[str] = ()) -> None:
         """labels: what the sources are called now. files: where all their files are now, one source after the other.
 
+        A store that is opened by its folder alone numbers its sources and files.
         Raises Damaged when the store is not as it was written, so far as is told without reading its tokens.
         """
         self.folder = folder
-        self.key = key
+        self.key = key or folder.name
         facts, arrays = open_sealed(folder)
         counts = facts["summary"]
-        torn_at = source.describe_origin(files[counts["torn_at"][0]], counts["torn_at"][1]) if counts["torn_at"] else ""
+        labels = labels or [f"source {i}" for i in range(len(counts["formats"]))]
+        self._files = files
+        torn = counts["torn_at"]
+        torn_at = source.describe_origin(self._file_name(torn[0]), torn[1]) if torn else ""
         of_sources = {name: dict(zip(labels, counts[name], strict=True)) for name in ("formats", "unread")}
         self.summary = Summary(**{**counts, "torn_at": torn_at, **of_sources})
-        self._files = files
         self.source_ends = np.array(facts["source_ends"], np.int64)
         self._tokens, self._trained = arrays["tokens"], arrays["trained"]
         self._ends = arrays["ends"][:]
@@ -153,7 +156,10 @@ class Store:
 
     def origin(self, i: int) -> tuple[str, int]:
         """The file of sample `i` and its record there, counted from 1 (see `source.Record`)."""
-        return self._files[self._file[i]], int(self._record[i])
+        return self._file_name(self._file[i]), int(self._record[i])
+
+    def _file_name(self, number: int) -> str:
+        return self._files[number] if self._files else f"file {number}"
 
     def places(self, files: Sequence[str]) -> np.ndarray:
         """int64 [n]: the record that each sample is of, the same for the same record in any source and store.

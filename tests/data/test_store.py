@@ -63,6 +63,12 @@ def test_samples_come_back_with_their_origin(write_lines, byte_tokenizer, tmp_pa
     part = built.sample(0, 1, 3)
     assert byte_tokenizer.decode(part.ids[:1]) == "a"
     assert (part.ids.dtype, len(part.ids), part.trained.tolist()) == (np.int32, 2, [True, True])
+    alone = Store(built.folder)
+    assert (alone.key, alone.origin(2), alone.summary.formats["source 1"]) == (
+        built.key,
+        ("file 1", 1),
+        "prompt_completion",
+    )
     summary = built.summary
     assert (summary.samples, summary.tokens, summary.trained_tokens, summary.untrained) == (3, 263, 258, 2)
     assert summary.formats == {texts: "text", pairs: "prompt_completion"}
