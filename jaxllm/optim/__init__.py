@@ -1,7 +1,7 @@
 """Optimizers as optax transforms: exact where optax or the reference implementations are not.
 
-Each returns an `optax.GradientTransformationExtraArgs` for use in any optax loop. State, arithmetic and the
-updates that they return are float32 whatever the dtype of the parameters.
+Each returns an `optax.GradientTransformationExtraArgs` for use in any optax loop. State and arithmetic
+are at least float32 whatever the dtype of the parameters; the updates that they return have the dtype of the gradients.
 """
 
 from jaxllm.optim.adalomo import adalomo

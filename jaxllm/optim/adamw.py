@@ -50,4 +50,5 @@ def adamw(
     >>> bool(loss(params) < 0.01), params["w"].dtype.name, optax.tree.get(state, "nu")["w"].dtype.name
     (True, 'bfloat16', 'float32')
     """
-    return in_float32(optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask))
+    tx = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+    return in_float32(tx, complex_leaves=True)

@@ -48,4 +48,5 @@ def lion(
     >>> bool(loss(params) < 0.01)
     True
     """
-    return in_float32(optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask))
+    tx = optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
+    return in_float32(tx, complex_leaves=True)

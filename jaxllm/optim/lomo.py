@@ -54,5 +54,6 @@ def lomo(
             clip_by_value_and_norm(clip_grad_norm, clip_grad_value),
             optax.add_decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
-        )
+        ),
+        complex_leaves=clip_grad_value is None,  # complex numbers have no order
     )

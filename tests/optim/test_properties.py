@@ -84,17 +84,19 @@ def test_descends_a_quadratic_without_compiling_twice(name: str) -> None:
     chex.clear_trace_counter()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("name", [*EXPORTED, *REGISTERED])
-def test_bfloat16_parameters_have_float32_state_and_updates(name: str) -> None:
+def test_bfloat16_parameters_have_float32_state_and_updates_as_their_gradients(name: str, dtype) -> None:
     params = model(jnp.bfloat16)
     tx = transform(name)
 
     def step(params):
-        updates, state = tx.update(params, tx.init(params), params)
+        grads = jax.tree.map(lambda p: p.astype(dtype), params)
+        updates, state = tx.update(grads, tx.init(params), params)
         return updates, state, optax.apply_updates(params, updates)
 
     updates, state, after = jax.eval_shape(step, params)
-    chex.assert_trees_all_equal_dtypes(updates, jax.tree.map(lambda p: p.astype(jnp.float32), params))
+    chex.assert_trees_all_equal_dtypes(updates, jax.tree.map(lambda p: p.astype(dtype), params))
     chex.assert_trees_all_equal_shapes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
@@ -260,3 +262,52 @@ def test_docstring_examples(module: str) -> None:
     failed, attempted = doctest.testmod(importlib.import_module(module))
     assert not failed
     assert attempted or module.rsplit(".", 1)[1] not in EXPORTED
+
+
+def always(step):
+    return step >= 0
+
+
+WRAPPERS = {
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, always),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, always),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1e9), tx),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPERS)
+@pytest.mark.parametrize("name", EXPORTED)
+def test_bfloat16_parameters_in_optax_s_wrappers(name: str, how: str) -> None:
+    """Each wrapper, which here always updates, gives what the transform alone gives, and compiles."""
+    params = model(jnp.bfloat16)
+    grads = jax.tree.map(lambda p: 0.5 * p, params)
+    tx = transform(name)
+    wrapped = WRAPPERS[how](tx)
+    updates, _ = jax.jit(wrapped.update)(grads, wrapped.init(params), params)
+    expected, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    # Two compilations may round a bfloat16 to either neighbour.
+    chex.assert_trees_all_close(optax.apply_updates(params, updates), optax.apply_updates(params, expected), rtol=2**-7)
+    chex.assert_trees_all_equal_shapes_and_dtypes(optax.apply_updates(params, updates), params)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_complex_parameters_are_updated_as_optax_does_or_refused(name: str) -> None:
+    params = {"w": jnp.array([1 + 2j, -3j, 0.5], jnp.complex64)}
+    grads = {"w": jnp.array([0.1 - 1j, 2, 1j], jnp.complex64)}
+    theirs = {"adamw": optax.adamw, "lion": optax.lion, "lomo": optax.sgd}
+    if name not in theirs:
+        with pytest.raises(ValueError, match="the parameter 'w' is complex64"):
+            transform(name).init(params)
+        return
+    reference = theirs[name](1e-2) if name == "lomo" else theirs[name](1e-2, weight_decay=0.1)
+    tx = optim.lomo(1e-2) if name == "lomo" else getattr(optim, name)(1e-2, weight_decay=0.1)
+    ours, _ = tx.update(grads, tx.init(params), params)
+    wanted, _ = reference.update(grads, reference.init(params), params)
+    chex.assert_trees_all_equal(ours, wanted)
+
+
+def test_the_clamp_of_lomo_is_for_real_numbers() -> None:
+    with pytest.raises(ValueError, match="give its real and imaginary parts"):
+        optim.lomo(1e-2, clip_grad_value=1.0).init({"w": jnp.zeros(2, jnp.complex64)})
