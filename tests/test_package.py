@@ -80,6 +80,14 @@ def test_logits_name_what_has_the_wrong_shape():
     params, tokens = lm.init(jax.random.key(0)), jnp.ones((2, 3), jnp.int32)
     for wrong, name in (
         ({"tokens": tokens[0]}, r"tokens must be whole numbers of the shape \[B, T\]; got int32 \(3,\)"),
+        ({"tokens": [[1, 2, 3]]}, r"tokens must be an array of numpy or JAX of the shape \[B, T\], got a list"),
+        ({"tokens": None}, r"got a NoneType"),
+        ({"tokens": tokens[:, :0]}, r"tokens are empty, of the shape \(2, 0\)"),
+        ({"tokens": tokens[:0]}, r"tokens are empty, of the shape \(0, 3\)"),
+        ({"tokens": tokens == 1}, r"tokens must be whole numbers .* got bool"),
+        ({"tokens": tokens - 5}, r"tokens must not be negative, got -"),
+        ({"tokens": tokens + 10**6}, r"tokens must be ids below \d+, the size of the model's vocabulary, got 100"),
+        ({"tokens": tokens, "positions": tokens - 10**6}, r"positions must not be negative"),
         ({"tokens": tokens * 1.0}, r"tokens must be .*got float32 \(2, 3\)"),
         ({"segments": tokens[:1]}, r"segments must be .* of tokens; got int32 \(1, 3\), and tokens are \(2, 3\)"),
         ({"positions": tokens[:, :2]}, r"positions must be .*got int32 \(2, 2\)"),

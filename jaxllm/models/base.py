@@ -27,6 +27,7 @@ from jaxllm.models.pipeline import order_of_layers, pipeline
 from jaxllm.models.quantized import Quantization
 from jaxllm.models.rules import Rule
 from jaxllm.models.stack import Stack, scan
+from jaxllm.models.token_arrays import check_token_arrays
 from jaxllm.nn.attention import VIRTUAL
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition, Context
@@ -421,15 +422,9 @@ class LM:
         default 0, 1, 2, …; segments: `[B, T]` int32, which document each token is of (attention does not cross
         documents), default one a row. May be jitted and differentiated; no mesh need be set.
 
-        Raises UserError for parameters that are not the model's, and ValueError for an array of another shape, or of
-        numbers that are not whole.
+        Raises UserError for parameters that are not the model's, and ValueError as `check_token_arrays` does.
         """
-        for name, array in (("tokens", tokens), ("positions", positions), ("segments", segments)):
-            if array is not None and (array.ndim != 2 or array.shape != tokens.shape or array.dtype.kind not in "iu"):
-                raise ValueError(
-                    f"{name} must be whole numbers of the shape [B, T]{'' if name == 'tokens' else ' of tokens'}; "
-                    f"got {array.dtype} {tuple(array.shape)}, and tokens are {tuple(tokens.shape)}"
-                )
+        check_token_arrays(tokens, {"positions": positions, "segments": segments}, self.config.vocab_size)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         x, _ = self.hidden(params, tokens, self.context(positions, segments))
