@@ -64,11 +64,14 @@ def report_remedies(console: Console, planned: Plan, target: Target, config: Con
     candidates = remedies(config, rows // layout.size("batch"), layout.mesh.shape)
     with console.status("looking for what would help") as status, quiet_libraries():
         peak = planned.compiled.peak_bytes
-        found = tried(candidates, config, peak, compile_peak, TRY_SECONDS, status.update)
+        found, left = tried(candidates, config, peak, compile_peak, TRY_SECONDS, status.update)
     if not found:
-        say("helps", f"none of what was tried: {'; '.join(map(str, candidates))}")
+        compiled = candidates[: len(candidates) - len(left)]
+        say("helps", f"none of what was compiled: {'; '.join(map(str, compiled)) or 'there was no time for any'}")
     for i, remedy in enumerate(found):
         say("" if i else "helps", f"{remedy}{', which fits' if (remedy.peak or 0) <= limit else ''}")
+    if left:
+        say("", f"not compiled within {TRY_SECONDS} s: {'; '.join(map(str, left))}")
 
 
 def _table(planned: Plan) -> Table:

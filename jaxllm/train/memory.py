@@ -96,15 +96,16 @@ def tried(
     compile_peak: Compile,
     seconds: float,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Remedy]:
-    """The remedies that lower `peak` by at least SAVES, with the bytes that they lead to: first what the config itself
-    asks for, then the best first.
+) -> tuple[list[Remedy], Sequence[Remedy]]:
+    """The remedies that lower `peak` by at least SAVES, with the bytes that they lead to, and those not compiled.
 
-    Each is compiled, in the order given; after `seconds` no other one is begun.
+    What the config itself asks for comes first, then the best. Each is compiled in the order given; after `seconds` no
+    other one is begun.
     """
-    start, found = time.monotonic(), []
+    start, found, left = time.monotonic(), [], candidates[:0]
     for i, remedy in enumerate(candidates):
         if time.monotonic() - start > seconds:
+            left = candidates[i:]
             break
         progress(f"trying {remedy} ({i + 1} of {len(candidates)})")
         if (changed := remedy.applied(config)) is None:
@@ -115,7 +116,7 @@ def tried(
             continue  # a run with it would break off
         if lower <= (1 - SAVES) * peak:
             found.append(replace(remedy, peak=lower))
-    return sorted(found, key=lambda remedy: (not remedy.undoes, remedy.peak))[:SHOWN]
+    return sorted(found, key=lambda remedy: (not remedy.undoes, remedy.peak))[:SHOWN], left
 
 
 def remedies(config: Config, micro_batch_size: int, mesh: Mapping[str, int] | None = None) -> list[Remedy]:

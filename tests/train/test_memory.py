@@ -75,7 +75,8 @@ def test_a_remedy_is_compiled_and_the_best_comes_first():
         return sizes.get(name, 80) * GIB
 
     late = config(reduce="late")
-    found = tried(remedies(late, 8), late, 100 * GIB, compile_peak, seconds=60)
+    found, left = tried(remedies(late, 8), late, 100 * GIB, compile_peak, seconds=60)
+    assert not left
     assert [str(remedy) for remedy in found] == [
         "train.reduce: each (80.00 GiB)",
         "train.remat: full (40.00 GiB)",
@@ -83,7 +84,7 @@ def test_a_remedy_is_compiled_and_the_best_comes_first():
         "train.param_dtype: bfloat16 (70.00 GiB)",
     ]
     assert seen == ["reduce", "remat", "micro_batch_size", "param_dtype", "seq_len"]
-    assert tried(remedies(late, 8), late, 100 * GIB, compile_peak, seconds=-1) == []
+    assert tried(remedies(late, 8), late, 100 * GIB, compile_peak, seconds=-1) == ([], remedies(late, 8))
 
 
 def test_without_time_to_compile_the_causes_come_first():
