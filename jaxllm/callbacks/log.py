@@ -35,7 +35,7 @@ NORMS = ("grad_norm/", "param_norm/")
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, each with its `step`. Each line goes to the `listeners` too.
 
-    Of several processes, all of which hold it, process 0 writes. notes: what is to be said of the lines dropped.
+    Every process holds it, and process 0 writes. notes: what to say about the lines that were dropped.
     """
 
     def __init__(self, path: Path, resumed_at: int | None, listeners: Sequence[Callback] = ()) -> None:
@@ -116,7 +116,7 @@ def _lines(path: Path) -> list[bytes]:
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}), and the run writes its metrics there; put the file back, or "
-            "move it away and the run goes on without its lines"
+            "move it away, and the run resumes without its lines"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Whether files are as they were written: those of a checkpoint, and those that describe a run."""
+"""Whether the files of a checkpoint, and the files that describe a run, are as they were written."""
 
 import hashlib
 import re

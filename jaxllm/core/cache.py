@@ -20,7 +20,7 @@ def cache_root() -> Path:
 
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
-    """Of several processes that would do the same work one does it, and the others wait for it at the file `lock`.
+    """One of several processes does their common work; the others wait for it at the file `lock`.
 
     On a network disk without locks nobody waits.
     """

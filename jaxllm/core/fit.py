@@ -25,7 +25,7 @@ def check_fits(
     it is float32, bfloat16 or float16. what, remedy: the message's beginning and end; it names the first leaf that
     differs, what it is and what it should be.
 
-    paddable: the leaves of these paths, and those of an optimizer's state whose paths end so, may have another size
+    paddable: the leaves of these paths, and an optimizer's leaves whose paths end like them, may have another size
         along that axis, as long as the real entries are there on both sides.
     casts: whether floats of any width fit, because they are cast.
     """

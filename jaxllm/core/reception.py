@@ -18,7 +18,7 @@ from jaxllm.core.launch import COORDINATOR, Place, is_loopback
 
 LONGEST = 1 << 22  # bytes in a message
 HELLO_S = 10.0  # in which one who connects says who it is
-STRANGERS = 256  # connections beyond those of the run that may wait at the same time
+STRANGERS = 256  # connections from outside the run that may wait at the same time
 BACKLOG = 1024  # connections that the system keeps before they are read
 
 

@@ -19,7 +19,7 @@ _OWN_COPY = "if it belongs to the model, put a copy of the file itself there"
 
 
 def read_side_files(folder: str | Path, names: Iterable[str] = SIDE_FILES) -> dict[str, bytes]:
-    """What those of `names` hold that are in `folder`, which must be what each name says.
+    """The content of each file of `names` that is in `folder`; it must be what the name says.
 
     A link out of the folder is left out, with a note: a model that somebody else made must not take a file of the user
     along. Raises UserError for a file that is cut, empty or of another kind, so that no copy of it is made.

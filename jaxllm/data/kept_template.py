@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def kept_template(
     sources: Sequence[RenderConfig], formats: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str | None, str | None]:
-    """The template by which all conversations were written, where it is not the tokenizer's own; and what to say of it.
+    """The template that wrote all conversations, if it is not the tokenizer's own; and a remark for the log.
 
     formats: the names of the sources' formats. The values of `template_options` become the template's defaults, so
     that whoever loads the tokenizer renders as the training did. None and a remark: the sources are written in several
@@ -38,7 +38,7 @@ def kept_template(
 
 
 def _writes(config: RenderConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a template writes the records of a source; those of some formats may be texts that need none."""
+    """Whether a template writes the records of a source. Records of some formats may be texts, which need none."""
     return FORMATS[name].chat and bool(config.chat_template or tokenizer.chat_template)
 
 

@@ -290,7 +290,7 @@ def open_or_build(
     waits for the first. Memory does not grow with the number of records.
 
     Args:
-        day: what chat templates are told that the date is; default: that of a store which the cache has, or today.
+        day: the date that chat templates are given. Default: the date of a store in the cache, otherwise today.
         cache: the folder, default `cache_root()`.
         note: what is told that a store is damaged and built again; default: the standard error.
 

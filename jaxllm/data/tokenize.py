@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _REMEMBERED = 1000  # prompts, which are mostly the few words that open a turn
-_READ, _COMPARED = 24, 4  # tokens at the end of a prompt that are read alone, and those of them that must be alike
+_READ, _COMPARED = 24, 4  # how many tokens at the end of a prompt are read alone, and how many of them must be alike
 NEVER = -1  # the place of an end mark that is not there
 
 

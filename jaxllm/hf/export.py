@@ -134,7 +134,7 @@ def check_replaceable(folder: Path, source: Source | None = None, *, adapter: bo
 
 
 def _side_files(source: Source | None, model_folder: str | Path | None) -> dict[str, bytes]:
-    """What the files to copy hold: those of `model_folder`, else those beside the source's weights."""
+    """The content of the files to copy, from `model_folder` or otherwise from the source's folder."""
     if model_folder is not None:
         files = read_side_files(model_folder)
         if files.keys().isdisjoint(TOKENIZER_FILES):

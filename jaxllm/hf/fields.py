@@ -70,7 +70,7 @@ class Fields(NamedTuple):
 
 
 def names_of(family: Family) -> set[str]:
-    """The fields that the family's config takes; those of the rotary embedding are read together."""
+    """The fields that the family's config takes. The fields of the rotary embedding are read together."""
     return set(family.config.model_fields) - {"type", "rope", *ROPE_FIELDS}
 
 

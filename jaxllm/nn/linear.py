@@ -139,7 +139,7 @@ def _low_rank_sum(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Ar
 
 
 def _column_factors(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
-    """lora_magnitude over the norms of the columns; 1 for those of zeros, and in a layer that the adapter leaves alone,
+    """lora_magnitude over the norms of the columns. It is 1 for columns of zeros, and in a layer without the adapter,
     whose scale is 0."""
     norms = jax.lax.stop_gradient(jnp.linalg.norm(_low_rank_sum(kernel, adapter), axis=0))
     alone = (adapter["lora_scale"] == 0) | (norms == 0)  # columns of zeros pad the vocabulary

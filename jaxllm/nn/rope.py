@@ -1,9 +1,9 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864), in the half-split form of Hugging Face weights.
 
 Pair i of a head turns by the angle position · f_i, and a kind of rope says what its frequencies f_i are: the plain
-ones, θ^(-2i / width), or those of an extension to longer texts. The kinds, their keys and what they compute are
-those of transformers 5 (`modeling_rope_utils`). The width is that of a head, or of its first part, where the rest of it
-does not turn.
+ones, θ^(-2i / width), or the frequencies of an extension to longer texts. The kinds, their keys and what they compute
+follow transformers 5 (`modeling_rope_utils`). The width is the head's, or the width of its first part where the rest of
+the head does not turn.
 """
 
 import math

@@ -31,7 +31,7 @@ class OptimizerConfig(Section):
     has_statistics: ClassVar[bool] = False
     """Whether an entry's update depends on others of its tensor, which must then be one layer's matrix or vector."""
     needs_whole_matrices: ClassVar[bool] = False
-    """Whether a matrix must be whole on each device to be updated: then it is that of one layer at a time."""
+    """Whether a device needs a whole matrix to update it. The step then updates one layer at a time."""
     needs_whole_model: ClassVar[str] = ""
     """Why the layers cannot be updated one by one; empty where they can."""
 

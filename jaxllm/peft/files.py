@@ -167,8 +167,8 @@ class AdapterOfParts(StoredAdapter):
 
     @abstractmethod
     def parts(self, lm: LM) -> list[Part]:
-        """Every tensor of the files but those of `whole` and `held`, for `lm`, a result of `add`. Of two with the same
-        path and place, the files have both, and they are equal."""
+        """Every tensor of the files except the tensors of `whole` and `held`, for `lm`, a result of `add`. Two parts
+        with the same path and place are both in the files, and are equal."""
 
     def tensors(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {part.name: part.write(leaves[part.path]) for part in self.parts(lm)}

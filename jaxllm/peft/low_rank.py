@@ -189,7 +189,7 @@ class Target:
         return leaf if self.module.stacked else leaf[None]
 
     def parts(self, lm: LM, magnitude: bool, principal: bool = False) -> Iterator[Part]:
-        """The tensors of each layer with an adapter, by the module's name; those of PiSSA's start have START.
+        """The tensors of each layer with an adapter, by the module's name. The tensors of PiSSA's start have START.
 
         Where the embedding is the head too, the files have the adapter beside both.
         """

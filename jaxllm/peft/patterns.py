@@ -1,6 +1,6 @@
 """Regular expressions of modules' names, which come from files and configs, matched within limits of time and memory.
 
-The meaning is that of Python's `re`. An expression may backtrack for ever, so it is compiled and matched in a process
+Expressions mean what they mean in Python's `re`. One may backtrack for ever, so it is compiled and matched in a process
 of its own, which the system stops; Ctrl-C works meanwhile.
 """
 

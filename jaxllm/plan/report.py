@@ -14,7 +14,7 @@ from jaxllm.train.config import Config
 from jaxllm.train.inputs import saying
 from jaxllm.train.memory import GIB, Compile, remedies, tried
 
-# After so many seconds no other remedy is compiled.
+# The seconds after which no other remedy is compiled.
 TRY_SECONDS = 120
 
 

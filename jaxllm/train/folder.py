@@ -42,7 +42,7 @@ def prepare(
     """Writes what describes the run: the resolved config, the machine, and the model's config and tokenizer.
 
     chat_template: what the tokenizer gets in place of its own; None: it keeps its own. keep_model: the run is resumed,
-    and the model's files are present. Of several processes, process 0 writes. Raises UserError if the folder cannot be
+    and the model's files are present. Only process 0 writes. Raises UserError if the folder cannot be
     written, and, before anything is written, for a damaged file of the tokenizer.
     """
     if not is_first():

@@ -115,8 +115,8 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The rows to train on; those of each held-out set, by its name; the day that chat templates were told; and
-    how what is held out was drawn."""
+    """The rows to train on; the rows of each held-out set, by its name; the day that chat templates were given; and
+    how the held-out records were drawn."""
 
     train: Rows
     held_out: Mapping[str, Rows]

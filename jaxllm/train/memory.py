@@ -17,7 +17,7 @@ from jaxllm.train.step import CompiledStep
 
 GIB = 2**30
 
-# A remedy is worth naming that saves this share of the peak; so many are named.
+# A remedy is named if it saves this share of the peak; and how many are named at most.
 SAVES, SHOWN = 0.02, 4
 OPTIM = "optim"
 

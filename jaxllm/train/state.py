@@ -140,8 +140,8 @@ def abstract_state(
 def laid_like(shape: tuple[int, ...], param: Any) -> NamedSharding:
     """Where an array `shape` of the state of `param` lies: each axis as an axis of the parameter that is as long.
 
-    So moments lie as the parameter, and those of a projection along the axis that they share with it. What that axis is
-    not split over, and the projected one was, splits the first axis that divides. Statistics that have fewer axes are
+    So moments lie as the parameter, and the moments of a projection along the axis that they share with it. A mesh axis
+    that split the projected axis splits the first axis that it divides. Statistics that have fewer axes are
     small, and every device holds them.
     """
     mesh = param.sharding.mesh

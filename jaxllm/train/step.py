@@ -119,7 +119,7 @@ def make_step(
         """ĝ before it is clipped, and its norm."""
         batch = with_drawn_targets(batch, step_key(seed, state.step, TARGETS))
         _, grads = unscaled_gradient(state, batch, CROSS_ENTROPY)
-        # Of what a condition gives XLA does not see how it is used, and would leave it whole on each device.
+        # XLA does not see how the result of a condition is used, and would leave it whole on each device.
         shardings = tree.flatten(lm.shardings())
 
         def laid_out(path: str, g: jax.Array) -> jax.Array:

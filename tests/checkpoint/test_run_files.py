@@ -102,7 +102,7 @@ NEW = {"config.resolved.yaml": CONFIG + b"# more steps\n", "env.json": b'{"again
 
 @contextmanager
 def killed_after(replaced: int, monkeypatch) -> Iterator[None]:
-    """Ends what writes files after so many of them, the last one half written."""
+    """Ends a writer of files after a number of them; the last one is half written."""
     there, done = run_files._replace, []  # pyright: ignore[reportPrivateUsage]
 
     def replace(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The hash of a file is that of its bytes, and a file that is known is not read again."""
+"""A file has the hash of its bytes, and a file that is known is not read again."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""A run that an earlier version began goes on: its data have the name that this version gave them."""
+"""A run that an earlier version began resumes: its data keep the name that this version gave them."""
 
 from datetime import date
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Every published config.json of an architecture that is here, made small: its logits are those of transformers.
+"""Every published config.json of an architecture that we have, made small, has the logits of transformers.
 
-A model is small by its sizes alone. All other fields, and the forms of the rotary embedding, are those of the file.
+A model is small by its sizes alone. All other fields, and the forms of the rotary embedding, come from the file.
 """
 
 import copy

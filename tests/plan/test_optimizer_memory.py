@@ -17,7 +17,7 @@ ENTRYWISE = [name for name in OPTIMIZERS if name not in OTHERS]
 
 
 def assert_divided(folder: Path, *names: str) -> None:
-    """`names` against SGD, whose step has the same temporaries but for those of the update."""
+    """`names` against SGD, whose step has the same temporaries except for the update's."""
     how = dict(update="ordinary", remat="full", batch_size=8)
     config = config_of(folder, MODEL | dict(num_attention_heads=8), **how)
     common = ["mesh.fsdp=8", "data.seq_len=128"]

@@ -132,7 +132,7 @@ def program(
 ) -> Program:
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
 
-    tx, schedule: in place of those of `optimizer`. by_layer: see `make_step`; None = as a run of `optimizer` does.
+    tx, schedule: in place of `optimizer`'s own. by_layer: see `make_step`; None = as a run of `optimizer` does.
     frozen: patterns of the parameters that do not train. method: of
     fine-tuning, whose leaves are drawn at random all of them. quantization: of the layers' matrices; as_floats: those
     that it reads back are parameters as they are. dtype: of parameters, and of the computation where no

@@ -375,7 +375,7 @@ def test_a_damaged_checkpoint(place, finished, capfd):
 
 
 def test_a_damaged_file_of_the_run(place, finished, capfd):
-    """It goes on with no other config, and exports no other tokenizer."""
+    """It resumes with no other config, and exports no other tokenizer."""
     run = shutil.copytree(finished.folder, place.folder / "run")
     for name in ("config.resolved.yaml", "model/config.json", "model/tokenizer.json", "SHA256SUMS"):
         whole = (run / name).read_bytes()

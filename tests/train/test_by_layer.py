@@ -1,4 +1,4 @@
-"""Optimizers that need whole matrices: the update of one layer after the other is that of all layers at once."""
+"""Optimizers that need whole matrices: updating one layer after the other equals updating all layers at once."""
 
 from typing import Any
 
