@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -71,9 +70,10 @@ def serve(seconds: int) -> None:
 
 
 def _limit_memory() -> None:
-    used = 0
-    with contextlib.suppress(OSError):
+    try:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux, where alone the limit counts what this process takes
+        return
     limit, hard = used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 

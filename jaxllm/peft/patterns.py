@@ -19,7 +19,8 @@ _LONGEST = 10_000  # characters
 _MATCHER = f"""
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS + 1}))
-resource.setrlimit(resource.RLIMIT_AS, ({BYTES}, {BYTES}))
+if sys.platform == "linux":
+    resource.setrlimit(resource.RLIMIT_AS, ({BYTES}, {BYTES}))
 expression, names = json.load(sys.stdin)
 try:
     compiled = re.compile(expression)
