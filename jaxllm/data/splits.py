@@ -99,7 +99,7 @@ def _subsets(readme: str) -> dict[str, dict[str, list[str]]]:
     front = re.match(r"---\s*\n(.*?)\n---", readme, re.DOTALL)
     try:
         card = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that there is not is a ValueError
         card = None
     configs = card.get("configs") if isinstance(card, dict) else None
     found: dict[str, dict[str, list[str]]] = {}

@@ -51,7 +51,7 @@ def _at_most(limit: int, largest: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Layers = Annotated[PositiveInt, _at_most(10_000, "1,000 layers")]
+Layers = Annotated[PositiveInt, _at_most(2_000, "1,000 layers")]
 Heads = Annotated[PositiveInt, _at_most(2**16, "hundreds of heads")]
 HeadWidth = Annotated[PositiveInt, _at_most(2**13, "heads of 576")]
 Width = Annotated[PositiveInt, _at_most(2**20, "a width below 100,000")]

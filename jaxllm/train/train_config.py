@@ -29,6 +29,9 @@ from jaxllm.train.reduction import reduced_once
 from jaxllm.train.schedule import Schedule
 from jaxllm.train.step import Step, accumulated, make_step
 
+# Layers that the program of a CPU may hold one after the other: the time to compile grows with each of them.
+MOST_UNROLLED = 64
+
 
 class TrainConfig(Section):
     """How long and how to train. Give `steps` or `epochs`."""
@@ -66,8 +69,8 @@ class TrainConfig(Section):
     """chunks of layers that each stage of mesh.pipeline has, which micro-batches go round: a stage waits as much less
     as it has more chunks, for as many transfers more, and what waits in it for its backward pass"""
     unroll: PositiveInt | Literal["auto", "all"] = "auto"
-    """layers that the loop over them does at once: more may be faster, and compile longer; auto: all on a CPU, 1
-    elsewhere"""
+    """layers that the loop over them does at once: more may be faster, and compile longer; auto: all of up to 64 layers
+    on a CPU, otherwise 1"""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """share of a target's probability that is spread over the whole vocabulary"""
     z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -217,7 +220,8 @@ class TrainConfig(Section):
             kept = "stages" if self.remat == "full" else "layers"
             gradient = pipelined(kept)
         else:
-            automatic = "all" if lm.layout.platform == "cpu" else 1
+            few = lm.config.num_hidden_layers <= MOST_UNROLLED
+            automatic = "all" if lm.layout.platform == "cpu" and few else 1
             unroll = automatic if self.unroll == "auto" else self.unroll
             stack = scan(self.remat, unroll)
             gradient = accumulated_late(stack, self.reduce_dtype) if self.reduce == "late" else accumulated(stack)

@@ -124,6 +124,11 @@ def refused(path: str | Path, **options) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("front", ["a: [", "date: 2024-13-45", "a: " + "[" * 5000 + "]" * 5000, "a: !!python/none x"])
+def test_a_card_that_is_no_yaml_describes_nothing(front: str):
+    assert choose(["train.jsonl"], f"---\n{front}\n---\n", Choice("a")) == ["train.jsonl"]
+
+
 def test_a_folder(tmp_path: Path):
     for split, content in LINES.items():
         (tmp_path / f"{split}.jsonl").write_bytes(content)

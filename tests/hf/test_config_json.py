@@ -178,7 +178,7 @@ REFUSED = {
     "task": ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
     "no architecture": ({"architectures": None, "model_type": None}, ["`architectures`", "`model_type`"]),
     "contradiction": ({"model_type": "mistral"}, ["LlamaForCausalLM", "mistral", "contradict"]),
-    "too deep": ({"num_hidden_layers": 10**9}, ["num_hidden_layers = 1000000000", "at most 10,000", "slip"]),
+    "too deep": ({"num_hidden_layers": 10**9}, ["num_hidden_layers = 1000000000", "at most 2,000", "slip"]),
     "too wide": ({"intermediate_size": 10**30}, ["intermediate_size = 1000000000000000000000000000000", "2147483647"]),
     "type": ({"hidden_size": "4096"}, ['hidden_size = "4096"', "integer"]),
     "half a surrogate pair": ({"a\ud800\n": 7}, [r"a\ud800\n = 7", "is no field"]),
