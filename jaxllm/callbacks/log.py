@@ -271,7 +271,7 @@ class Log(Callback):
         if self._bad_steps >= self._max_bad_steps:
             raise UserError(
                 f"{self._bad_steps} steps in a row up to step {step} had a loss, gradient or parameter norm that is "
-                f"not finite (last: {found}); none of them was applied. Look at the records named above, or start "
+                f"not finite (last: {found}). Look at the records named above, or start "
                 "again from an earlier checkpoint (checkpoint.resume) in a new output_dir with a lower "
                 "optim.learning_rate or a longer optim.schedule.warmup"
             )

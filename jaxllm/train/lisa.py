@@ -194,8 +194,10 @@ def make_lisa_step(
         param_squares = squares(params)
         metrics = step_metrics(losses, squares(grads), param_squares, batch, schedule(state.step), objective)
         norm = metrics["grad_norm"]
-        good = jnp.isfinite(losses.objective) & jnp.isfinite(norm) & jnp.isfinite(sum(param_squares.values()))
-        metrics["bad"] = (~good).astype(jnp.int32)
+        good = jnp.isfinite(losses.objective) & jnp.isfinite(norm)
+        # The update does not wait for the norm of the parameters: the old embedding and head would be kept for it.
+        sound = jnp.isfinite(sum(param_squares.values()))
+        metrics["bad"] = (~(good & sound)).astype(jnp.int32)
         if max_grad_value is not None:
             grads = optax.tree.clip(grads, -max_grad_value, max_grad_value)
         if max_grad_norm is not None:

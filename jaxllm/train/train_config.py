@@ -99,8 +99,8 @@ class TrainConfig(Section):
     """options of XLA for the training step, in place of those chosen for the mesh, which the log lists, such as
     {xla_gpu_enable_latency_hiding_scheduler: false}"""
     max_bad_steps: PositiveInt = 3
-    """the run stops after this number of steps in a row whose loss, gradient or parameter norm is not finite; none
-    of them is applied"""
+    """the run stops after this number of steps in a row whose loss, gradient or parameter norm is not finite; they
+    change no parameter, except under LISA where the parameter norm alone is not finite"""
 
     @field_validator("xla")
     @classmethod
