@@ -273,7 +273,8 @@ def test_a_pipeline_of_virtual_stages(tmp_path):
         },
     )
     of_stages = [shape for one in over_stages if one.over == ("pipeline",) for _, shape in one.arrays]
-    assert all(shape[-2:] == (512, 256) or math.prod(shape) <= 2 for shape in of_stages)  # rows of activations
+    # Rows of activations, or the few sums from which a step tells whether it is a bad one.
+    assert all(shape[-2:] == (512, 256) or math.prod(shape) <= 4 for shape in of_stages)
     assert_reduced_once(found)
 
 
