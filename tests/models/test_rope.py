@@ -246,7 +246,7 @@ def test_growing_beyond_the_original_length_decodes_as_transformers_does(case, p
 
 
 def test_wrong_ropes_are_refused():
-    with pytest.raises(ValidationError, match="long_factor has 3 numbers and must have head_dim / 2 = 4"):
+    with pytest.raises(ValidationError, match="long_factor has 3 numbers and must have 4, one for each pair"):
         config_of("longrope", {**LONG, "long_factor": (1.0, 2.0, 3.0)})
     with pytest.raises(ValidationError, match="high_freq_factor"):
         config_of("llama3", {**LLAMA3, "high_freq_factor": 0.1})
