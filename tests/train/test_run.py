@@ -65,6 +65,7 @@ def files(folder: Path) -> set[str]:
 def test_the_folder_holds_what_the_design_says(scratch):
     assert scratch.status == 0
     assert files(scratch.folder) == {
+        "SHA256SUMS",
         "config.resolved.yaml",
         "env.json",
         "metrics.jsonl",
