@@ -1,8 +1,10 @@
 """Test-wide settings: 8 simulated CPU devices, two tiers, and the folder of real data and weights."""
 
 import os
+import signal
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -93,3 +95,11 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.section("seconds by file")
     for file, seconds in sorted(_seconds.items(), key=lambda kv: -kv[1]):
         terminalreporter.write_line(f"{seconds:7.1f}  {file}")
+
+
+@pytest.fixture
+def heeded_ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where a shell started the tests with `&` and so made them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

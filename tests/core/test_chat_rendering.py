@@ -102,7 +102,7 @@ def test_of_many_conversations_the_one_that_never_ends_is_found(one_second):
     assert third == second
 
 
-def test_ctrl_c_ends_a_rendering_at_once():
+def test_ctrl_c_ends_a_rendering_at_once(heeded_ctrl_c):
     main = threading.get_ident()
     threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
     start = time.process_time()

@@ -3,7 +3,6 @@
 import re
 import signal
 import threading
-import time
 
 import pytest
 from families import draw_config, small_lm
@@ -53,13 +52,11 @@ def test_an_endless_one_is_refused_wherever_it_is(short):
             section.add(lm)
 
 
-def test_ctrl_c_stops_it():
+def test_ctrl_c_stops_it(heeded_ctrl_c):
     main = threading.get_ident()
     threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):  # and no ExpressionError after the limit
         matching(ENDLESS, NAMES)
-    assert time.monotonic() - start < patterns.SECONDS
 
 
 @pytest.mark.parametrize(
