@@ -97,7 +97,7 @@ def _table(conversations: Sequence[Conversation]) -> dict[str, Any]:
     return {"objects": objects, "conversations": asked}
 
 
-def _placeholder(value: Any) -> str:
+def _shown(value: Any) -> str:
     """What transformers shows a template of a value that JSON has not, such as a date of a Parquet file."""
     return f"<{type(value).__name__}>"
 
@@ -113,7 +113,7 @@ class _Process:
     def ask(self, request: dict[str, Any]) -> list[Rendering | Failure] | Failure:
         """The answers to a request, or how the process ended over it."""
         try:
-            written = json.dumps(request, default=_placeholder).encode()
+            written = json.dumps(request, default=_shown).encode()
         except RecursionError:
             return Failure("the record is nested too deeply")
         answer = self._exchange(written)

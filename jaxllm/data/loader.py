@@ -81,8 +81,8 @@ def plans(
 ) -> tuple[PackPlan, PackPlan | None]:
     """The rows to train on in batches of `batch_size`, and those held out, of the sources' `store`.
 
-    None is held out when `config.eval_fraction` is 0, else that share of all records, with weights that of each
-    source. All samples of a record are on the same side, and records that say the same are too.
+    Nothing is held out when `config.eval_fraction` is 0. Otherwise that share of all records is, or of each source's
+    records where sources have weights. All samples of a record are on one side, and so are records that say the same.
 
     Args:
         held_out_by: samples: each by itself, as earlier versions drew them.

@@ -27,8 +27,8 @@ class Turn(NamedTuple):
 
 
 class View(NamedTuple):
-    """Message `i` of a conversation in the renderings that tell of it: what asks for it, the conversation that ends
-    with it, the whole one, and for the last message one that goes on."""
+    """Message `i` of a conversation in four renderings: the prompt that asks for it, the conversation up to it, the
+    whole conversation, and, if it is the last message, a conversation that continues after it."""
 
     messages: list[Message]
     i: int

@@ -50,8 +50,8 @@ def read_rope(raw: Mapping[str, Any], file: str | Path, family: Family, max_posi
 
 
 def write_rope(raw: dict[str, Any], config: FamilyConfig) -> None:
-    """Puts the rotary embedding of `config` into `raw`, in the form that it has; in that of transformers 4 if it has
-    none."""
+    """Puts the rotary embedding of `config` into `raw`, in the form that `raw` has; if it has none, in the form of
+    transformers 4."""
     rope, theta = config.rope, config.rope_theta
     values = {"rope_type": rope.type, **rope.model_dump(mode="json", exclude={"type"}, exclude_none=True)}
     share = getattr(config, PARTIAL, None)

@@ -1,5 +1,5 @@
-"""Chat templates as their publishers wrote them: the text is that of transformers, and what is trained is what the
-assistant says with the end of its turn, or the template is refused for a reason that is true of its text."""
+"""Chat templates as their publishers wrote them: the text equals transformers' text. The assistant's words and the end
+of its turn are trained, or the template is refused for a reason that is true of its text."""
 
 import re
 from pathlib import Path
