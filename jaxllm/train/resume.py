@@ -174,7 +174,7 @@ def find_resume(config: Config) -> Resume | None:
         if newest is None:
             return None
         return _resume(newest, notes) if own else _from_another(config, newest)
-    if not named.parent.samefile(folder / RUN_CHECKPOINTS):
+    if not own or not named.parent.samefile(folder / RUN_CHECKPOINTS):
         raise UserError(
             f"{folder} holds a run with another config: checkpoint.resume (there: {before.checkpoint.resume}, now: "
             f"{wanted}). Choose another output_dir, or checkpoint.resume=auto to go on with the run that is there"

@@ -337,6 +337,15 @@ def test_another_run_s_checkpoint_with_another_model(place, finished, capfd):
     assert not (place.folder / "run").exists()
 
 
+def test_another_run_s_checkpoint_for_a_run_without_any(place, finished, capfd):
+    run = shutil.copytree(finished.folder, place.folder / "run")
+    shutil.rmtree(run / "checkpoints")
+    before, named = contents(run), f"{finished.folder}/checkpoints/4"
+    said = fails(capfd, place.config, f"output_dir={run}", *SAME, f"checkpoint.resume={named}")
+    assert f"{run} holds a run with another config: checkpoint.resume (there: auto, now: {named})" in said
+    assert contents(run) == before
+
+
 def test_a_damaged_checkpoint(place, finished, capfd):
     """It is named, and so is the command to go on from the one before it; that works, and loses nothing.
 
