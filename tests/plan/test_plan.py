@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +22,7 @@ from jaxllm.plan.targets import TARGETS, target_named
 from jaxllm.train.config import Config
 
 GIB, MIB = 2**30, 2**20
+ROOT = Path(__file__).parents[2]
 TINY = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
 
@@ -256,9 +259,25 @@ def test_fused_stages_have_the_gradients_of_one_layer(tmp_path):
 
 @pytest.mark.full
 @needs_compiler
+def test_the_readme_says_what_each_mesh_takes():
+    """Its command, with the last three settings of each row of the table under it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^python -m jaxllm\.plan (.* mesh=.*)$", text, re.MULTILINE)
+    config, *arguments = shlex.split(line)
+    fixed = [word for word in arguments if "=" in word][:-3]
+    names = [word.partition("=")[0] for word in arguments[-3:]]
+    cells = re.findall(r"^\| (\d+) \| (\d+) \| `(\{.*\})` \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+    assert len(cells) == 6
+    rows = [[*fixed, *map("{}={}".format, names, row[:3])] for row in cells]
+    for row, one in zip(cells, gpu_plans(ROOT / config, *rows), strict=True):
+        assert [one.temp / GIB, one.peak / GIB] == pytest.approx([float(gib) for gib in row[3:]], rel=0.02), row
+
+
+@pytest.mark.full
+@needs_compiler
 def test_bytes_per_parameter(tmp_path):
     """Of a 7B model: 4 of weights, 8 of moments and 4 of gradients in mixed precision, 2, 8 and 2 in bfloat16."""
-    script = Path(__file__).parents[2] / "scripts" / "bench" / "optimizer_memory.py"
+    script = ROOT / "scripts" / "bench" / "optimizer_memory.py"
     results = tmp_path / "results.json"
     command = [sys.executable, script, "adamw", "lomo", "adalomo", "--results", results]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
