@@ -21,12 +21,11 @@ Whole = Annotated[int, Field(ge=0, lt=2**31)]
 Number = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
-class _Inert(BaseModel):
-    """Fields that change nothing of what a finished adapter computes. Which they are depends on the method."""
+class _OfEveryMethod(BaseModel):
+    """Fields that change nothing of what a finished adapter computes, whatever its method."""
 
     model_config = ConfigDict(strict=True)
 
-    # of every method
     auto_mapping: dict[str, Any] | None = None
     base_model_name_or_path: str | None = None
     inference_mode: bool | None = None
@@ -34,6 +33,11 @@ class _Inert(BaseModel):
     peft_version: str | None = None
     revision: str | None = None
     task_type: str | None = None
+
+
+class _Inert(_OfEveryMethod):
+    """These and the fields that change nothing with some methods."""
+
     # of methods with matrices
     alpha_pattern: dict[str, Any] | None = None
     corda_config: dict[str, Any] | None = None
@@ -75,12 +79,6 @@ class _Inert(BaseModel):
     tokenizer_name_or_path: str | None = None
 
 
-_OF_EVERY_METHOD = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
-    "task_type",
-)
-
-
 def read_adapter_config(file: Path, **more: Any) -> tuple[StoredAdapter, bool]:
     """The section that describes the adapter, and whether a head that is the embedding stays that
     (`ensure_weight_tying`). more: what else the section has.
@@ -92,7 +90,7 @@ def read_adapter_config(file: Path, **more: Any) -> tuple[StoredAdapter, bool]:
     if not isinstance(kind, str) or kind not in ADAPTERS:
         raise UserError(f"{file}: peft_type is {shown(kind)}, which is not implemented; {', '.join(ADAPTERS)} are")
     chosen = ADAPTERS[kind]
-    inert = (*_OF_EVERY_METHOD, *chosen.inert)
+    inert = (*_OfEveryMethod.model_fields, *chosen.inert)
     for name, value in raw.items():
         if name not in (*chosen.described, *inert) and value not in (None, False, [], {}):
             raise UserError(
