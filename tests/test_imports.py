@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "train/state": ["models", "optim", "peft", "kernels"],
     "callbacks": ["train/state", "checkpoint", "evaluate"],
 }
-OPTIM_FILES = ["__init__", "build", "config", "schedule_config", "wrapped", "wrappers"]
+OPTIM_FILES = ["__init__", "build", "config", "curvature", "schedule_config", "wrapped", "wrappers"]
 # These may import everything, and only they may import one another.
 SEE_EVERYTHING = [
     "__init__",
@@ -37,7 +37,6 @@ SEE_EVERYTHING = [
     "train/config",  # these are parts of the run, in files of their own
     "train/changes",
     "train/train_config",
-    "train/compiler",
     "train/folder",
     "train/inputs",
     "train/memory",

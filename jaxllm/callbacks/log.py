@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+from pydantic import PositiveInt
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 
 from jaxllm.callbacks.base import Callback
+from jaxllm.core.config import Section
 from jaxllm.core.distributed import gather, is_first
 from jaxllm.core.errors import UserError
 from jaxllm.train.state import Event
@@ -30,6 +32,13 @@ SOMETIMES = ("objective", "z_loss", "loss_scale", "overflow", "sophia_win_rate")
 RECORDS_NAMED = 50
 # What a step tells of each group of parameters.
 NORMS = ("grad_norm/", "param_norm/")
+
+
+class MetricsConfig(Section):
+    """What `metrics.jsonl` has besides every step's loss, times and rates."""
+
+    norms_every: PositiveInt = 10
+    """steps between lines with the norms of gradients and parameters by group, such as train/grad_norm/attn"""
 
 
 class MetricsFile:

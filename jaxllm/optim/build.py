@@ -11,6 +11,7 @@ from jaxllm.core import tree
 from jaxllm.core.registry import Registry
 from jaxllm.optim import wrapped
 from jaxllm.optim.config import Decay, DecayMask, OptimizerConfig, Positive
+from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import NotNegative
 from jaxllm.optim.wrappers import per_layer, without_padding
 
@@ -80,6 +81,9 @@ class SophiaG(OptimizerConfig):
     0.5."""
     hessian_every: PositiveInt = 10
     """Updates between estimates of the curvature, each of which costs a second gradient."""
+
+    def curvature(self) -> Curvature:
+        return Curvature(self.hessian_every, self.rho)
 
     def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
         return optim.sophia_g(rate, self.b1, self.b2, self.rho, self.weight_decay, mask=mask)

@@ -8,6 +8,7 @@ import optax
 from pydantic import Field
 
 from jaxllm.core.config import ByType, Section
+from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import SCHEDULES, Cosine, NotNegative, ScheduleConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -42,6 +43,10 @@ class OptimizerConfig(Section):
         """What is evaluated and exported, of trained parameters and the tree `averages` of the optimizer's state."""
         del averaged
         return params
+
+    def curvature(self) -> Curvature | None:
+        """When the transform is given an estimate of the curvature, as `hessian_grads`; None = never."""
+        return None
 
     @abstractmethod
     def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:

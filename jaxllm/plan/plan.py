@@ -15,7 +15,6 @@ from jaxllm.kernels.attention_choice import AttentionChoice, plan_attention
 from jaxllm.models import LM
 from jaxllm.nn.quantized import STORED
 from jaxllm.plan.targets import Target, compile_only_devices
-from jaxllm.train.compiler import compiler_options
 from jaxllm.train.config import Config
 from jaxllm.train.inputs import model_without_weights
 from jaxllm.train.program import Program
@@ -79,7 +78,7 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
     )
     lm = replace(lm, attention=attention.form)
     program = Program.of(config, lm, _steps(config))
-    widths, options, by_cublas = [config.data.seq_len], compiler_options(config.train, program.lm), False
+    widths, options, by_cublas = [config.data.seq_len], program.compiler_options(), False
     try:
         compiled = program.compile(widths, options)
     except jax.errors.JaxRuntimeError as error:

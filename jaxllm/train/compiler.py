@@ -11,33 +11,37 @@ import jax.numpy as jnp
 
 from jaxllm.core.errors import UserError
 from jaxllm.models.base import LM
-from jaxllm.train.train_config import TrainConfig
-
-# In output_dir: which kernels were timed to be the fastest, so that a run that goes on takes the same ones.
-AUTOTUNED = "autotune"
 
 Options = dict[str, Any]
 """By the names of the flags without dashes."""
 
 
-def compiler_options(train: TrainConfig, lm: LM, folder: Path | None = None) -> Options:
+def compiler_options(
+    lm: LM,
+    *,
+    update: str,
+    xla: Mapping[str, Any],
+    deterministic: bool = False,
+    autotuned: Path | None = None,
+) -> Options:
     """The options for the step of `lm`: those that suit its mesh, but for what the environment's XLA_FLAGS sets, then
     those of `train.deterministic` and of `train.xla`.
 
-    folder: of the run, if there is one. Raises UserError for an option of `train.xla` that XLA does not take.
+    update, xla, deterministic: as in the section `train`. autotuned: the folder that keeps the kernels of a
+    deterministic run, if there is a run. Raises UserError for an option of `xla` that XLA does not take.
     """
     platform = lm.layout.platform
     asked_outside = re.findall(r"--(xla_\w+)", os.environ.get("XLA_FLAGS", ""))
-    suiting = {name: value for name, value in suiting_options(lm, train.update).items() if name not in asked_outside}
+    suiting = {name: value for name, value in suiting_options(lm, update).items() if name not in asked_outside}
     if suiting and _refusal(suiting):
         suiting = {name: value for name, value in suiting.items() if not _refusal({name: value})}
-    for name, value in train.xla.items():
+    for name, value in xla.items():
         if refusal := _refusal({name: value}):
             raise UserError(
                 f"train.xla.{name}: {value!r} is not taken by the compiler of jax {jax.__version__} "
                 f"({refusal}); see https://openxla.org/xla/flags_guidance, or remove it"
             )
-    return suiting | (deterministic_options(folder, platform) if train.deterministic else {}) | train.xla
+    return suiting | (deterministic_options(autotuned, platform) if deterministic else {}) | dict(xla)
 
 
 def suiting_options(lm: LM, update: str) -> Options:
@@ -73,20 +77,20 @@ def layer_bytes(lm: LM) -> int:
     return entries * jnp.dtype(lm.compute_dtype).itemsize // lm.layout.mesh.shape["tensor"]
 
 
-def deterministic_options(folder: Path | None, platform: str) -> Options:
+def deterministic_options(autotuned: Path | None, platform: str) -> Options:
     """Those for a program that gives the same bits each time; none on a platform that always does.
 
     On a GPU, operations that add in whatever order their threads finish are left out, and what the autotuner finds
-    is kept in `folder`, if one is given. Only the first process writes there.
+    is kept in the folder `autotuned`, if one is given. Only the first process writes there.
     """
     if platform != "gpu":
         return {}
     options = {"xla_gpu_exclude_nondeterministic_ops": True}
-    if folder is None:
+    if autotuned is None:
         return options
     mode = "UPDATE" if jax.process_index() == 0 else "READ"
     return options | {
-        "xla_gpu_per_fusion_autotune_cache_dir": str(folder.absolute() / AUTOTUNED),
+        "xla_gpu_per_fusion_autotune_cache_dir": str(autotuned.absolute()),
         "xla_gpu_experimental_autotune_cache_mode": f"AUTOTUNE_CACHE_MODE_{mode}",
     }
 
@@ -98,13 +102,13 @@ def describe_options(options: Mapping[str, Any]) -> str:
     )
 
 
-def describe_determinism(folder: Path, platform: str) -> str:
+def describe_determinism(autotuned: Path, platform: str) -> str:
     """What `train.deterministic` changes, and what that costs."""
     if platform != "gpu":
         return "a CPU gives the same bits each time anyway; train.deterministic changes nothing here"
     return (
         "sums in a fixed order (the embedding's gradient above all), which takes longer: compare perf/step_time_s with "
-        f"a run without. The kernels chosen are kept in {folder.absolute() / AUTOTUNED}"
+        f"a run without. The kernels chosen are kept in {autotuned.absolute()}"
     )
 
 

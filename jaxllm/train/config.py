@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt, model_validator
 
 from jaxllm.callbacks.base import CALLBACKS, CallbackConfig
+from jaxllm.callbacks.log import MetricsConfig
 from jaxllm.callbacks.tensorboard import TensorBoardConfig
 from jaxllm.checkpoint.retention import CheckpointConfig
 from jaxllm.core.config import ByType, Section
@@ -14,7 +15,7 @@ from jaxllm.core.watch import DistributedConfig
 from jaxllm.data.loader import DataConfig
 from jaxllm.data.source import RecordsConfig, SourceConfig
 from jaxllm.models.quantized import Quantization
-from jaxllm.optim.build import OPTIMIZERS, SophiaG
+from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.peft import METHODS, Full, PeftConfig
 from jaxllm.peft.adalora import AdaLora
@@ -23,8 +24,6 @@ from jaxllm.peft.lisa import Lisa
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.prefix import PrefixTuning
 from jaxllm.peft.prompt import VirtualTokens
-from jaxllm.train.curvature import Curvature
-from jaxllm.train.metrics import MetricsConfig
 from jaxllm.train.model_config import NEW_MODELS, NewModel, PretrainedModel
 from jaxllm.train.train_config import TrainConfig
 
@@ -69,11 +68,6 @@ class Config(Section):
     def quantization(self) -> Quantization | None:
         """How the matrices of the layers are stored; None = as they are."""
         return None if isinstance(self.model, NewModel) else self.model.quantization
-
-    def curvature(self) -> Curvature | None:
-        """What the optimizer is told of the curvature."""
-        sophia = self.optim
-        return Curvature(sophia.hessian_every, sophia.rho) if isinstance(sophia, SophiaG) else None
 
     @model_validator(mode="after")
     def _compatible(self) -> "Config":

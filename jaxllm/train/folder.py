@@ -15,11 +15,12 @@ from jaxllm.core.versions import environment
 from jaxllm.data.source import find_files
 from jaxllm.hf.config import write_config
 from jaxllm.models.base import LM
-from jaxllm.train.compiler import AUTOTUNED
 from jaxllm.train.config import Config
 from jaxllm.train.lock import LOCK
 
 METRICS = "metrics.jsonl"
+# Which kernels were timed to be the fastest, so that a resumed run takes the same ones.
+AUTOTUNED = "autotune"
 
 
 def first_of(folder: Path) -> str | None:

@@ -17,7 +17,7 @@ from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.train.layerwise import INDEX, Layerwise, layers_and_rest
 from jaxllm.train.leaf_update import LeafUpdate, Leaves, Visitor
-from jaxllm.train.metrics import squares
+from jaxllm.train.norms import squares
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
 from jaxllm.train.walks import walk

@@ -23,7 +23,7 @@ from jaxllm.optim.clip import clip_coefficient
 from jaxllm.peft.draws import LisaPolicy
 from jaxllm.train.layerwise import INDEX, Layerwise, in_embedding, layers_and_rest
 from jaxllm.train.leaf_update import Leaves
-from jaxllm.train.metrics import squares
+from jaxllm.train.norms import squares
 from jaxllm.train.pipeline import pass_through
 from jaxllm.train.rounding import apply_updates
 from jaxllm.train.state import TrainState, laid_like

@@ -1,17 +1,7 @@
-"""What a run counts besides its loss: floating-point operations, the share of the peak that they are, and norms."""
+"""What a run counts besides its loss: floating-point operations, and the share of the peak that they are."""
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-from pydantic import PositiveInt
-
-from jaxllm.core import tree
-from jaxllm.core.config import Section
-from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.mesh import Layout
 from jaxllm.models.base import LM
 
@@ -40,49 +30,12 @@ PEAK_FLOPS = {
 }
 
 
-class MetricsConfig(Section):
-    """What `metrics.jsonl` has besides every step's loss, times and rates."""
-
-    norms_every: PositiveInt = 10
-    """steps between lines with the norms of gradients and parameters by group, such as train/grad_norm/attn"""
-
-
 def peak_flops(layout: Layout) -> float | None:
     """The dense bf16 peak of all devices together in FLOP/s, or None if it is not known."""
     devices = layout.mesh.devices
     kind = devices.flat[0].device_kind
     known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", kind))
     return next((peak * devices.size for peak in known), None)
-
-
-def squares(params: Any) -> dict[str, jax.Array]:
-    """By the path of each leaf, the sum of the squares of its entries, in at least float32."""
-    return {path: jnp.sum(jnp.square(_wide(leaf))) for path, leaf in tree.flatten(params).items()}
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(at_least_float32(leaf.dtype))
-
-
-def norms(name: str, squares: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The Euclidean norm of all leaves, `name`, and `{"name/group": norm}` over all layers together.
-
-    squares: of the leaves, by their paths. The groups are `embed`, `head`, `norms` (all of them), and the parts of a
-    block, such as `attn` and `mlp`.
-    """
-    groups: defaultdict[str, list[jax.Array]] = defaultdict(list)
-    for path, square in squares.items():
-        groups[name].append(square)
-        groups[f"{name}/{group_of(path)}"].append(square)
-    return {group: jnp.sqrt(sum(of_group, jnp.zeros(()))) for group, of_group in groups.items()}
-
-
-def group_of(path: str) -> str:
-    """The group of the parameter at `path`, such as `layers/attn/q/kernel`."""
-    parts = path.split("/")
-    if any(part.endswith("norm") for part in parts):
-        return "norms"
-    return parts[1] if parts[0] == "layers" else parts[0]
 
 
 def flops_per_token(lm: LM, seq_len: int, trained: int | None = None) -> tuple[float, float]:

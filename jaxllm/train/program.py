@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,10 +16,13 @@ from jaxllm.core.layers import rearranged
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
 from jaxllm.models.layout import check_chunks
+from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import at_rate, build
 from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.train.adalora import reallocating
+from jaxllm.train.build import build_step
+from jaxllm.train.compiler import Options, compiler_options
 from jaxllm.train.config import Config
 from jaxllm.train.lisa import Draws, LisaOptimizer
 from jaxllm.train.state import TrainState, abstract_state, new_state
@@ -63,13 +67,36 @@ class Program:
         """The arrays of a batch whose rows have `width` places, abstractly."""
         return batch_shapes((*self.config.train.accumulation(self.lm.layout), width), self.lm.layout)
 
+    def compiler_options(self, autotuned: Path | None = None) -> Options:
+        """XLA's options for the step. autotuned: the folder that keeps the kernels of a deterministic run."""
+        train = self.config.train
+        return compiler_options(
+            self.lm, update=train.update, xla=train.xla, deterministic=train.deterministic, autotuned=autotuned
+        )
+
     def compile(self, widths: Sequence[int], options: Mapping[str, Any] | None = None) -> CompiledStep:
         """The compiled step for rows of any of `widths`. options: the compiler's."""
-        config = self.config
-        # AdaLoRA weighs the triplets of all layers against each other.
-        by_layer = config.optim.needs_whole_matrices and not isinstance(config.peft, AdaLora)
-        how = (config.seed, config.curvature(), config.peft.penalty(self.lm), by_layer)
-        step = config.train.step(self.lm, self.tx, self.schedule, *how)
+        config, train = self.config, self.config.train
+        step = build_step(
+            self.lm,
+            self.tx,
+            self.schedule,
+            update=train.update,
+            remat=train.remat,
+            unroll=train.unroll,
+            reduce=train.reduce,
+            reduce_dtype=train.reduce_dtype,
+            shard_optimizer=train.shard_optimizer,
+            objective=Objective(train.label_smoothing, train.z_loss),
+            max_grad_norm=train.max_grad_norm,
+            max_grad_value=train.max_grad_value,
+            stochastic_rounding=train.stochastic_rounding,
+            seed=config.seed,
+            curvature=config.optim.curvature(),
+            penalty=config.peft.penalty(self.lm),
+            # AdaLoRA weighs the triplets of all layers against each other.
+            by_layer=config.optim.needs_whole_matrices and not isinstance(config.peft, AdaLora),
+        )
         return compile_steps(step, self.state, [self.batch(width) for width in widths], self.lm.layout, options)
 
     def weights(self, state: TrainState) -> Params:

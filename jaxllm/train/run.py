@@ -32,9 +32,9 @@ from jaxllm.hf.export import check_replaceable
 from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.peft.base import describe
 from jaxllm.peft.files import AdapterConfig
-from jaxllm.train.compiler import compiler_options, describe_determinism, describe_options
+from jaxllm.train.compiler import describe_determinism, describe_options
 from jaxllm.train.config import Config
-from jaxllm.train.folder import METRICS, prepare
+from jaxllm.train.folder import AUTOTUNED, METRICS, prepare
 from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, saying, training_loader
 from jaxllm.train.interrupt import Interrupt
 from jaxllm.train.lock import owned
@@ -119,10 +119,10 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
 
     program = Program.of(config, lm, steps)
     say("rate", config.optim.schedule.describe(config.optim.learning_rate, steps))
-    if options := compiler_options(config.train, program.lm, folder):
+    if options := program.compiler_options(folder / AUTOTUNED):
         say("xla", describe_options(options))
     if config.train.deterministic:
-        say("same bits", describe_determinism(folder, layout.platform))
+        say("same bits", describe_determinism(folder / AUTOTUNED, layout.platform))
     with console.status("compiling the training step"), programs_read() as read:
         compiled = program.compile(plan.widths, options)
     limit = device_bytes(lm.layout.mesh.local_devices[0])

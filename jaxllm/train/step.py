@@ -19,10 +19,10 @@ from jaxllm.models.base import LM
 from jaxllm.models.stack import Stack
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
+from jaxllm.optim.curvature import Curvature
 from jaxllm.train.by_layer import update_by_layer
-from jaxllm.train.curvature import Curvature, with_drawn_targets
 from jaxllm.train.leaf_update import LeafUpdate, Visitor
-from jaxllm.train.metrics import norms, squares
+from jaxllm.train.norms import norms, squares
 from jaxllm.train.offload import in_pieces
 from jaxllm.train.rounding import apply_updates
 from jaxllm.train.state import SMALLEST_LOSS_SCALE, TrainState, over_replicas
@@ -87,7 +87,7 @@ def make_step(
 
     Metrics: `loss` (the mean cross entropy, whatever is minimised), `grad_norm` (before clipping), `learning_rate`,
     `trained_tokens`, `bad` (1 for a step that was not applied); `grad_norm/<group>` and `param_norm/<group>` (before
-    the update) of the trainable half, see `metrics.norms`; `objective` where it is not the loss, `z_loss` and `penalty`
+    the update) of the trainable half, see `norms.norms`; `objective` where it is not the loss, `z_loss` and `penalty`
     where they are parts of it; `loss_scale` (the one used) and `overflow` (1 for such a step) where there is one;
     `sophia_win_rate` with `curvature`: the share of entries that were not clipped.
     """
@@ -266,6 +266,15 @@ def with_dropout(lm: LM, batch: Batch, seed: int, step: jax.Array) -> Batch:
     return {**batch, "dropout_keys": jax.random.split(step_key(seed, step, DROPOUT), batch["tokens"].shape[:2])}
 
 
+def with_drawn_targets(batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+    """The batch with a key in place of each target, by which it is drawn from the model (see `LM.losses`).
+
+    A key follows from `key` and the place in the whole batch: the draw depends on neither mesh nor micro-batches.
+    """
+    shape = batch["targets"].shape
+    return {**batch, "targets": jax.random.split(key, shape)}
+
+
 def step_metrics(
     losses: Losses,
     grad_squares: Mapping[str, jax.Array],
@@ -274,7 +283,7 @@ def step_metrics(
     learning_rate: Any,
     objective: Objective,
 ) -> dict[str, jax.Array]:
-    """The metrics of `make_step` that every step has; squares: `metrics.squares` of gradients and parameters."""
+    """The metrics of `make_step` that every step has; squares: `norms.squares` of gradients and parameters."""
     metrics = {
         "loss": losses.cross_entropy,
         "learning_rate": jnp.asarray(learning_rate),

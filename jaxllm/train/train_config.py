@@ -1,11 +1,8 @@
-"""How long and how to train: the section `train` of a run's config, and the step that it makes."""
+"""How long and how to train: the section `train` of a run's config."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-import optax
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from jaxllm.core.bounds import Integer, PositiveOrInfinite
@@ -14,23 +11,9 @@ from jaxllm.core.dtypes import DTypeName
 from jaxllm.core.errors import UserError
 from jaxllm.core.host_memory import check_host_memory
 from jaxllm.core.mesh import Layout
-from jaxllm.core.tree import Params
 from jaxllm.kernels.attention_choice import AskedAttention
-from jaxllm.models.base import LM
-from jaxllm.models.stack import RematConfig, check_offload, scan
-from jaxllm.nn.loss import Objective
-from jaxllm.train.curvature import Curvature
-from jaxllm.train.fused import make_fused_step
-from jaxllm.train.fused_lisa import make_fused_lisa_step
-from jaxllm.train.late import accumulated_late
-from jaxllm.train.lisa import LisaOptimizer, make_lisa_step
-from jaxllm.train.pipeline import pipelined
-from jaxllm.train.reduction import reduced_once
+from jaxllm.models.stack import RematConfig, check_offload
 from jaxllm.train.schedule import Schedule
-from jaxllm.train.step import Step, accumulated, make_step
-
-# Layers that the program of a CPU may hold one after the other: the time to compile grows with each of them.
-MOST_UNROLLED = 64
 
 
 class TrainConfig(Section):
@@ -191,39 +174,3 @@ class TrainConfig(Section):
     def scales_loss(self) -> bool:
         """Whether gradients are of a dtype that cannot hold small ones."""
         return self.compute_dtype == "float16"
-
-    def step(
-        self,
-        lm: LM,
-        tx: optax.GradientTransformationExtraArgs | LisaOptimizer,
-        schedule: optax.Schedule,
-        seed: int,
-        curvature: Curvature | None = None,
-        penalty: Callable[[Params], jax.Array] | None = None,
-        by_layer: bool = False,
-    ) -> Step:
-        """The training step. seed: of what it draws. curvature, penalty, by_layer: see `make_step`."""
-        options = {
-            "objective": Objective(self.label_smoothing, self.z_loss),
-            "max_grad_norm": self.max_grad_norm,
-            "max_grad_value": self.max_grad_value,
-            "stochastic_rounding": self.stochastic_rounding,
-            "seed": seed,
-        }
-        if isinstance(tx, LisaOptimizer):
-            make = make_fused_lisa_step if self.update == "fused" else make_lisa_step
-            return make(tx, schedule, **options)
-        if self.update == "fused":
-            return make_fused_step(lm, tx, schedule, **options)
-        options |= {"curvature": curvature, "penalty": penalty, "by_layer": by_layer, "scattered": self.shard_optimizer}
-        if lm.layout.stages > 1:
-            kept = "stages" if self.remat == "full" else "layers"
-            gradient = pipelined(kept)
-        else:
-            few = lm.config.num_hidden_layers <= MOST_UNROLLED
-            automatic = "all" if lm.layout.platform == "cpu" and few else 1
-            unroll = automatic if self.unroll == "auto" else self.unroll
-            stack = scan(self.remat, unroll)
-            gradient = accumulated_late(stack, self.reduce_dtype) if self.reduce == "late" else accumulated(stack)
-        gradient = reduced_once(gradient, scattered=self.shard_optimizer, dtype=self.reduce_dtype)
-        return make_step(lm, tx, schedule, gradient=gradient, **options)

@@ -22,12 +22,12 @@ from jaxllm.models.stack import Stack, scan
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import AdamW, at_rate, build
 from jaxllm.optim.config import OptimizerConfig
+from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Cosine
 from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft import PeftConfig
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.train.adalora import reallocating
-from jaxllm.train.curvature import Curvature
 from jaxllm.train.fused import make_fused_step
 from jaxllm.train.fused_lisa import make_fused_lisa_step
 from jaxllm.train.late import accumulated_late

@@ -15,7 +15,8 @@ from whole_runs import train, workplace
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.train import compiler
-from jaxllm.train.compiler import AUTOTUNED, compiler_options, describe_options, deterministic_options
+from jaxllm.train.compiler import compiler_options, describe_options, deterministic_options
+from jaxllm.train.folder import AUTOTUNED
 from jaxllm.train.step import compile_step
 from jaxllm.train.train_config import TrainConfig
 
@@ -30,7 +31,8 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch) -> OnGpus:
         with monkeypatch.context() as patch:
             patch.setattr(Layout, "platform", "gpu")
             lm = replace(small_lm(llama(), mesh_layout(**mesh)), compute_dtype=jnp.dtype("bfloat16"))
-            return compiler_options(TrainConfig(steps=1, batch_size=8, **settings), lm)
+            train = TrainConfig(steps=1, batch_size=8, **settings)
+            return compiler_options(lm, update=train.update, xla=train.xla, deterministic=train.deterministic)
 
     return options
 
@@ -46,7 +48,7 @@ ALL_AT_ONCE = dict(pipeline=2, data=2, tensor=2)
 
 def test_xla_knows_every_option_of_a_gpu(on_gpus, tmp_path):
     """It refuses a name that it does not know, on any platform."""
-    options = on_gpus(ALL_AT_ONCE) | deterministic_options(tmp_path, "gpu")
+    options = on_gpus(ALL_AT_ONCE) | deterministic_options(tmp_path / AUTOTUNED, "gpu")
     assert options["xla_gpu_per_fusion_autotune_cache_dir"] == str(tmp_path / AUTOTUNED)
     double = jax.jit(lambda x: 2 * x).lower(jnp.ones(3))
     assert (double.compile(compiler_options=options)(jnp.ones(3)) == 2).all()
@@ -57,7 +59,7 @@ def test_xla_knows_every_option_of_a_gpu(on_gpus, tmp_path):
 
 def test_what_suits_a_mesh(on_gpus):
     """Nothing on a CPU; on one GPU no pass that computes again; on several, transfers of a layer at a time."""
-    assert compiler_options(TrainConfig(steps=1, batch_size=8), small_lm(llama(), mesh_layout(fsdp=4))) == {}
+    assert compiler_options(small_lm(llama(), mesh_layout(fsdp=4)), update="ordinary", xla={}) == {}
     alone = on_gpus({})
     assert alone == {"xla_disable_hlo_passes": "rematerialization"}
     sharded = on_gpus(dict(fsdp=4))

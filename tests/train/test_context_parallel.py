@@ -13,9 +13,9 @@ from jaxllm.core.errors import UserError
 from jaxllm.models.stack import scan
 from jaxllm.nn import chunks
 from jaxllm.optim.build import AdaLomo, AdamW, SophiaG
+from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
-from jaxllm.train.curvature import Curvature
 from jaxllm.train.lisa import Draws
 from jaxllm.train.step import CompiledStep
 

@@ -23,9 +23,9 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.host_memory import to_host
 from jaxllm.core.mesh import Layout
 from jaxllm.optim.build import build
+from jaxllm.optim.curvature import Curvature
 from jaxllm.peft.lora import Lora
 from jaxllm.train.config import Config
-from jaxllm.train.curvature import Curvature
 from jaxllm.train.offload import in_pieces
 from jaxllm.train.program import Program
 from jaxllm.train.train_config import TrainConfig

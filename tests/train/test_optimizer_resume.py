@@ -18,7 +18,7 @@ from jaxllm.core import tree
 from jaxllm.core.mesh import Layout
 from jaxllm.models.layout import fit_layout
 from jaxllm.optim.build import OPTIMIZERS, SophiaG, build
-from jaxllm.train.curvature import Curvature
+from jaxllm.optim.curvature import Curvature
 from jaxllm.train.state import TrainState, abstract_state
 
 SAVED, END = 3, 6

@@ -20,10 +20,10 @@ from jaxllm.hf import load_hf
 from jaxllm.nn import chunks
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import SophiaG
+from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
 from jaxllm.train.config import Config
-from jaxllm.train.curvature import Curvature
 from jaxllm.train.pipeline import pipelined
 from jaxllm.train.schedule import Schedule
 from jaxllm.train.state import abstract_state

@@ -17,9 +17,9 @@ from test_against_torch import padded_batch
 
 from jaxllm.hf import save_hf
 from jaxllm.optim.build import SophiaG
+from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant
-from jaxllm.train.curvature import Curvature, with_drawn_targets
-from jaxllm.train.step import TARGETS, step_key
+from jaxllm.train.step import TARGETS, step_key, with_drawn_targets
 
 EVERY, SEED = 2, 5
 OPTIM = SophiaG(

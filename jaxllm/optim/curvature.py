@@ -1,4 +1,4 @@
-"""The curvature that `optim.sophia_g` is given: when, and of which targets."""
+"""When `optim.sophia_g` is told the curvature, and what its updates made of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,12 +37,3 @@ class Curvature:
             if path in leaves
         )
         return win_rate(opt_state, self.rho, 1, sum(padding))
-
-
-def with_drawn_targets(batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-    """The batch with a key in place of each target, by which it is drawn from the model (see `LM.losses`).
-
-    A key follows from `key` and the place in the whole batch: the draw depends on neither mesh nor micro-batches.
-    """
-    shape = batch["targets"].shape
-    return {**batch, "targets": jax.random.split(key, shape)}
