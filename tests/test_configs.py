@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxllm.core.config import load
-from jaxllm.core.config_reference import keys
+from jaxllm.core.config.reference import keys
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.hf import read_model

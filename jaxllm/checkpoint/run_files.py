@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxllm.checkpoint.integrity import SUMS, digest_of, digests_of, find_damage, read_sums, sums_content
-from jaxllm.core.config_file import ConfigFile
+from jaxllm.core.config.yaml_file import ConfigFile
 from jaxllm.core.errors import UserError
 
 RESOLVED = "config.resolved.yaml"  # the whole config of a run

@@ -23,7 +23,7 @@ from jaxllm.core import tree
 from jaxllm.core.distributed import gather
 from jaxllm.core.errors import UserError
 from jaxllm.core.fit import Paddable, check_fits
-from jaxllm.core.layers import rearranged
+from jaxllm.core.layer_order import rearranged
 
 STATE = "state"
 FACTS = "facts.json"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import Field
 
-from jaxllm.core.bounds import Integer
 from jaxllm.core.chat_rendering import Conversation, Failure, Rendering, render
 from jaxllm.core.chat_rendering_process import MARKS
 from jaxllm.core.config import Section
+from jaxllm.core.config.bounds import Integer
 from jaxllm.core.errors import UserError
 from jaxllm.data.messages import (
     ARGUMENT_FORMS,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jaxllm.core.cache import alone
+from jaxllm.core.compilation_cache import alone
 from jaxllm.core.errors import UserError
 
 # A sample is the beginning, the end and places evenly between. A file that is no larger is read whole.

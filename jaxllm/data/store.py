@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from jaxllm.core.cache import alone, cache_root
+from jaxllm.core.compilation_cache import alone, cache_root
 from jaxllm.core.errors import UserError
 from jaxllm.data import content, duplicates, source, template, tokenize
 from jaxllm.data.files import Suffix

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm.core.cache import cache_root
+from jaxllm.core.compilation_cache import cache_root
 from jaxllm.core.distributed import gather, versions
 from jaxllm.core.errors import UserError
 from jaxllm.core.launch import Place

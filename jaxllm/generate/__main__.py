@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.core.cache import keep_programs
 from jaxllm.core.command import exit_status
+from jaxllm.core.compilation_cache import keep_programs
 from jaxllm.core.errors import UserError
 from jaxllm.core.process import prepare_backends, without_torch
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from jaxllm.core.bounds import WHOLE_NUMBERS
 from jaxllm.core.config import Section
+from jaxllm.core.config.bounds import WHOLE_NUMBERS
 from jaxllm.core.errors import UserError
 from jaxllm.core.registry import Registry
 from jaxllm.optim import schedule

@@ -3,8 +3,8 @@
 import os
 import sys
 
-from jaxllm.core.cache import keep_programs
 from jaxllm.core.command import exit_status
+from jaxllm.core.compilation_cache import keep_programs
 from jaxllm.core.launch import find_place
 from jaxllm.core.process import GPU_MEMORY_SHARE, prepare_backends, without_torch
 
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _help(arguments: list[str]) -> int:
-    from jaxllm.core.config_reference import reference
+    from jaxllm.core.config.reference import reference
     from jaxllm.train.config import Config
 
     print(USAGE + reference(Config), file=sys.stdout if arguments else sys.stderr)

@@ -12,7 +12,7 @@ import optax
 
 from jaxllm.core import tree
 from jaxllm.core.host_memory import to_device
-from jaxllm.core.layers import rearranged
+from jaxllm.core.layer_order import rearranged
 from jaxllm.core.tree import Params
 from jaxllm.models.base import LM
 from jaxllm.models.layout import check_chunks

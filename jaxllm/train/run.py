@@ -19,7 +19,7 @@ from jaxllm.callbacks.save import Save
 from jaxllm.checkpoint.run_files import RUN_CHECKPOINTS, RUN_MODEL, check_seal
 from jaxllm.checkpoint.writer import CheckpointWriter
 from jaxllm.core import hub, tree
-from jaxllm.core.cache import programs_read
+from jaxllm.core.compilation_cache import programs_read
 from jaxllm.core.distributed import is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.finite import ANOTHER, check_finite

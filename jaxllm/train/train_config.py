@@ -5,8 +5,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from jaxllm.core.bounds import Integer, PositiveOrInfinite
 from jaxllm.core.config import Section
+from jaxllm.core.config.bounds import Integer, PositiveOrInfinite
 from jaxllm.core.dtypes import DTypeName
 from jaxllm.core.errors import UserError
 from jaxllm.core.host_memory import check_host_memory

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jaxllm.core.cache import cache_root, keep_programs
+from jaxllm.core.compilation_cache import cache_root, keep_programs
 
 # Compiles one program and says what became of it: its result to the last bit, and what JAX read.
 PROGRAM = """
 import sys
-from jaxllm.core.cache import keep_programs, programs_read
+from jaxllm.core.compilation_cache import keep_programs, programs_read
 from jaxllm.core.process import without_idle_cuda
 without_idle_cuda()
 keep_programs()

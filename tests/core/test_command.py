@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from jaxllm.core.bounds import NUMBERS
 from jaxllm.core.command import exit_status
+from jaxllm.core.config.bounds import NUMBERS
 from jaxllm.core.errors import UserError
 from jaxllm.train.config import Config
 

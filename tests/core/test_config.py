@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import Field, PositiveInt, model_validator
 
 from jaxllm.core.config import ByType, Section, dump, load
-from jaxllm.core.config_errors import FOREIGN_NAMES
-from jaxllm.core.config_file import ConfigFile
+from jaxllm.core.config.messages import FOREIGN_NAMES
+from jaxllm.core.config.yaml_file import ConfigFile
 from jaxllm.core.errors import UserError
 from jaxllm.core.registry import Registry
 

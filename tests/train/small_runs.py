@@ -12,7 +12,7 @@ import optax
 from families import draw_params, on_layout, quantized, read_back, small_lm
 
 from jaxllm.core import tree
-from jaxllm.core.layers import rearranged
+from jaxllm.core.layer_order import rearranged
 from jaxllm.core.mesh import Layout
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.base import FamilyConfig

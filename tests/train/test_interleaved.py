@@ -13,7 +13,7 @@ from whole_runs import read_metrics, workplace
 from jaxllm.checkpoint.store import checkpoints
 from jaxllm.convert.__main__ import main as convert
 from jaxllm.core.errors import UserError
-from jaxllm.core.layers import rearranged
+from jaxllm.core.layer_order import rearranged
 from jaxllm.hf import load_hf
 from jaxllm.models.pipeline import of_pass
 from jaxllm.optim.build import Lomo

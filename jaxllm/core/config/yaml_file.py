@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeGuard
 
 import yaml
 
-from jaxllm.core.bounds import INTEGERS, text_fault
+from jaxllm.core.config.bounds import INTEGERS, text_fault
 from jaxllm.core.errors import UserError, did_you_mean
 
 Loc = tuple[str | int, ...]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from jaxllm.core.config import ByType, Section
+from jaxllm.core.config.section import ByType, Section
 
 
 class Key(NamedTuple):

@@ -16,9 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from jaxllm.core.bounds import bound
-from jaxllm.core.config_errors import describe
-from jaxllm.core.config_file import ConfigFile, is_mapping, use_core_schema
+from jaxllm.core.config.bounds import bound
+from jaxllm.core.config.messages import describe
+from jaxllm.core.config.yaml_file import ConfigFile, is_mapping, use_core_schema
 from jaxllm.core.errors import UserError
 from jaxllm.core.registry import Registry
 
@@ -29,7 +29,7 @@ class Section(BaseModel):
     """A part of a config: immutable, and an unknown key is an error.
 
     The docstring below a field is its description, which the message about a missing key quotes. A number whose field
-    sets no bound has the bounds of `core.bounds`.
+    sets no bound has the bounds of `core.config.bounds`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)

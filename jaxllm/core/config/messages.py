@@ -7,8 +7,8 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from jaxllm.core.bounds import at_most
-from jaxllm.core.config_file import ConfigFile, Loc, dotted, is_list, is_mapping, shown
+from jaxllm.core.config.bounds import at_most
+from jaxllm.core.config.yaml_file import ConfigFile, Loc, dotted, is_list, is_mapping, shown
 from jaxllm.core.errors import did_you_mean, nearest
 
 Node = dict[str, Any]  # a node of pydantic's core schema

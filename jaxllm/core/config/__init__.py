@@ -1,0 +1,5 @@
+"""Typed configuration: sections, components chosen by `type:`, reading and writing YAML."""
+
+from jaxllm.core.config.section import ByType, Section, dump, load
+
+__all__ = ["ByType", "Section", "dump", "load"]
