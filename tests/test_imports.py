@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parents[1] / "jaxllm"
 # files of optim/ beside OPTIM_FILES are transforms that anyone can use elsewhere.
 MAY_IMPORT = {
     "core": [],
+    "files": ["core"],
     "kernels": ["core"],
     "nn": ["core", "kernels"],
     "models": ["nn"],
-    "hf": ["models"],
+    "hf": ["models", "files"],
     "peft": ["hf"],
-    "data": ["core"],
+    "data": ["core", "files"],
     "generate": ["models", "data"],
     "checkpoint": ["core"],
     "evaluate": ["models", "data", "generate"],

@@ -21,7 +21,7 @@ from jaxllm.checkpoint.run_files import (
     unsealed,
 )
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
-from jaxllm.core import hub, tree
+from jaxllm.core import tree
 from jaxllm.core.config import ByType, Section
 from jaxllm.core.config import load as load_config
 from jaxllm.core.dtypes import at_least_float32
@@ -31,6 +31,7 @@ from jaxllm.core.mesh import Layout
 from jaxllm.core.notes import note
 from jaxllm.core.tree import Params
 from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.files import hub
 from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM

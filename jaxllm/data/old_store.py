@@ -9,9 +9,9 @@ from datetime import date
 from typing import TYPE_CHECKING
 
 from jaxllm.data import tokenize
-from jaxllm.data.files import Suffix
 from jaxllm.data.source import SourceConfig, find_files
 from jaxllm.data.store import renderer_of
+from jaxllm.files.compressed import Suffix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from jaxllm.core.errors import UserError, did_you_mean
-from jaxllm.data.files import Suffix
+from jaxllm.files.compressed import Suffix
 
 README = "README.md"
 

@@ -24,12 +24,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from jaxllm.core.compilation_cache import alone, cache_root
 from jaxllm.core.errors import UserError
 from jaxllm.data import content, duplicates, source, template, tokenize
-from jaxllm.data.files import Suffix
 from jaxllm.data.sealed import META, Damaged, open_sealed, sealing
 from jaxllm.data.segments import Rendered, Text, Tokens
 from jaxllm.data.source import Record, SourceConfig
 from jaxllm.data.template import FORMATS, Renderer
 from jaxllm.data.tokenize import NEVER, Encoded, Encoder, Sample
+from jaxllm.files.compressed import Suffix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

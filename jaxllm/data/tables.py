@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.files import Suffix
 from jaxllm.data.lines import Place
+from jaxllm.files.compressed import Suffix
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from jax.typing import DTypeLike
 
-from jaxllm.core import hub
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
+from jaxllm.files import hub
 from jaxllm.hf.export import save as save
 from jaxllm.hf.weights import load_params as load_params
 from jaxllm.hf.weights import read_model as read_model

@@ -22,9 +22,9 @@ from safetensors.numpy import save_file
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.finite import check_finite
-from jaxllm.core.hub import TOKENIZER_FILES
-from jaxllm.core.side_files import SIDE_FILES, read_side_files
 from jaxllm.core.tree import Params
+from jaxllm.files.hub import TOKENIZER_FILES
+from jaxllm.files.side_files import SIDE_FILES, read_side_files
 from jaxllm.hf.config import read_config, write_config
 from jaxllm.hf.source import ADAPTER_CONFIG, DTYPES, INDEX, WEIGHTS, Source
 from jaxllm.hf.weights import Entry, copy, weight_table

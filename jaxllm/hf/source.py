@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.side_files import SIDE_FILES
+from jaxllm.files.side_files import SIDE_FILES
 from jaxllm.hf.config import RawConfig, read_config, read_json
 
 WEIGHTS = "model.safetensors"

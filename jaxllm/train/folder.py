@@ -9,10 +9,10 @@ from jaxllm.checkpoint.run_files import ENVIRONMENT, RESOLVED, RUN_MODEL, begin_
 from jaxllm.core.config import dump
 from jaxllm.core.distributed import is_first
 from jaxllm.core.errors import UserError
-from jaxllm.core.hub import GENERATION_CONFIG, TOKENIZER_FILES, pinned
-from jaxllm.core.side_files import read_side_files
 from jaxllm.core.versions import environment
 from jaxllm.data.source import find_files
+from jaxllm.files.hub import GENERATION_CONFIG, TOKENIZER_FILES, pinned
+from jaxllm.files.side_files import read_side_files
 from jaxllm.hf.config import write_config
 from jaxllm.models.base import LM
 from jaxllm.train.config import Config

@@ -18,7 +18,6 @@ from rich.text import Text
 
 from jaxllm.callbacks.evaluate import EvaluationSet
 from jaxllm.convert.load import OpenModel, fitting_tokenizer, model_folder, open_model
-from jaxllm.core import hub
 from jaxllm.core.distributed import gather, is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
@@ -30,6 +29,7 @@ from jaxllm.data.preview import preview, require_ends
 from jaxllm.data.source import SourceConfig, describe_origin, find_files
 from jaxllm.data.store import Store, Wanted
 from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.files import hub
 from jaxllm.hf import load_params
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models import FAMILIES, LM

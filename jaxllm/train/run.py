@@ -18,16 +18,17 @@ from jaxllm.callbacks.log import Log, MetricsFile
 from jaxllm.callbacks.save import Save
 from jaxllm.checkpoint.run_files import RUN_CHECKPOINTS, RUN_MODEL, check_seal
 from jaxllm.checkpoint.writer import CheckpointWriter
-from jaxllm.core import hub, tree
+from jaxllm.core import tree
 from jaxllm.core.compilation_cache import programs_read
 from jaxllm.core.distributed import is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.finite import ANOTHER, check_finite
 from jaxllm.core.mesh import Layout
-from jaxllm.core.side_files import check_kept
 from jaxllm.data.kept_template import kept_template
 from jaxllm.data.loader import State
 from jaxllm.evaluate.perplexity import Perplexity
+from jaxllm.files import hub
+from jaxllm.files.side_files import check_kept
 from jaxllm.hf.export import check_replaceable
 from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.peft.base import describe

@@ -26,9 +26,9 @@ from compare import CONFIGS, Run, markdown, overrides_of, parser_of, write
 import jaxllm
 from jaxllm.core import tree
 from jaxllm.core.config import load
-from jaxllm.core.hub import model_folder
 from jaxllm.core.mesh import Layout
 from jaxllm.core.process import quiet_libraries
+from jaxllm.files.hub import model_folder
 from jaxllm.models import LM
 from jaxllm.plan.plan import Plan, devices_for, plan
 from jaxllm.plan.targets import missing_wheels, target_named

@@ -6,7 +6,7 @@ import pytest
 from hub_cache import COMMIT, add_repository, ask, server
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.hub import HubName, fetch, model_folder, pinned, shown
+from jaxllm.files.hub import HubName, fetch, model_folder, pinned, shown
 
 MODEL = {
     "config.json": b'{"a": 1}',

@@ -7,7 +7,7 @@ from hub_cache import add_repository
 from side_files import side_files
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.side_files import SIDE_FILES, check_kept, read_side_files
+from jaxllm.files.side_files import SIDE_FILES, check_kept, read_side_files
 
 
 def write(folder, files=None):

@@ -13,9 +13,9 @@ import pytest
 
 from jaxllm.core.errors import UserError
 from jaxllm.data import tables
-from jaxllm.data.files import COMPRESSIONS
 from jaxllm.data.source import SourceConfig, read
 from jaxllm.data.store import open_or_build
+from jaxllm.files.compressed import COMPRESSIONS
 
 # Quotes, delimiters, line ends and non-ASCII in values.
 VALUES = [{"prompt": f'say "{i}",\tplease', "completion": f"línea {i}\nand more\r\n"} for i in range(700)]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.hub import GENERATION_CONFIG, TOKENIZER_FILES
 from jaxllm.core.notes import note
+from jaxllm.files.hub import GENERATION_CONFIG, TOKENIZER_FILES
 
 SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES)
 
