@@ -21,7 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxllm.core.process import prepare_backends
+from jaxllm.processes.environment import prepare_backends
 
 prepare_backends()
 

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxllm"
 MAY_IMPORT = {
     "core": [],
     "files": ["core"],
+    "processes": ["core"],
     "kernels": ["core"],
     "nn": ["core", "kernels"],
     "models": ["nn"],
@@ -22,13 +23,13 @@ MAY_IMPORT = {
     "peft": ["hf"],
     "data": ["core", "files"],
     "generate": ["models", "data"],
-    "checkpoint": ["core"],
+    "checkpoint": ["core", "processes"],
     "evaluate": ["models", "data", "generate"],
     "optim/<name>": [],
     "optim": ["core", "optim/<name>"],
-    "train": ["models", "optim", "peft", "kernels", "train/state"],
+    "train": ["models", "optim", "peft", "kernels", "processes", "train/state"],
     "train/state": ["models", "optim", "peft", "kernels"],
-    "callbacks": ["train/state", "checkpoint", "evaluate"],
+    "callbacks": ["train/state", "checkpoint", "evaluate", "processes"],
 }
 OPTIM_FILES = ["__init__", "build", "config", "curvature", "schedule_config", "wrapped", "wrappers"]
 # These may import everything, and only they may import one another.

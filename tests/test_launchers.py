@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxllm.core.launch import find_place
+from jaxllm.processes.launch import find_place
 
 FOLDER = Path(__file__).parents[1] / "scripts/launch"
 ONE_HOST = FOLDER / "one_host.sh"

@@ -22,8 +22,8 @@ from rich.progress import (
 
 from jaxllm.callbacks.base import Callback
 from jaxllm.core.config import Section
-from jaxllm.core.distributed import gather, is_first
 from jaxllm.core.errors import UserError
+from jaxllm.processes.distributed import gather, is_first
 from jaxllm.train.state import Event
 
 # What a step tells under some settings only.

@@ -20,10 +20,10 @@ import orbax.checkpoint as ocp
 
 from jaxllm.checkpoint.integrity import find_damage
 from jaxllm.core import tree
-from jaxllm.core.distributed import gather
 from jaxllm.core.errors import UserError
 from jaxllm.core.fit import Paddable, check_fits
 from jaxllm.core.layer_order import rearranged
+from jaxllm.processes.distributed import gather
 
 STATE = "state"
 FACTS = "facts.json"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxllm.core.command import exit_status
-from jaxllm.core.process import without_idle_cuda, without_torch
+from jaxllm.processes.environment import without_idle_cuda, without_torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 SOURCES = (

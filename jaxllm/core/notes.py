@@ -2,10 +2,10 @@
 
 import sys
 
-from jaxllm.core.distributed import is_first
+import jax
 
 
 def note(text: str) -> None:
     """Prints `note: text` on the standard error; of several processes, process 0 does."""
-    if is_first():
+    if jax.process_index() == 0:
         print(f"note: {text}", file=sys.stderr)

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 
 from jaxllm.core.command import exit_status
 from jaxllm.core.errors import UserError
-from jaxllm.core.launch import find_place
-from jaxllm.core.process import GPU_MEMORY_SHARE, prepare_backends, without_torch
+from jaxllm.processes.environment import GPU_MEMORY_SHARE, prepare_backends, without_torch
+from jaxllm.processes.launch import find_place
 
 DESCRIPTION = """Says what each process sees: its host, devices, driver, free memory and disk; the versions, the
 coordinator, and the mesh of CONFIG.yaml if one is given. Then all devices add up a number together, and the time that
@@ -39,10 +39,10 @@ def _examine(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from jaxllm.core.config import load
-    from jaxllm.core.distributed import joined
-    from jaxllm.core.rendezvous import Ended
-    from jaxllm.core.watch import DistributedConfig
     from jaxllm.doctor.examine import examine
+    from jaxllm.processes.distributed import joined
+    from jaxllm.processes.rendezvous import Ended
+    from jaxllm.processes.watch import DistributedConfig
     from jaxllm.train.changes import values_of
     from jaxllm.train.config import Config
 

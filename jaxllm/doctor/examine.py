@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxllm.core.compilation_cache import cache_root
-from jaxllm.core.distributed import gather, versions
 from jaxllm.core.errors import UserError
-from jaxllm.core.launch import Place
 from jaxllm.core.mesh import Layout
+from jaxllm.processes.distributed import gather, versions
+from jaxllm.processes.launch import Place
 from jaxllm.train.config import Config
 
 GIB = 2**30

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.core.command import exit_status
 from jaxllm.core.compilation_cache import keep_programs
 from jaxllm.core.errors import UserError
-from jaxllm.core.process import prepare_backends, without_torch
+from jaxllm.processes.environment import prepare_backends, without_torch
 
 if TYPE_CHECKING:
     from jaxllm.generate.defaults import Defaults

@@ -6,8 +6,8 @@ import sys
 
 from jaxllm.core.command import exit_status
 from jaxllm.core.errors import UserError
-from jaxllm.core.process import quiet_libraries, without_idle_cuda, without_torch
 from jaxllm.plan.targets import TARGETS, missing_wheels, target_named
+from jaxllm.processes.environment import quiet_libraries, without_idle_cuda, without_torch
 
 DESCRIPTION = """Compiles the training step of CONFIG.yaml for a GPU that need not be here, and prints what each device
 would hold of it: parameters, optimizer state, batch, what lives while the step runs, the peak, and whether that fits

@@ -6,10 +6,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm.core.process import GPU_MEMORY_SHARE, quiet_libraries
 from jaxllm.peft.base import describe
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.targets import Target
+from jaxllm.processes.environment import GPU_MEMORY_SHARE, quiet_libraries
 from jaxllm.train.config import Config
 from jaxllm.train.inputs import saying
 from jaxllm.train.memory import GIB, Compile, remedies, tried

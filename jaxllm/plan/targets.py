@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.core.errors import UserError, did_you_mean
-from jaxllm.core.process import installed
+from jaxllm.processes.environment import installed
 
 GIB, KIB, MIB = 2**30, 2**10, 2**20
 

@@ -4,7 +4,7 @@ import os
 import sys
 
 from jaxllm.core.command import exit_status
-from jaxllm.core.process import without_idle_cuda, without_torch
+from jaxllm.processes.environment import without_idle_cuda, without_torch
 
 USAGE = """usage: python -m jaxllm.prepare CONFIG.yaml [section.key=value ...]
 

@@ -5,8 +5,8 @@ import sys
 
 from jaxllm.core.command import exit_status
 from jaxllm.core.compilation_cache import keep_programs
-from jaxllm.core.launch import find_place
-from jaxllm.core.process import GPU_MEMORY_SHARE, prepare_backends, without_torch
+from jaxllm.processes.environment import GPU_MEMORY_SHARE, prepare_backends, without_torch
+from jaxllm.processes.launch import find_place
 
 USAGE = """usage: python -m jaxllm.train CONFIG.yaml [section.key=value ...]
 
@@ -36,8 +36,8 @@ def _train(arguments: list[str]) -> int:
     from rich.console import Console
 
     from jaxllm.core.config import load
+    from jaxllm.processes.interrupt import Interrupt
     from jaxllm.train.config import Config
-    from jaxllm.train.interrupt import Interrupt
     from jaxllm.train.run import run
 
     if (place := find_place()) is not None:

@@ -11,7 +11,6 @@ from jaxllm.checkpoint.retention import CheckpointConfig
 from jaxllm.core.config import ByType, Section
 from jaxllm.core.errors import did_you_mean
 from jaxllm.core.mesh import MeshConfig
-from jaxllm.core.watch import DistributedConfig
 from jaxllm.data.loader import DataConfig
 from jaxllm.data.source import RecordsConfig, SourceConfig
 from jaxllm.models.quantized import Quantization
@@ -24,6 +23,7 @@ from jaxllm.peft.lisa import Lisa
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.prefix import PrefixTuning
 from jaxllm.peft.prompt import VirtualTokens
+from jaxllm.processes.watch import DistributedConfig
 from jaxllm.train.model_config import NEW_MODELS, NewModel, PretrainedModel
 from jaxllm.train.train_config import TrainConfig
 

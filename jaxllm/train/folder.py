@@ -7,7 +7,6 @@ from typing import Any
 
 from jaxllm.checkpoint.run_files import ENVIRONMENT, RESOLVED, RUN_MODEL, begin_run, unfinished, update_run
 from jaxllm.core.config import dump
-from jaxllm.core.distributed import is_first
 from jaxllm.core.errors import UserError
 from jaxllm.core.versions import environment
 from jaxllm.data.source import find_files
@@ -15,6 +14,7 @@ from jaxllm.files.hub import GENERATION_CONFIG, TOKENIZER_FILES, pinned
 from jaxllm.files.side_files import read_side_files
 from jaxllm.hf.config import write_config
 from jaxllm.models.base import LM
+from jaxllm.processes.distributed import is_first
 from jaxllm.train.config import Config
 from jaxllm.train.lock import LOCK
 

@@ -18,7 +18,6 @@ from rich.text import Text
 
 from jaxllm.callbacks.evaluate import EvaluationSet
 from jaxllm.convert.load import OpenModel, fitting_tokenizer, model_folder, open_model
-from jaxllm.core.distributed import gather, is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.data.duplicates import refuse_overlaps
@@ -36,6 +35,7 @@ from jaxllm.models import FAMILIES, LM
 from jaxllm.models.base import FamilyConfig
 from jaxllm.models.layout import fit_layout
 from jaxllm.peft.adapter import with_adapter
+from jaxllm.processes.distributed import gather, is_first, require_same
 from jaxllm.train.config import Config
 from jaxllm.train.model_config import NewModel
 from jaxllm.train.step import BATCH_AXES, check_length

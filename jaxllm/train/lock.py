@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jaxllm.core.distributed import gather, is_first
 from jaxllm.core.errors import UserError
+from jaxllm.processes.distributed import gather, is_first
 
 SHOWN_AFTER_S = 30.0  # in which a network disk shows a new file to other hosts
 LOCK = "run.lock"

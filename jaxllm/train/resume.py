@@ -26,7 +26,6 @@ from jaxllm.checkpoint.run_files import (
 )
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
 from jaxllm.core.config import Section, load
-from jaxllm.core.distributed import is_first
 from jaxllm.core.errors import UserError
 from jaxllm.core.fit import Paddable
 from jaxllm.data.loader import HeldOutBy
@@ -35,6 +34,7 @@ from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
 from jaxllm.optim.build import build
 from jaxllm.peft.adalora import AdaLora
+from jaxllm.processes.distributed import is_first
 from jaxllm.train.changes import Change, Rule, changes, harmless
 from jaxllm.train.config import Config
 from jaxllm.train.folder import first_of

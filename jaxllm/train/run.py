@@ -20,7 +20,6 @@ from jaxllm.checkpoint.run_files import RUN_CHECKPOINTS, RUN_MODEL, check_seal
 from jaxllm.checkpoint.writer import CheckpointWriter
 from jaxllm.core import tree
 from jaxllm.core.compilation_cache import programs_read
-from jaxllm.core.distributed import is_first, require_same
 from jaxllm.core.errors import UserError
 from jaxllm.core.finite import ANOTHER, check_finite
 from jaxllm.core.mesh import Layout
@@ -33,11 +32,12 @@ from jaxllm.hf.export import check_replaceable
 from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.peft.base import describe
 from jaxllm.peft.files import AdapterConfig
+from jaxllm.processes.distributed import is_first, require_same
+from jaxllm.processes.interrupt import Interrupt
 from jaxllm.train.compiler import describe_determinism, describe_options
 from jaxllm.train.config import Config
 from jaxllm.train.folder import AUTOTUNED, METRICS, prepare
 from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, saying, training_loader
-from jaxllm.train.interrupt import Interrupt
 from jaxllm.train.lock import owned
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory, untried_advice

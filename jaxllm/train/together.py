@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from jaxllm.core.config import load
-from jaxllm.core.distributed import joined
 from jaxllm.core.errors import UserError
-from jaxllm.core.launch import Place
-from jaxllm.core.rendezvous import Ended
-from jaxllm.core.watch import DistributedConfig
+from jaxllm.processes.distributed import joined
+from jaxllm.processes.interrupt import Interrupt
+from jaxllm.processes.launch import Place
+from jaxllm.processes.rendezvous import Ended
+from jaxllm.processes.watch import DistributedConfig
 from jaxllm.train.changes import values_of
 from jaxllm.train.config import Config
-from jaxllm.train.interrupt import Interrupt
 from jaxllm.train.run import run
 
 

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.core.mesh import Layout
-from jaxllm.core.process import prepare_backends
 from jaxllm.core.versions import environment
 from jaxllm.kernels.attention import AttentionForm, causal_attention
 from jaxllm.kernels.attention_choice import BY_SPEED, AttentionNeeds, fault, obstacle
+from jaxllm.processes.environment import prepare_backends
 
 RESULTS = Path(__file__).parent / "results" / "attention"
 DOCUMENT = 512  # tokens of a packed document, on average

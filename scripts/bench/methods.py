@@ -27,11 +27,11 @@ import jaxllm
 from jaxllm.core import tree
 from jaxllm.core.config import load
 from jaxllm.core.mesh import Layout
-from jaxllm.core.process import quiet_libraries
 from jaxllm.files.hub import model_folder
 from jaxllm.models import LM
 from jaxllm.plan.plan import Plan, devices_for, plan
 from jaxllm.plan.targets import missing_wheels, target_named
+from jaxllm.processes.environment import quiet_libraries
 from jaxllm.train.config import Config
 from jaxllm.train.inputs import model_without_weights
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from compare import CONFIGS, Run, markdown, overrides_of, parser_of, write
 
-from jaxllm.core.process import prepare_backends
+from jaxllm.processes.environment import prepare_backends
 
 RECIPES = {path.stem: path for path in sorted((CONFIGS / "optimizers").glob("*.yaml"))}
 RESULTS = Path(__file__).parent / "results" / "optimizers.json"

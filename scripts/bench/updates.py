@@ -14,7 +14,7 @@ from pathlib import Path
 
 from job import SIZES
 
-from jaxllm.core.process import prepare_backends
+from jaxllm.processes.environment import prepare_backends
 
 
 def main() -> None:

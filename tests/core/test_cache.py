@@ -11,7 +11,7 @@ from jaxllm.core.compilation_cache import cache_root, keep_programs
 PROGRAM = """
 import sys
 from jaxllm.core.compilation_cache import keep_programs, programs_read
-from jaxllm.core.process import without_idle_cuda
+from jaxllm.processes.environment import without_idle_cuda
 without_idle_cuda()
 keep_programs()
 import jax, jax.numpy as jnp

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.launch import find_place, is_loopback
+from jaxllm.processes.launch import find_place, is_loopback
 
 # As srun sets them for the second of four processes on two nodes (slurm.schedmd.com/srun.html, output environment).
 SLURM = {

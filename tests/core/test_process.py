@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from jaxllm.core.process import installed, quiet_libraries
+from jaxllm.processes.environment import installed, quiet_libraries
 
 PROGRAM = """
-from jaxllm.core.process import without_idle_cuda
+from jaxllm.processes.environment import without_idle_cuda
 without_idle_cuda()
 import jax
 print(jax.devices()[0].platform)
@@ -19,7 +19,7 @@ print(jax.devices()[0].platform)
 # Programs with collectives in a loop, each launched before the last has ended. Without threads enough it stands still
 # within a second, on two cores and eight devices; a collective that waits for 10 s then aborts the process.
 IN_FLIGHT = """
-from jaxllm.core.process import prepare_backends
+from jaxllm.processes.environment import prepare_backends
 prepare_backends()
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P

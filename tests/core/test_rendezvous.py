@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from processes import free_address
 
-from jaxllm.core import reception, rendezvous
 from jaxllm.core.errors import UserError
-from jaxllm.core.launch import Place
-from jaxllm.core.reception import listen
-from jaxllm.core.rendezvous import Ended, Meeting, meet
+from jaxllm.processes import reception, rendezvous
+from jaxllm.processes.launch import Place
+from jaxllm.processes.reception import listen
+from jaxllm.processes.rendezvous import Ended, Meeting, meet
 
 
 def outcome(place: Place, facts: dict[str, Any], error: str | None, timeout: float) -> Meeting | UserError | Ended:

@@ -9,9 +9,9 @@ from processes import Ended, ends, together
 # Each process gets on until it is told otherwise: `<what> <seat>` is what the process of that seat does after a while.
 PROGRAM = """
 import signal, sys, time
-from jaxllm.core.launch import find_place
-from jaxllm.core.rendezvous import meet
-from jaxllm.core.watch import DistributedConfig, Watch
+from jaxllm.processes.launch import find_place
+from jaxllm.processes.rendezvous import meet
+from jaxllm.processes.watch import DistributedConfig, Watch
 what, seat = sys.argv[1], int(sys.argv[2])
 meeting = meet(find_place(), {}, None, 60)
 watch = Watch(meeting, DistributedConfig(dead_after=3.0, hang_after=2.0 if "hang" in what else 600.0))

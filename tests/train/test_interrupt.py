@@ -13,7 +13,7 @@ PROGRAM = f"""
 import sys
 from contextlib import nullcontext
 from rich.console import Console
-from jaxllm.train.interrupt import Interrupt
+from jaxllm.processes.interrupt import Interrupt
 with Interrupt(Console()) as interrupt:
     with interrupt.graceful() if sys.argv[1] == "graceful" else nullcontext():
         print("ready", flush=True)

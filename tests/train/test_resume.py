@@ -23,9 +23,9 @@ from jaxllm.convert.load import open_model
 from jaxllm.core import tree
 from jaxllm.core.config import load
 from jaxllm.core.mesh import Layout, MeshConfig
+from jaxllm.processes.interrupt import Interrupt
 from jaxllm.train.config import Config
 from jaxllm.train.inputs import model_without_weights
-from jaxllm.train.interrupt import Interrupt
 from jaxllm.train.program import Program
 from jaxllm.train.run import run
 

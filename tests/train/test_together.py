@@ -212,10 +212,10 @@ from jaxllm.checkpoint.store import Checkpoint
 from jaxllm.checkpoint.writer import CheckpointWriter
 from jaxllm.core import tree
 from jaxllm.core.config import load
-from jaxllm.core.distributed import joined
-from jaxllm.core.launch import find_place
+from jaxllm.processes.distributed import joined
+from jaxllm.processes.launch import find_place
 from jaxllm.core.mesh import Layout
-from jaxllm.core.watch import DistributedConfig
+from jaxllm.processes.watch import DistributedConfig
 from jaxllm.train.config import Config
 from jaxllm.train.inputs import model_without_weights
 from jaxllm.train.program import Program

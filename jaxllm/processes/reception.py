@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.launch import COORDINATOR, Place, is_loopback
+from jaxllm.processes.launch import COORDINATOR, Place, is_loopback
 
 LONGEST = 1 << 22  # bytes in a message
 HELLO_S = 10.0  # in which one who connects says who it is

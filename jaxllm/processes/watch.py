@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, NoReturn
 from pydantic import PositiveFloat
 
 from jaxllm.core.config import Section
-from jaxllm.core.reception import LONGEST, Member
-from jaxllm.core.rendezvous import Meeting, send
+from jaxllm.processes.reception import LONGEST, Member
+from jaxllm.processes.rendezvous import Meeting, send
 
 POLL_S = 0.2
 BEAT_S = 5.0

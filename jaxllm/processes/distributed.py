@@ -15,9 +15,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.core.errors import UserError, explained
-from jaxllm.core.launch import Place
-from jaxllm.core.rendezvous import meet
-from jaxllm.core.watch import DistributedConfig, Watch
+from jaxllm.processes.launch import Place
+from jaxllm.processes.rendezvous import meet
+from jaxllm.processes.watch import DistributedConfig, Watch
 
 VERSIONS = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 

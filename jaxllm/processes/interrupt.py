@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from jaxllm.core.distributed import Largest
-from jaxllm.core.watch import Watch
+from jaxllm.processes.distributed import Largest
+from jaxllm.processes.watch import Watch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

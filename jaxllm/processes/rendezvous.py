@@ -18,8 +18,8 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from jaxllm.core.errors import UserError
-from jaxllm.core.launch import COORDINATOR, COUNT, TOKEN, Place, is_loopback
-from jaxllm.core.reception import LONGEST, Hello, Member, Reception, listen
+from jaxllm.processes.launch import COORDINATOR, COUNT, TOKEN, Place, is_loopback
+from jaxllm.processes.reception import LONGEST, Hello, Member, Reception, listen
 
 NOTICE_S = 3.0  # after which a process that waits says for what
 ANSWER_S = 30.0  # what a verdict may take beyond the time in which all were to come
