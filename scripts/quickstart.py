@@ -9,7 +9,7 @@ import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxllm.data.tokenizer import train_tokenizer
+from jaxllm.data.text.tokenizer import train_tokenizer
 from jaxllm.generate.__main__ import main as generate
 from jaxllm.processes.environment import prepare_backends
 from jaxllm.train.__main__ import main as train

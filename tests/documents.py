@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from jaxllm.data.pack import Packing, PackPlan, plan
-from jaxllm.data.tokenize import Sample
+from jaxllm.data.rows.pack import Packing, PackPlan, plan
+from jaxllm.data.text.tokenize import Sample
 
 SEQ_LEN = 16
 

@@ -69,13 +69,13 @@ RESERVED = {
 }
 # Rooms → the third-party modules that they may not, or may alone, import.
 WITHOUT = {"data": ["jax", "jaxlib", "flax", "optax", "orbax"]}
-WITHOUT_EXCEPT = ["data/loader"]
+WITHOUT_EXCEPT = ["data/rows/loader"]
 ALONE = {"optim/<name>": ["jax", "optax", "numpy"]}
 
 
 @dataclass(frozen=True)
 class Import:
-    """An import in `file` (such as `data/pack`) of a module: a file too if it is ours, else its top name."""
+    """An import in `file` (such as `data/rows/pack`) of a module: a file too if it is ours, else its top name."""
 
     file: str
     line: int
@@ -192,10 +192,10 @@ GOOD = {
     "hf/weights": "import jaxllm.models.base",
     "peft/lora": "from jaxllm.hf.weights import load",
     "generate/decode": "from jaxllm.models.base import LM",
-    "data/pack": "import numpy as np",
-    "data/loader": "import jax\nfrom . import pack",
+    "data/rows/pack": "import numpy as np",
+    "data/rows/loader": "import jax\nfrom . import pack",
     "checkpoint/store": "import orbax.checkpoint\nfrom jaxllm.core.tree import Params",
-    "evaluate/perplexity": "from jaxllm.data.loader import batches\nfrom jaxllm.generate import decode",
+    "evaluate/perplexity": "from jaxllm.data.rows.loader import batches\nfrom jaxllm.generate import decode",
     "optim/__init__": "from jaxllm.optim.lomo import lomo",
     "optim/lomo": "from typing import Any\nimport jax.numpy as jnp\nimport optax",
     "optim/schedule": "import optax",
@@ -222,8 +222,8 @@ def test_a_package_that_keeps_the_table_has_no_violation():
         ("models/base", "def f():\n    import jaxllm.optim", "models may not import optim/__init__"),
         ("hf/weights", "from jaxllm.peft.lora import add", "hf may not import peft/lora"),
         ("generate/decode", "import jaxllm.hf.weights", "generate may not import hf/weights"),
-        ("data/pack", "from jaxllm.models.base import LM", "data may not import models/base"),
-        ("data/pack", "import jax.numpy as jnp", "data may not import jax"),
+        ("data/rows/pack", "from jaxllm.models.base import LM", "data may not import models/base"),
+        ("data/rows/pack", "import jax.numpy as jnp", "data may not import jax"),
         ("checkpoint/store", "from jaxllm.train.state import X", "checkpoint may not import train/state"),
         ("evaluate/perplexity", "import jaxllm.optim.lomo", "evaluate may not import optim/lomo"),
         ("optim/lomo", "from jaxllm.core import tree", "optim/<name> may not import core/tree"),
@@ -235,7 +235,7 @@ def test_a_package_that_keeps_the_table_has_no_violation():
         ),
         ("optim/build", "from jaxllm.models.base import LM", "optim may not import models/base"),
         ("train/step", "from jaxllm.callbacks.save import Save", "train may not import callbacks/save"),
-        ("train/step", "from jaxllm.data.loader import batches", "train may not import data/loader"),
+        ("train/step", "from jaxllm.data.rows.loader import batches", "train may not import data/rows/loader"),
         ("train/step", "import jaxllm.train.run", "train may not import train/run"),
         ("train/state", "import jaxllm.train.step", "train/state may not import train/step"),
         ("callbacks/save", "from jaxllm.train.step import S", "callbacks may not import train/step"),

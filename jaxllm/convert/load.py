@@ -30,7 +30,7 @@ from jaxllm.core.fit import Paddable
 from jaxllm.core.mesh import Layout
 from jaxllm.core.notes import note
 from jaxllm.core.tree import Params
-from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.data.text.tokenizer import load_tokenizer
 from jaxllm.files import hub
 from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config

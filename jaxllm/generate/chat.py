@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.data.chat import ChatTemplate, RenderConfig
+from jaxllm.data.text.chat import ChatTemplate, RenderConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
-from jaxllm.data.tokenize import parts_from_the_next_word, prompt_ids
+from jaxllm.data.text.tokenize import parts_from_the_next_word, prompt_ids
 from jaxllm.generate.chat import Conversation
 from jaxllm.generate.decode import Decoder
 from jaxllm.generate.sample import Sampling

@@ -11,8 +11,8 @@ from jaxllm.checkpoint.retention import CheckpointConfig
 from jaxllm.core.config import ByType, Section
 from jaxllm.core.errors import did_you_mean
 from jaxllm.core.mesh import MeshConfig
-from jaxllm.data.loader import DataConfig
-from jaxllm.data.source import RecordsConfig, SourceConfig
+from jaxllm.data.records.source import RecordsConfig, SourceConfig
+from jaxllm.data.rows.loader import DataConfig
 from jaxllm.models.quantized import Quantization
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.optim.config import OptimizerConfig

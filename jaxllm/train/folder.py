@@ -9,7 +9,7 @@ from jaxllm.checkpoint.run_files import ENVIRONMENT, RESOLVED, RUN_MODEL, begin_
 from jaxllm.core.config import dump
 from jaxllm.core.errors import UserError
 from jaxllm.core.versions import environment
-from jaxllm.data.source import find_files
+from jaxllm.data.records.source import find_files
 from jaxllm.files.hub import GENERATION_CONFIG, TOKENIZER_FILES, pinned
 from jaxllm.files.side_files import read_side_files
 from jaxllm.hf.config import write_config

@@ -20,14 +20,14 @@ from jaxllm.callbacks.evaluate import EvaluationSet
 from jaxllm.convert.load import OpenModel, fitting_tokenizer, model_folder, open_model
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.data.duplicates import refuse_overlaps
-from jaxllm.data.left_out import left_out
-from jaxllm.data.loader import Arrays, HeldOutBy, Loader, plans
-from jaxllm.data.pack import PackPlan
-from jaxllm.data.preview import preview, require_ends
-from jaxllm.data.source import SourceConfig, describe_origin, find_files
-from jaxllm.data.store import Store, Wanted
-from jaxllm.data.tokenizer import load_tokenizer
+from jaxllm.data.records.duplicates import refuse_overlaps
+from jaxllm.data.records.left_out import left_out
+from jaxllm.data.records.source import SourceConfig, describe_origin, find_files
+from jaxllm.data.rows.loader import Arrays, HeldOutBy, Loader, plans
+from jaxllm.data.rows.pack import PackPlan
+from jaxllm.data.rows.preview import preview, require_ends
+from jaxllm.data.rows.store import Store, Wanted
+from jaxllm.data.text.tokenizer import load_tokenizer
 from jaxllm.files import hub
 from jaxllm.hf import load_params
 from jaxllm.hf.config import parse_config, read_config

@@ -28,8 +28,8 @@ from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
 from jaxllm.core.config import Section, load
 from jaxllm.core.errors import UserError
 from jaxllm.core.fit import Paddable
-from jaxllm.data.loader import HeldOutBy
-from jaxllm.data.old_store import old_key
+from jaxllm.data.rows.loader import HeldOutBy
+from jaxllm.data.rows.old_store import old_key
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.base import LM
 from jaxllm.optim.build import build

@@ -23,8 +23,8 @@ from jaxllm.core.compilation_cache import programs_read
 from jaxllm.core.errors import UserError
 from jaxllm.core.finite import ANOTHER, check_finite
 from jaxllm.core.mesh import Layout
-from jaxllm.data.kept_template import kept_template
-from jaxllm.data.loader import State
+from jaxllm.data.rows.loader import State
+from jaxllm.data.text.kept_template import kept_template
 from jaxllm.evaluate.perplexity import Perplexity
 from jaxllm.files import hub
 from jaxllm.files.side_files import check_kept

@@ -13,7 +13,7 @@ import numpy as np
 from job import BATCHES, SIZES, WEIGHTS
 
 import jaxllm
-from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
+from jaxllm.data.text.tokenizer import load_tokenizer, train_tokenizer
 from jaxllm.models import FAMILIES, LM
 
 DISTINCT_BATCHES = 8

@@ -8,8 +8,8 @@ import time
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from jaxllm.core import chat_rendering, chat_rendering_process
-from jaxllm.core.chat_rendering import Conversation, Failure, Rendering, render
+from jaxllm.data.text import chat_rendering, chat_rendering_process
+from jaxllm.data.text.chat_rendering import Conversation, Failure, Rendering, render
 
 HELLO = [{"role": "user", "content": "Hi there, \ud800 🙂"}, {"role": "assistant", "content": "Hello"}]
 PLAIN = (

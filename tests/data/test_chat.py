@@ -20,12 +20,12 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.chat import RenderConfig
-from jaxllm.data.segments import Text
-from jaxllm.data.source import SourceConfig, read
-from jaxllm.data.store import open_or_build
-from jaxllm.data.template import Renderer
-from jaxllm.data.tokenize import Encoded, Encoder
+from jaxllm.data.records.source import SourceConfig, read
+from jaxllm.data.rows.store import open_or_build
+from jaxllm.data.text.chat import RenderConfig
+from jaxllm.data.text.formats import Renderer
+from jaxllm.data.text.segments import Text
+from jaxllm.data.text.tokenize import Encoded, Encoder
 
 SYSTEM = {"role": "system", "content": "Be short."}
 TURNS = [

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from jaxllm.core.errors import UserError
-from jaxllm.data import content
-from jaxllm.data.content import hashes
+from jaxllm.data.records import content
+from jaxllm.data.records.content import hashes
 
 SMALL = content.PIECES * content.PIECE_BYTES
 LARGE = 40 * SMALL

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.duplicates import content_of, held_out_groups, joined, numbered, refuse_overlaps
-from jaxllm.data.loader import DataConfig, plans
-from jaxllm.data.pack import PackPlan, split
-from jaxllm.data.source import SourceConfig, find_files
-from jaxllm.data.store import Store, open_or_build
+from jaxllm.data.records.duplicates import content_of, held_out_groups, joined, numbered, refuse_overlaps
+from jaxllm.data.records.source import SourceConfig, find_files
+from jaxllm.data.rows.loader import DataConfig, plans
+from jaxllm.data.rows.pack import PackPlan, split
+from jaxllm.data.rows.store import Store, open_or_build
 
 TURNS = [
     {"role": "user", "content": "one"},

@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from jaxllm.data.chat import ChatTemplate, RenderConfig
-from jaxllm.data.kept_template import kept_template, with_defaults
+from jaxllm.data.text.chat import ChatTemplate, RenderConfig
+from jaxllm.data.text.kept_template import kept_template, with_defaults
 from jaxllm.generate.chat import Conversation
 
 MESSAGES = [{"role": "user", "content": "Hi!"}]

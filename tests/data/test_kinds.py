@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxllm.core.errors import UserError
-from jaxllm.data import tables
-from jaxllm.data.source import SourceConfig, read
-from jaxllm.data.store import open_or_build
+from jaxllm.data.records import tables
+from jaxllm.data.records.source import SourceConfig, read
+from jaxllm.data.rows.store import open_or_build
 from jaxllm.files.compressed import COMPRESSIONS
 
 # Quotes, delimiters, line ends and non-ASCII in values.

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from jaxllm.data.left_out import left_out
-from jaxllm.data.source import SourceConfig, read
+from jaxllm.data.records.left_out import left_out
+from jaxllm.data.records.source import SourceConfig, read
 
 
 def test_a_folder_of_data_alone(tmp_path: Path):

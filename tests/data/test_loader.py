@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.loader import DataConfig, Loader, State, plans
-from jaxllm.data.pack import PackPlan
-from jaxllm.data.source import SourceConfig
-from jaxllm.data.store import Store, open_or_build
+from jaxllm.data.records.source import SourceConfig
+from jaxllm.data.rows.loader import DataConfig, Loader, State, plans
+from jaxllm.data.rows.pack import PackPlan
+from jaxllm.data.rows.store import Store, open_or_build
 
 
 @pytest.fixture(scope="module")

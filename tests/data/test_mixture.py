@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from test_pack import PACKINGS, Samples
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.loader import DataConfig, Loader, State, plans
-from jaxllm.data.mixture import mix
-from jaxllm.data.pack import PackPlan
-from jaxllm.data.source import SourceConfig
-from jaxllm.data.store import Store, open_or_build
+from jaxllm.data.records.source import SourceConfig
+from jaxllm.data.rows.loader import DataConfig, Loader, State, plans
+from jaxllm.data.rows.mixture import mix
+from jaxllm.data.rows.pack import PackPlan
+from jaxllm.data.rows.store import Store, open_or_build
 
 weights = st.floats(0.01, 1.0)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.data import tokenize
-from jaxllm.data.old_store import old_key
-from jaxllm.data.source import SourceConfig
+from jaxllm.data.records.source import SourceConfig
+from jaxllm.data.rows.old_store import old_key
+from jaxllm.data.text import tokenize
 
 CLOCK = "{% for m in messages %}<|{{ m.role }}|>{{ strftime_now('%Y-%m-%d') }}{{ m.content }}<|end|>{% endfor %}"
 CLOCK += "{% if add_generation_prompt %}<|assistant|>{{ strftime_now('%Y-%m-%d') }}{% endif %}"

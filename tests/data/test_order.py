@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pack import Samples
 
-from jaxllm.data.order import Grouped, Shuffled
-from jaxllm.data.pack import group
+from jaxllm.data.rows.order import Grouped, Shuffled
+from jaxllm.data.rows.pack import group
 
 buckets = st.lists(st.integers(0, 3), min_size=1, max_size=60).map(np.array)
 

@@ -8,9 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.best_fit import best_fit
-from jaxllm.data.pack import PackPlan, plan, split
-from jaxllm.data.tokenize import Sample
+from jaxllm.data.rows.best_fit import best_fit
+from jaxllm.data.rows.pack import PackPlan, plan, split
+from jaxllm.data.text.tokenize import Sample
 
 PACKINGS = ["best_fit", "concat", "none", "grouped"]
 

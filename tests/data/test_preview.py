@@ -7,11 +7,11 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from jaxllm.core.errors import UserError
-from jaxllm.data import preview as shown
-from jaxllm.data.loader import DataConfig, plans
-from jaxllm.data.preview import preview, require_ends
-from jaxllm.data.source import SourceConfig
-from jaxllm.data.store import open_or_build
+from jaxllm.data.records.source import SourceConfig
+from jaxllm.data.rows import preview as shown
+from jaxllm.data.rows.loader import DataConfig, plans
+from jaxllm.data.rows.preview import preview, require_ends
+from jaxllm.data.rows.store import open_or_build
 
 TURNS = [
     {"role": "user", "content": "2+2?"},

@@ -10,9 +10,9 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.chat import RenderConfig
-from jaxllm.data.segments import Text
-from jaxllm.data.template import Renderer
+from jaxllm.data.text.chat import RenderConfig
+from jaxllm.data.text.formats import Renderer
+from jaxllm.data.text.segments import Text
 
 MARKS = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜<>]+｜>|</?s>|</?seed:[a-z_]+>|<SPECIAL_\d+>|<(?:start|end)_of_turn>")
 DEEPSEEK_END = "<｜end▁of▁sentence｜>"

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from jaxllm.core.errors import UserError
-from jaxllm.data import lines, source
-from jaxllm.data.source import SourceConfig, read
+from jaxllm.data.records import source, text_files
+from jaxllm.data.records.source import SourceConfig, read
 
 
 def records(path: Path | str, **options) -> list[tuple[int, dict]]:
@@ -35,7 +35,7 @@ def test_a_text_file_is_one_document(tmp_path: Path):
 def test_a_separator_divides_documents_wherever_the_chunks_end(tmp_path: Path, monkeypatch, chunk: int):
     path = tmp_path / "a.txt"
     path.write_text("one<|end|>\ntwö\n<|end|>\n <|end|>three<|end")
-    monkeypatch.setattr(lines, "CHUNK", chunk)
+    monkeypatch.setattr(text_files, "CHUNK", chunk)
     found = records(path, separator="<|end|>")
     # The third document is white space alone: no record, but it counts.
     assert found == [(1, {"text": "one"}), (2, {"text": "\ntwö\n"}), (4, {"text": "three<|end"})]
@@ -44,7 +44,7 @@ def test_a_separator_divides_documents_wherever_the_chunks_end(tmp_path: Path, m
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
 @pytest.mark.parametrize("typed", ["\n##\n", r"\n##\n", "\r\n##\r\n", r"\r\n##\n"])
 def test_line_ends_of_a_separator_are_of_both_kinds(tmp_path: Path, monkeypatch, chunk: int, typed: str):
-    monkeypatch.setattr(lines, "CHUNK", chunk)
+    monkeypatch.setattr(text_files, "CHUNK", chunk)
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\n##\r\ntwo\r\n\r\nends\n##\r\nthree\xf0")
     with pytest.raises(UserError, match="0xf0 at offset 30"):
@@ -183,7 +183,7 @@ def test_a_broken_line_is_named_with_its_number(tmp_path: Path):
 
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 def test_a_broken_array(tmp_path: Path, monkeypatch, chunk: int):
-    monkeypatch.setattr(lines, "CHUNK", chunk)
+    monkeypatch.setattr(text_files, "CHUNK", chunk)
     path = tmp_path / "a.json"
     broken = {
         '[{"text": "a"},\n {"text": }]': "line 2 is not a JSON array: Expecting value at column 11",
@@ -211,7 +211,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("value", UNREADABLE, ids=UNREADABLE.values())
 @pytest.mark.parametrize("chunk", [1000, 1 << 20])
 def test_json_that_python_reads_in_part_or_not_at_all(tmp_path: Path, monkeypatch, value: str, chunk: int):
-    monkeypatch.setattr(lines, "CHUNK", chunk)
+    monkeypatch.setattr(text_files, "CHUNK", chunk)
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "a"}}\n{value}\n')
     assert message(path).startswith(f"{path}, line 2: ")
@@ -251,7 +251,7 @@ def test_json_may_hold_objects_by_the_line(tmp_path: Path):
 def test_an_array_is_read_wherever_the_chunks_end(tmp_path: Path, monkeypatch, chunk: int):
     values = [{"text": 'é"\\', "n": 12.5, "deep": [[], {"a": True, "b": None}]}, {"text": "\U0001f600" * 20}] * 3
     path = tmp_path / "a.json"
-    monkeypatch.setattr(lines, "CHUNK", chunk)
+    monkeypatch.setattr(text_files, "CHUNK", chunk)
     for text in (json.dumps(values), json.dumps(values, indent=2, ensure_ascii=False)):
         path.write_text(text)
         assert [columns for _, columns in records(path)] == values

@@ -8,8 +8,8 @@ import pytest
 from hub_cache import add_repository, ask, server
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.source import SourceConfig, find_files, read
-from jaxllm.data.splits import Choice, choose
+from jaxllm.data.records.source import SourceConfig, find_files, read
+from jaxllm.data.records.splits import Choice, choose
 
 ULTRACHAT = """---
 license: mit

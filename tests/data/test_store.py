@@ -17,11 +17,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxllm.core.errors import UserError
-from jaxllm.data import sealed, store, template
-from jaxllm.data.segments import Segment, Text
-from jaxllm.data.source import SourceConfig, read
-from jaxllm.data.store import Store, open_or_build
-from jaxllm.data.tokenize import Encoder
+from jaxllm.data.records.source import SourceConfig, read
+from jaxllm.data.rows import sealed, store
+from jaxllm.data.rows.store import Store, open_or_build
+from jaxllm.data.text import formats
+from jaxllm.data.text.segments import Segment, Text
+from jaxllm.data.text.tokenize import Encoder
 
 
 def build(sources: SourceConfig | list[SourceConfig], tokenizer, cache: Path) -> Store:
@@ -116,12 +117,12 @@ def test_it_is_built_anew_when_anything_changes(write_lines, byte_tokenizer, tmp
     other.chat_template = "{{ messages }}"
     folders.append(build(config, other, tmp_path).folder)
     # The wording of a template counts too.
-    form = template.FORMATS["prompt_completion"]
+    form = formats.FORMATS["prompt_completion"]
     louder = replace(
         form, render=lambda c, _: [Text((Segment(c["prompt"] + "!", False), Segment(c["completion"], True)))]
     )
     with monkeypatch.context() as patch:
-        patch.setitem(template.FORMATS._entries, "prompt_completion", louder)
+        patch.setitem(formats.FORMATS._entries, "prompt_completion", louder)
         folders.append(build(config, byte_tokenizer, tmp_path).folder)
     mapped = config.model_copy(update={"fields": {"text": "prompt"}, "format": "text"})
     folders.append(build(mapped, byte_tokenizer, tmp_path).folder)
@@ -258,8 +259,8 @@ import os, signal
 from pathlib import Path
 from transformers import AutoTokenizer
 from jaxllm.data import store
-from jaxllm.data.source import SourceConfig
-from jaxllm.data.tokenize import Encoder
+from jaxllm.data.records.source import SourceConfig
+from jaxllm.data.text.tokenize import Encoder
 store.BATCH_RECORDS = 1
 encode = Encoder.encode
 def killing(self, rendered):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.chat import RenderConfig
-from jaxllm.data.segments import Rendered, Segment, Text, Tokens
-from jaxllm.data.source import SourceConfig
-from jaxllm.data.template import FOREIGN_FORMATS, FORMATS, Renderer, detect
+from jaxllm.data.records.source import SourceConfig
+from jaxllm.data.text.chat import RenderConfig
+from jaxllm.data.text.formats import FOREIGN_FORMATS, FORMATS, Renderer, detect
+from jaxllm.data.text.segments import Rendered, Segment, Text, Tokens
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
 # One record of each format, with every column that it may have.

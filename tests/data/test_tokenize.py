@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.chat import RenderConfig
-from jaxllm.data.segments import Segment, Text, Tokens
-from jaxllm.data.source import SourceConfig, read
-from jaxllm.data.template import Renderer
-from jaxllm.data.tokenize import NEVER, Encoder, fingerprint, parts_from_the_next_word, prompt_ids
+from jaxllm.data.records.source import SourceConfig, read
+from jaxllm.data.text.chat import RenderConfig
+from jaxllm.data.text.formats import Renderer
+from jaxllm.data.text.segments import Segment, Text, Tokens
+from jaxllm.data.text.tokenize import NEVER, Encoder, fingerprint, parts_from_the_next_word, prompt_ids
 
 NAMES = [
     "stories3M",

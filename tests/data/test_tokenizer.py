@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.tokenizer import load_tokenizer, train_tokenizer
+from jaxllm.data.text.tokenizer import load_tokenizer, train_tokenizer
 
 SPECIAL_TOKENS = ["<|unknown|>", "<|begin_of_text|>", "<|end_of_text|>", "<|padding|>"]
 
@@ -280,5 +280,5 @@ def test_transformers_is_silent_about_torch_alone(tokenizer):
 
 
 def test_import_does_not_import_transformers():
-    code = "import sys, jaxllm.data.tokenizer; sys.exit('transformers' in sys.modules)"
+    code = "import sys, jaxllm.data.text.tokenizer; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

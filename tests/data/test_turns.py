@@ -7,8 +7,8 @@ from chat_templates import CHATML, LAST_MARK, MARKED
 from transformers import PreTrainedTokenizerFast
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.chat import RenderConfig
-from jaxllm.data.template import Renderer
+from jaxllm.data.text.chat import RenderConfig
+from jaxllm.data.text.formats import Renderer
 
 ONE = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "four"}]
 TWO = [*ONE, {"role": "user", "content": "Human: sure?"}, {"role": "assistant", "content": "assistant"}]

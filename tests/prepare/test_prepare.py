@@ -16,7 +16,7 @@ from whole_runs import stories, train, workplace, write_jsonl
 
 from jaxllm.core.config import load
 from jaxllm.core.errors import UserError
-from jaxllm.data import store
+from jaxllm.data.rows import store
 from jaxllm.prepare.__main__ import main
 from jaxllm.train.config import Config
 from jaxllm.train.inputs import Inputs, open_tokenizer, read_inputs

@@ -16,7 +16,7 @@ jax.distributed.initialize("127.0.0.1:" + port, 2, int(process))
 sys.path.insert(0, tests)
 from documents import Documents
 from jaxllm import Layout, MeshConfig
-from jaxllm.data.loader import Loader, State
+from jaxllm.data.rows.loader import Loader, State
 from jaxllm.train.inputs import Rows, training_loader
 documents = Documents()
 said = {}

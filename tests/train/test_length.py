@@ -6,7 +6,7 @@ from documents import Documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.data.loader import START, Loader, State
+from jaxllm.data.rows.loader import START, Loader, State
 from jaxllm.train.train_config import TrainConfig
 
 DOCUMENTS = Documents()

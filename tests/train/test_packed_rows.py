@@ -10,8 +10,8 @@ from families import draw_params, small_lm
 from small_runs import llama
 from whole_runs import read_metrics, stories, train, workplace, write_jsonl
 
-from jaxllm.data.loader import Loader
-from jaxllm.data.pack import group
+from jaxllm.data.rows.loader import Loader
+from jaxllm.data.rows.pack import group
 
 # Two programs in float64 that mean the same (the sums of a batch have a few hundred terms).
 SAME = 1e-12

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.segments import Rendered, Segment, Text, Tokens
+from jaxllm.data.text.segments import Rendered, Segment, Text, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -6,8 +6,8 @@ import json
 from typing import NamedTuple
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.messages import Message, tool_name
-from jaxllm.data.turns import (
+from jaxllm.data.text.messages import Message, tool_name
+from jaxllm.data.text.turns import (
     PROBE,
     Marks,
     Openings,

@@ -9,10 +9,10 @@ import numpy as np
 from rich.text import Text
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.pack import PackPlan
-from jaxllm.data.source import describe_origin
-from jaxllm.data.store import Store
-from jaxllm.data.tokenize import NEVER
+from jaxllm.data.records.source import describe_origin
+from jaxllm.data.rows.pack import PackPlan
+from jaxllm.data.rows.store import Store
+from jaxllm.data.text.tokenize import NEVER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

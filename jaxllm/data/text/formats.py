@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.core.registry import Registry
-from jaxllm.data.chat import CLOCK, ChatTemplate, Dialogue, RenderConfig, special_end, special_texts
-from jaxllm.data.messages import Message, check_messages, check_tools, from_sharegpt
-from jaxllm.data.segments import Rendered, Segment, Text, Tokens
+from jaxllm.data.text.chat import CLOCK, ChatTemplate, Dialogue, RenderConfig, special_end, special_texts
+from jaxllm.data.text.messages import Message, check_messages, check_tools, from_sharegpt
+from jaxllm.data.text.segments import Rendered, Segment, Text, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

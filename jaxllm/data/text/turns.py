@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from jaxllm.data.messages import Message, tool_name
+from jaxllm.data.text.messages import Message, tool_name
 
 # Words that no template writes by itself.
 PROBE = "jaxllm-probe"

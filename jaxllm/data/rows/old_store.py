@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from datetime import date
 from typing import TYPE_CHECKING
 
-from jaxllm.data import tokenize
-from jaxllm.data.source import SourceConfig, find_files
-from jaxllm.data.store import renderer_of
+from jaxllm.data.records.source import SourceConfig, find_files
+from jaxllm.data.rows.store import renderer_of
+from jaxllm.data.text import tokenize
 from jaxllm.files.compressed import Suffix
 
 if TYPE_CHECKING:

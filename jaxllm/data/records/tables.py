@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.lines import Place
+from jaxllm.data.records.text_files import Place
 from jaxllm.files.compressed import Suffix
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import Field
 
-from jaxllm.core.chat_rendering import Conversation, Failure, Rendering, render
-from jaxllm.core.chat_rendering_process import MARKS
 from jaxllm.core.config import Section
 from jaxllm.core.config.bounds import Integer
 from jaxllm.core.errors import UserError
-from jaxllm.data.messages import (
+from jaxllm.data.text.chat_rendering import Conversation, Failure, Rendering, render
+from jaxllm.data.text.chat_rendering_process import MARKS
+from jaxllm.data.text.messages import (
     ARGUMENT_FORMS,
     PROBED,
     Message,
@@ -22,9 +22,9 @@ from jaxllm.data.messages import (
     tool_arguments,
     tool_name,
 )
-from jaxllm.data.segments import Segment, Text
-from jaxllm.data.turn_finder import Turn, TurnFinder, View, holds, squeezed
-from jaxllm.data.turns import OPENINGS, PROBE, Marks, Openings, followers, openings, without_reasoning
+from jaxllm.data.text.segments import Segment, Text
+from jaxllm.data.text.turn_finder import Turn, TurnFinder, View, holds, squeezed
+from jaxllm.data.text.turns import OPENINGS, PROBE, Marks, Openings, followers, openings, without_reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

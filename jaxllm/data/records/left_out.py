@@ -5,7 +5,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-from jaxllm.data.splits import is_side
+from jaxllm.data.records.splits import is_side
 from jaxllm.files.compressed import SUFFIXES, Suffix
 
 PEEK = 4096  # bytes at the beginning of a file that tell whether it is text

@@ -23,12 +23,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from jaxllm.core.compilation_cache import alone, cache_root
 from jaxllm.core.errors import UserError
-from jaxllm.data import content, duplicates, source, template, tokenize
-from jaxllm.data.sealed import META, Damaged, open_sealed, sealing
-from jaxllm.data.segments import Rendered, Text, Tokens
-from jaxllm.data.source import Record, SourceConfig
-from jaxllm.data.template import FORMATS, Renderer
-from jaxllm.data.tokenize import NEVER, Encoded, Encoder, Sample
+from jaxllm.data.records import content, duplicates, source
+from jaxllm.data.records.source import Record, SourceConfig
+from jaxllm.data.rows.sealed import META, Damaged, open_sealed, sealing
+from jaxllm.data.text import formats, tokenize
+from jaxllm.data.text.formats import FORMATS, Renderer
+from jaxllm.data.text.segments import Rendered, Text, Tokens
+from jaxllm.data.text.tokenize import NEVER, Encoded, Encoder, Sample
 from jaxllm.files.compressed import Suffix
 
 if TYPE_CHECKING:
@@ -314,9 +315,9 @@ def renderer_of(config: SourceConfig, tokenizer: PreTrainedTokenizerFast, day: d
     """What makes samples of a source's records, and what its rendering follows from beside the source's options:
     the format, the chat template, and the first record as rendered."""
     record = next(source.read(config))
-    detected = config.format == template.AUTO
+    detected = config.format == formats.AUTO
     try:
-        name = template.detect(record.columns) if detected else config.format
+        name = formats.detect(record.columns) if detected else config.format
         renderer = Renderer(name, config, tokenizer, detected=detected, day=day)
     except UserError as error:
         raise UserError(f"{record.origin}: {error}{source.names_hint(config, record.file)}") from error

@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.best_fit import best_fit
-from jaxllm.data.order import Grouped, Order, Purpose, Shuffled, permutation
-from jaxllm.data.store import Store
+from jaxllm.data.rows.best_fit import best_fit
+from jaxllm.data.rows.order import Grouped, Order, Purpose, Shuffled, permutation
+from jaxllm.data.rows.store import Store
 
 Packing = Literal["best_fit", "concat", "none", "grouped"]
 LongSamples = Literal["auto", "split", "cut", "drop", "error"]

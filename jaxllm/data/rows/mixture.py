@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxllm.data.order import Purpose, permutation
-from jaxllm.data.pack import PackPlan, join
+from jaxllm.data.rows.order import Purpose, permutation
+from jaxllm.data.rows.pack import PackPlan, join
 
 
 class Part(NamedTuple):

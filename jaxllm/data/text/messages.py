@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from jaxllm.core.errors import UserError, did_you_mean
-from jaxllm.data.json_text import JsonError, parse_json
+from jaxllm.data.records.json_text import JsonError, parse_json
 
 Message = dict[str, Any]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.source import SourceConfig, reading_options
+from jaxllm.data.records.source import SourceConfig, reading_options
 
 Draw = Callable[[int, float], tuple[np.ndarray, np.ndarray]]
 

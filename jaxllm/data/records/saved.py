@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.splits import Choice, pick
+from jaxllm.data.records.splits import Choice, pick
 
 STATE = "state.json"
 SPLITS = "dataset_dict.json"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxllm.core.errors import UserError
-from jaxllm.data.json_text import JsonError, parse_json, parse_json_at
+from jaxllm.data.records.json_text import JsonError, parse_json, parse_json_at
 from jaxllm.files.compressed import decode, not_utf8
 
 CHUNK = 1 << 20  # bytes read at a time from a file whose lines mean nothing

@@ -13,13 +13,13 @@ from pydantic import Field, model_validator
 
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
-from jaxllm.data import pack
-from jaxllm.data.duplicates import held_out_groups
-from jaxllm.data.mixture import mix
-from jaxllm.data.order import Shuffled
-from jaxllm.data.pack import LongSamples, Packing, PackPlan
-from jaxllm.data.source import SourceConfig, describe_origin
-from jaxllm.data.store import Store
+from jaxllm.data.records.duplicates import held_out_groups
+from jaxllm.data.records.source import SourceConfig, describe_origin
+from jaxllm.data.rows import pack
+from jaxllm.data.rows.mixture import mix
+from jaxllm.data.rows.order import Shuffled
+from jaxllm.data.rows.pack import LongSamples, Packing, PackPlan
+from jaxllm.data.rows.store import Store
 
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxllm.core.chat_rendering_process import SECONDS, read_frame, write_frame
 from jaxllm.core.errors import UserError
+from jaxllm.data.text.chat_rendering_process import SECONDS, read_frame, write_frame
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -141,7 +141,7 @@ class _Process:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:
             path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-            command = f"from jaxllm.core.chat_rendering_process import serve; serve({self._seconds})"
+            command = f"from jaxllm.data.text.chat_rendering_process import serve; serve({self._seconds})"
             try:
                 self._child = subprocess.Popen(
                     [sys.executable, "-P", "-c", command],

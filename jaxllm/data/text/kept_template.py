@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from jaxllm.data.chat import ChatTemplate, RenderConfig
-from jaxllm.data.template import FORMATS
+from jaxllm.data.text.chat import ChatTemplate, RenderConfig
+from jaxllm.data.text.formats import FORMATS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

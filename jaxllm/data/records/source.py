@@ -15,12 +15,12 @@ from typing import Any, cast
 from pydantic import Field, field_validator
 
 from jaxllm.core.errors import UserError, did_you_mean
-from jaxllm.data.chat import RenderConfig
-from jaxllm.data.lines import Place, Separator, read_json, read_json_lines, read_rows, read_text
-from jaxllm.data.saved import saved_files
-from jaxllm.data.splits import README, Choice, choose
-from jaxllm.data.tables import Row, read_arrow, read_parquet
-from jaxllm.data.template import AUTO, FOREIGN_FORMATS, FORMATS
+from jaxllm.data.records.saved import saved_files
+from jaxllm.data.records.splits import README, Choice, choose
+from jaxllm.data.records.tables import Row, read_arrow, read_parquet
+from jaxllm.data.records.text_files import Place, Separator, read_json, read_json_lines, read_rows, read_text
+from jaxllm.data.text.chat import RenderConfig
+from jaxllm.data.text.formats import AUTO, FOREIGN_FORMATS, FORMATS
 from jaxllm.files import hub
 from jaxllm.files.compressed import SUFFIXES, Suffix, describe_place, open_file
 
