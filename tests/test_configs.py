@@ -12,7 +12,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.hf import read_model
 from jaxllm.models import FAMILIES, LM
-from jaxllm.models.layout import fit_layout
+from jaxllm.models.fit_layout import fit_layout
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.train.changes import rule_of
 from jaxllm.train.config import Config

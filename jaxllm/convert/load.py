@@ -34,8 +34,8 @@ from jaxllm.data.text.tokenizer import load_tokenizer
 from jaxllm.files import hub
 from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config
-from jaxllm.models.base import LM
-from jaxllm.models.layout import fit_layout
+from jaxllm.models.fit_layout import fit_layout
+from jaxllm.models.lm import LM
 from jaxllm.models.quantized import Quantizable
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.optim.config import OptimizerConfig

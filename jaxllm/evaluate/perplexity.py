@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 
 
 class HeldOut(NamedTuple):

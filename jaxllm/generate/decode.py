@@ -11,7 +11,7 @@ import numpy as np
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
 from jaxllm.generate.sample import Sampling, draw
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.nn.attention import VIRTUAL
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition

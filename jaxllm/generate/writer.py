@@ -13,7 +13,7 @@ from jaxllm.generate.chat import Conversation
 from jaxllm.generate.decode import Decoder
 from jaxllm.generate.sample import Sampling
 from jaxllm.generate.text import Completion
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,7 @@ from jaxllm.files import hub
 from jaxllm.hf.export import save as save
 from jaxllm.hf.weights import load_params as load_params
 from jaxllm.hf.weights import read_model as read_model
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 
 
 def load_hf(

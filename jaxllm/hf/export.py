@@ -28,7 +28,7 @@ from jaxllm.files.side_files import SIDE_FILES, read_side_files
 from jaxllm.hf.config import read_config, write_config
 from jaxllm.hf.source import ADAPTER_CONFIG, DTYPES, INDEX, WEIGHTS, Source
 from jaxllm.hf.weights import Entry, copy, weight_table
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 
 # Of a model that did not come in files: the size that Hugging Face's own tools split at.
 SHARD_BYTES = 5 * 10**9

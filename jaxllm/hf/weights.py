@@ -18,8 +18,8 @@ from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.hf.config import parse_config
 from jaxllm.hf.source import DTYPES, Source, read_source
-from jaxllm.models.base import LM
-from jaxllm.models.layout import fit_layout
+from jaxllm.models.fit_layout import fit_layout
+from jaxllm.models.lm import LM
 from jaxllm.models.rules import Index, Rule
 
 Bounds = tuple[tuple[int, int], ...]

@@ -1,7 +1,5 @@
-"""The model families; importing this registers them."""
+"""Models; importing this registers the families."""
 
-from jaxllm.models import llama as llama
-from jaxllm.models import mistral as mistral
-from jaxllm.models import phi3 as phi3
-from jaxllm.models.base import FAMILIES as FAMILIES
-from jaxllm.models.base import LM as LM
+from jaxllm.models import families as families
+from jaxllm.models.lm import FAMILIES as FAMILIES
+from jaxllm.models.lm import LM as LM

@@ -9,8 +9,8 @@ from pydantic import Discriminator, Tag, model_validator
 from jaxllm.core.config import Section
 from jaxllm.core.host_memory import DEVICE, HOST, check_host_memory
 from jaxllm.nn.cache import LayerCache
+from jaxllm.nn.checkpoint_names import TensorName
 from jaxllm.nn.context import Context
-from jaxllm.nn.named import TensorName
 
 
 class NamedTensors(Section):

@@ -7,9 +7,9 @@ from jax.typing import DTypeLike
 
 from jaxllm.kernels.attention import attend, causal_attention
 from jaxllm.nn.cache import LayerCache
+from jaxllm.nn.checkpoint_names import named
 from jaxllm.nn.context import Context
 from jaxllm.nn.linear import Linear
-from jaxllm.nn.named import named
 from jaxllm.nn.rope import apply_rope
 
 

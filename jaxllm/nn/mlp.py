@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
 
+from jaxllm.nn.checkpoint_names import named
 from jaxllm.nn.context import Context
 from jaxllm.nn.linear import Linear
-from jaxllm.nn.named import named
 
 # Named as in Hugging Face configs, where "gelu" is the exact form.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

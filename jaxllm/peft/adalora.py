@@ -18,7 +18,7 @@ from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM, ExtraLeaf
+from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, AdapterConfig, Part
 from jaxllm.peft.low_rank import LowRank, Positive, Rank

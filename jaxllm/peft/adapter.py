@@ -13,7 +13,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
 from jaxllm.hf.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, open_weights
 from jaxllm.hf.weights import Entry, weight_table
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.peft.adapter_config import read_adapter_config
 from jaxllm.peft.base import PeftConfig
 from jaxllm.peft.files import PREFIX, AdapterConfig, StoredAdapter

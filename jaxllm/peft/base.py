@@ -15,8 +15,8 @@ from jaxllm.core.config import Section
 from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
 from jaxllm.hf.export import save
-from jaxllm.models.base import LM
-from jaxllm.peft.draws import LayerDraws
+from jaxllm.models.lm import LM
+from jaxllm.peft.layer_sampling import LayerDraws
 
 
 class PeftConfig(Section):

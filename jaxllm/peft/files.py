@@ -17,7 +17,7 @@ from jaxllm.core.tree import Params
 from jaxllm.hf.export import gather, replacing, write_json, write_tensors
 from jaxllm.hf.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from jaxllm.hf.weights import weight_table
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.peft.base import PeftConfig
 
 # What HF PEFT puts before a module's name.

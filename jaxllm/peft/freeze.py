@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.peft.base import METHODS, PeftConfig
 
 

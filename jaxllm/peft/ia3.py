@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
-from jaxllm.models.base import LM, ExtraLeaf
+from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, Part
 from jaxllm.peft.modules import Module

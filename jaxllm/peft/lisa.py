@@ -5,9 +5,9 @@
 from typing import Any, Literal
 
 from jaxllm.core import tree
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.peft.base import METHODS, PeftConfig
-from jaxllm.peft.draws import LayerDraws
+from jaxllm.peft.layer_sampling import LayerDraws
 
 
 class Lisa(LayerDraws, PeftConfig):

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator
 
 from jaxllm.core.errors import UserError
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, Part
 from jaxllm.peft.low_rank import START, LowRank, Positive, Rank, Target

@@ -19,7 +19,7 @@ from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM, ExtraLeaf
+from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.nn.quantized import STORED, kernel_of
 from jaxllm.peft.files import Part
 from jaxllm.peft.modules import Module, modules

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.models.rules import Operation
 
 

@@ -11,7 +11,7 @@ from pydantic import PositiveInt, model_validator
 
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
-from jaxllm.models.base import LM, ExtraLeaf
+from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.nn.prefix import FOLDER, projected_prefix
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, StoredAdapter, Take

@@ -16,7 +16,7 @@ from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM, ExtraLeaf
+from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.nn.prompt import virtual_tokens
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, AdapterConfig, AdapterOfParts, Part

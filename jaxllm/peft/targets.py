@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from jaxllm.core.errors import UserError, did_you_mean
-from jaxllm.models.base import LM
-from jaxllm.peft.draws import LayerDraws
+from jaxllm.models.lm import LM
 from jaxllm.peft.files import PREFIX, AdapterOfParts
+from jaxllm.peft.layer_sampling import LayerDraws
 from jaxllm.peft.modules import Module, ends, holders, is_named, modules
 from jaxllm.peft.patterns import ExpressionError, check, matching
 

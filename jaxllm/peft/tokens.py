@@ -11,7 +11,7 @@ from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM, ExtraLeaf
+from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.nn.embed import TOKEN_IDS, TOKEN_ROWS
 from jaxllm.peft.files import PREFIX, Part
 from jaxllm.peft.modules import modules

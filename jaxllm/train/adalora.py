@@ -13,7 +13,7 @@ import optax
 
 from jaxllm.core import tree
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.peft.adalora import AdaLora
 
 OF_TRIPLETS = ("lora_a", "lora_b", "lora_e")

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.models.stack import RematConfig, Stack, scan
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.curvature import Curvature

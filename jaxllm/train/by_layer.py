@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core import tree
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.train.leaf_update import Visitor
 from jaxllm.train.state import over_replicas
 from jaxllm.train.sweep import put_row, take_row

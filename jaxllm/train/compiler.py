@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core.errors import UserError
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 
 Options = dict[str, Any]
 """By the names of the flags without dashes."""

@@ -13,7 +13,7 @@ from jaxllm.data.records.source import find_files
 from jaxllm.files.hub import GENERATION_CONFIG, TOKENIZER_FILES, pinned
 from jaxllm.files.side_files import read_side_files
 from jaxllm.hf.config import write_config
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.processes.distributed import is_first
 from jaxllm.train.config import Config
 from jaxllm.train.lock import LOCK

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.core import tree
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.train.layerwise import INDEX, Layerwise, layers_and_rest

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxllm.core import tree
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.models.stack import Block, Stack, Walked
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import Context

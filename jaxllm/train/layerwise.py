@@ -9,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core import tree
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.nn.loss import Losses, Objective
 from jaxllm.train.leaf_update import Leaves
 from jaxllm.train.step import Batch, trained_tokens

@@ -11,7 +11,7 @@ import optax
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.train.norms import squares
 from jaxllm.train.rounding import apply_updates
 

@@ -17,10 +17,10 @@ from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
-from jaxllm.peft.draws import LisaPolicy
+from jaxllm.peft.layer_sampling import LisaPolicy
 from jaxllm.train.layerwise import INDEX, Layerwise, in_embedding, layers_and_rest
 from jaxllm.train.leaf_update import Leaves
 from jaxllm.train.norms import squares

@@ -3,7 +3,7 @@
 import re
 
 from jaxllm.core.mesh import Layout
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 
 # Peaks of bf16 products accumulated in float32, without sparsity, in FLOP/s, from the vendor's data sheets. The first
 # whose words are in the device's name counts, so the variants of a card stand before it.

@@ -1,7 +1,7 @@
 """The gradient of a batch whose micro-batches pass through the stages of a pipeline, one forward and one backward.
 
 1F1B (Narayanan et al., "PipeDream", arXiv 1806.03377; without its stale weights: "Megatron-LM", arXiv 2104.04473,
-section 2.2) as one program of all devices, see `models.pipeline`. In a tick each of p stages carries one micro-batch
+section 2.2) as one program of all devices, see `models.gpipe`. In a tick each of p stages carries one micro-batch
 forward and another one backward, so that what waits for its backward pass are 2p − 1 micro-batches, however many there
 are. The backward pass is written by hand: it belongs to other micro-batches than the forward pass beside it.
 
@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM
-from jaxllm.models.pipeline import STAGE_AXES, in_stages, of_pass, of_stage, on_stages, out_of_stages
+from jaxllm.models.gpipe import STAGE_AXES, in_stages, of_pass, of_stage, on_stages, out_of_stages
+from jaxllm.models.lm import LM
+from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.nn.context import Context
 from jaxllm.nn.loss import Losses, Objective
-from jaxllm.train.schedule import Schedule
 from jaxllm.train.state import TrainState
 from jaxllm.train.step import BATCH_AXES, Batch, Gradient, trained_tokens
 from jaxllm.train.sweep import take

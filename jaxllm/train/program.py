@@ -14,8 +14,8 @@ from jaxllm.core import tree
 from jaxllm.core.host_memory import to_device
 from jaxllm.core.layer_order import rearranged
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM
-from jaxllm.models.layout import check_chunks
+from jaxllm.models.fit_layout import check_chunks
+from jaxllm.models.lm import LM
 from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import at_rate, build
 from jaxllm.optim.wrappers import scale_updates

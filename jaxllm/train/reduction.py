@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.tree import Params
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.nn.loss import Losses, Objective
 from jaxllm.train.state import REPLICAS, TrainState, over_replicas
 from jaxllm.train.step import Batch, Gradient, trained_tokens

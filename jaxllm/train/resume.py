@@ -31,7 +31,7 @@ from jaxllm.core.fit import Paddable
 from jaxllm.data.rows.loader import HeldOutBy
 from jaxllm.data.rows.old_store import old_key
 from jaxllm.hf.config import parse_config, read_config
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 from jaxllm.optim.build import build
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.processes.distributed import is_first

@@ -12,8 +12,8 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.host_memory import check_host_memory
 from jaxllm.core.mesh import Layout
 from jaxllm.kernels.attention_choice import AskedAttention
+from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.models.stack import RematConfig, check_offload
-from jaxllm.train.schedule import Schedule
 
 
 class TrainConfig(Section):

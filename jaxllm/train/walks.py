@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import tree
-from jaxllm.models.pipeline import in_stages, on_stages, out_of_stages
+from jaxllm.models.gpipe import in_stages, on_stages, out_of_stages
 from jaxllm.nn.loss import Losses
 from jaxllm.train.layerwise import INDEX, Layerwise, in_embedding
 from jaxllm.train.leaf_update import Leaves

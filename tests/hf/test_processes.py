@@ -15,7 +15,7 @@ from families import draw_config, small_lm, write_checkpoint
 from jaxllm.hf.config import write_config
 from jaxllm.hf.weights import weight_table
 from jaxllm.models import FAMILIES
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 
 GIB = 2**30
 

@@ -13,8 +13,8 @@ from jaxllm.hf import load_hf
 from jaxllm.hf.export import save
 from jaxllm.hf.weights import weight_table
 from jaxllm.models import FAMILIES
-from jaxllm.models.layout import fit_layout
-from jaxllm.models.pipeline import pipeline
+from jaxllm.models.fit_layout import fit_layout
+from jaxllm.models.gpipe import pipeline
 from jaxllm.models.stack import loop, scan
 from jaxllm.nn.context import CachePosition
 from jaxllm.nn.rope import LinearRope

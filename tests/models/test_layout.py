@@ -4,7 +4,7 @@ import pytest
 from families import draw_config, mesh_layout
 
 from jaxllm.core.errors import UserError
-from jaxllm.models.layout import fit_layout
+from jaxllm.models.fit_layout import fit_layout
 
 
 def config(heads, kv_heads):

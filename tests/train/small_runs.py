@@ -15,8 +15,8 @@ from jaxllm.core import tree
 from jaxllm.core.layer_order import rearranged
 from jaxllm.core.mesh import Layout
 from jaxllm.models import FAMILIES, LM
-from jaxllm.models.base import FamilyConfig
-from jaxllm.models.layout import fit_layout
+from jaxllm.models.fit_layout import fit_layout
+from jaxllm.models.lm import FamilyConfig
 from jaxllm.models.quantized import Quantization
 from jaxllm.models.stack import Stack, scan
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective

@@ -14,10 +14,10 @@ from small_runs import Trained, assert_trained_alike, llama, program, train
 from whole_runs import read_metrics, workplace
 
 from jaxllm.core import tree
+from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.peft.lora import Lora
-from jaxllm.train.schedule import Schedule
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10

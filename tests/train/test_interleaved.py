@@ -15,13 +15,13 @@ from jaxllm.convert.__main__ import main as convert
 from jaxllm.core.errors import UserError
 from jaxllm.core.layer_order import rearranged
 from jaxllm.hf import load_hf
-from jaxllm.models.pipeline import of_pass
+from jaxllm.models.gpipe import of_pass
+from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.optim.build import Lomo
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.peft.lora import Lora
 from jaxllm.train.config import Config
-from jaxllm.train.schedule import Schedule
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10

@@ -16,7 +16,7 @@ from jaxllm.checkpoint.store import Checkpoint
 from jaxllm.checkpoint.writer import CheckpointWriter
 from jaxllm.core import tree
 from jaxllm.core.mesh import Layout
-from jaxllm.models.layout import fit_layout
+from jaxllm.models.fit_layout import fit_layout
 from jaxllm.optim.build import OPTIMIZERS, SophiaG, build
 from jaxllm.optim.curvature import Curvature
 from jaxllm.train.state import TrainState, abstract_state

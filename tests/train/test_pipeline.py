@@ -17,6 +17,7 @@ from whole_runs import read_metrics, workplace, write_jsonl
 from jaxllm.core.errors import UserError
 from jaxllm.generate.__main__ import main as generate
 from jaxllm.hf import load_hf
+from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.nn import chunks
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import SophiaG
@@ -25,7 +26,6 @@ from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
 from jaxllm.train.config import Config
 from jaxllm.train.pipeline import pipelined
-from jaxllm.train.schedule import Schedule
 from jaxllm.train.state import abstract_state
 from jaxllm.train.step import batch_shapes
 from jaxllm.train.train_config import TrainConfig

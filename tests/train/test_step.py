@@ -30,8 +30,8 @@ from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.models.stack import NamedTensors, Remat, check_offload, loop, scan
+from jaxllm.nn.checkpoint_names import TENSOR_NAMES
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
-from jaxllm.nn.named import TENSOR_NAMES
 from jaxllm.optim.build import build
 from jaxllm.train.state import TrainState, new_state
 from jaxllm.train.step import CompiledStep, accumulated, batch_shapes, compile_steps, make_step

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from jaxllm.models.base import FAMILIES, Family
-from jaxllm.models.llama import GatedConfig, LlamaBlock, unfused_rules
+from jaxllm.models.families.llama import GatedConfig, LlamaBlock, unfused_rules
+from jaxllm.models.lm import FAMILIES, Family
 
 
 class MistralConfig(GatedConfig):

@@ -10,7 +10,7 @@ class Schedule:
 
     virtual: v, the chunks of layers that each stage has. A tick is of one chunk, and a stage takes p micro-batches, a
     multiple of which m then is, through one chunk after the other (Narayanan et al., arXiv 2104.04473, section 2.2.2),
-    see `models.pipeline.of_pass`. walks: how often each stage then walks through its layers, for
+    see `models.gpipe.of_pass`. walks: how often each stage then walks through its layers, for
     which none waits for another.
     """
 

@@ -23,7 +23,7 @@ from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
 from jaxllm.kernels.attention import AttentionForm
 from jaxllm.kernels.attention_choice import AttentionNeeds
-from jaxllm.models.pipeline import order_of_layers, pipeline
+from jaxllm.models.gpipe import order_of_layers, pipeline
 from jaxllm.models.quantized import Quantization
 from jaxllm.models.rules import Rule
 from jaxllm.models.stack import Stack, scan

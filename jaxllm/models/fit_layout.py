@@ -4,7 +4,7 @@ import logging
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.models.base import LM, FamilyConfig
+from jaxllm.models.lm import LM, FamilyConfig
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pydantic import PositiveInt
 
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
-from jaxllm.models.base import LM
+from jaxllm.models.lm import LM
 
 LisaPolicy = Literal["reset_body", "reset_all", "keep"]
 

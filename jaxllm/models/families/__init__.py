@@ -1,0 +1,5 @@
+"""The model families, one file and one line here each; importing this registers them."""
+
+from jaxllm.models.families import llama as llama
+from jaxllm.models.families import mistral as mistral
+from jaxllm.models.families import phi3 as phi3
