@@ -14,9 +14,9 @@ from jaxllm.hf import read_model
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.fit_layout import fit_layout
 from jaxllm.optim.build import OPTIMIZERS
-from jaxllm.train.changes import rule_of
-from jaxllm.train.config import Config
-from jaxllm.train.model_config import NewModel
+from jaxllm.runs.config import Config
+from jaxllm.runs.config_changes import rule_of
+from jaxllm.runs.model_config import NewModel
 from jaxllm.train.program import Program
 
 ROOT = Path(__file__).parents[1]
@@ -85,4 +85,4 @@ def test_every_key_says_whether_it_may_change_on_resume() -> None:
         return False
 
     forgotten = [key.name for key in keys(Config) if has_no_rule(key.name)]
-    assert not forgotten, "add them to RULES in jaxllm/train/changes.py"
+    assert not forgotten, "add them to RULES in jaxllm/runs/config_changes.py"

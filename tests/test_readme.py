@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from whole_runs import stories, write_jsonl
 
 from jaxllm.core.config import load
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from jaxllm.core.config import load
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 from jaxllm.train.run import run
 
 

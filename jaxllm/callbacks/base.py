@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxllm.core.config import Section
 from jaxllm.core.registry import Registry
-from jaxllm.train.state import Event
+from jaxllm.step.state import Event
 
 
 class Callback:

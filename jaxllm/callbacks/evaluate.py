@@ -10,7 +10,7 @@ from jaxllm.callbacks.base import Callback
 from jaxllm.callbacks.log import MetricsFile
 from jaxllm.core.tree import Params
 from jaxllm.evaluate.perplexity import HeldOut, Perplexity
-from jaxllm.train.state import Event, TrainState
+from jaxllm.step.state import Event, TrainState
 
 Batch = Mapping[str, jax.Array]
 

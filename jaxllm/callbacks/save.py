@@ -7,7 +7,7 @@ from jaxllm.callbacks.base import Callback
 from jaxllm.callbacks.log import MetricsFile
 from jaxllm.checkpoint.retention import CheckpointConfig
 from jaxllm.checkpoint.writer import CheckpointWriter, Saved
-from jaxllm.train.state import Event
+from jaxllm.step.state import Event
 
 
 class Save(Callback):

@@ -65,10 +65,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _to_hf(src: str, dst: Path, dtype: str | None, adapters: Sequence[Path] = ()) -> None:
-    from jaxllm.convert.load import open_model
     from jaxllm.core.mesh import Layout
     from jaxllm.hf.export import check_replaceable, save
     from jaxllm.peft.adapter import with_adapter
+    from jaxllm.runs.open import open_model
 
     model = open_model(src, Layout.single(), dtype)
     model.check_whole()
@@ -85,9 +85,9 @@ def _inspect(src: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from jaxllm.convert.load import open_model
     from jaxllm.core import tree
     from jaxllm.core.mesh import Layout
+    from jaxllm.runs.open import open_model
 
     lm = open_model(src, Layout.single()).lm
     leaves = tree.flatten(lm.abstract())

@@ -43,8 +43,8 @@ def _examine(options: argparse.Namespace) -> int:
     from jaxllm.processes.distributed import joined
     from jaxllm.processes.rendezvous import Ended
     from jaxllm.processes.watch import DistributedConfig
-    from jaxllm.train.changes import values_of
-    from jaxllm.train.config import Config
+    from jaxllm.runs.config import Config
+    from jaxllm.runs.config_changes import values_of
 
     place, config, wrong = find_place(), None, None
     try:

@@ -27,7 +27,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.processes.distributed import gather, versions
 from jaxllm.processes.launch import Place
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 GIB = 2**30
 # What a device adds up: enough to see the network rather than the wait for one another.

@@ -101,11 +101,11 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _write(options: argparse.Namespace) -> None:
-    from jaxllm.convert.load import open_model
     from jaxllm.core.finite import ANOTHER, check_finite
     from jaxllm.core.mesh import Layout
     from jaxllm.generate.chat import Conversation
     from jaxllm.generate.writer import Writer
+    from jaxllm.runs.open import open_model
 
     model = open_model(options.model, Layout.single())
     tokenizer = model.tokenizer()

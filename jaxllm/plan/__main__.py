@@ -55,7 +55,7 @@ def _plan(options: argparse.Namespace) -> None:
         from jaxllm.core.config import load
         from jaxllm.plan.plan import devices_for, plan
         from jaxllm.plan.report import report, report_devices, report_remedies
-        from jaxllm.train.config import Config
+        from jaxllm.runs.config import Config
 
         config = load(options.config, options.changes, Config)
         missing = missing_wheels()

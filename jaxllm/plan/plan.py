@@ -15,10 +15,10 @@ from jaxllm.kernels.attention_choice import AttentionChoice, plan_attention
 from jaxllm.models import LM
 from jaxllm.nn.quantized import STORED
 from jaxllm.plan.targets import Target, compile_only_devices
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
+from jaxllm.step.update import CompiledStep, check_length
 from jaxllm.train.inputs import model_without_weights
 from jaxllm.train.program import Program
-from jaxllm.train.step import CompiledStep, check_length
 
 # Memory does not depend on how long a run is; one of epochs alone is taken to be so long, since only data can tell.
 ASSUMED_STEPS = 10**6

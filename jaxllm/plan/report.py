@@ -10,7 +10,7 @@ from jaxllm.peft.base import describe
 from jaxllm.plan.plan import Plan
 from jaxllm.plan.targets import Target
 from jaxllm.processes.environment import GPU_MEMORY_SHARE, quiet_libraries
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 from jaxllm.train.inputs import saying
 from jaxllm.train.memory import GIB, Compile, remedies, tried
 

@@ -30,7 +30,7 @@ def _prepare(arguments: list[str]) -> None:
     from rich.console import Console
 
     from jaxllm.core.config import load
-    from jaxllm.train.config import Config
+    from jaxllm.runs.config import Config
     from jaxllm.train.inputs import open_tokenizer, read_inputs, saying
 
     config = load(arguments[0], arguments[1:], Config)

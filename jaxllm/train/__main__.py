@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
 
 def _help(arguments: list[str]) -> int:
     from jaxllm.core.config.reference import reference
-    from jaxllm.train.config import Config
+    from jaxllm.runs.config import Config
 
     print(USAGE + reference(Config), file=sys.stdout if arguments else sys.stderr)
     return 0 if arguments else 2
@@ -37,11 +37,11 @@ def _train(arguments: list[str]) -> int:
 
     from jaxllm.core.config import load
     from jaxllm.processes.interrupt import Interrupt
-    from jaxllm.train.config import Config
+    from jaxllm.runs.config import Config
     from jaxllm.train.run import run
 
     if (place := find_place()) is not None:
-        from jaxllm.train.together import train_together
+        from jaxllm.train.multiprocess import train_together
 
         return train_together(place, arguments)
     console = Console()

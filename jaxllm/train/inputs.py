@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxllm.callbacks.evaluate import EvaluationSet
-from jaxllm.convert.load import OpenModel, fitting_tokenizer, model_folder, open_model
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.data.records.duplicates import refuse_overlaps
@@ -36,9 +35,10 @@ from jaxllm.models.fit_layout import fit_layout
 from jaxllm.models.lm import FamilyConfig
 from jaxllm.peft.adapter import with_adapter
 from jaxllm.processes.distributed import gather, is_first, require_same
-from jaxllm.train.config import Config
-from jaxllm.train.model_config import NewModel
-from jaxllm.train.step import BATCH_AXES, check_length
+from jaxllm.runs.config import Config
+from jaxllm.runs.model_config import NewModel
+from jaxllm.runs.open import OpenModel, fitting_tokenizer, model_folder, open_model
+from jaxllm.step.update import BATCH_AXES, check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from jaxllm.train.state import Event, TrainState
-from jaxllm.train.step import Batch, Metrics, Step
+from jaxllm.step.state import Event, TrainState
+from jaxllm.step.update import Batch, Metrics, Step
 
 
 def loop(

@@ -12,8 +12,8 @@ import psutil
 from pydantic import ValidationError
 
 from jaxllm.core.errors import UserError
-from jaxllm.train.config import Config
-from jaxllm.train.step import CompiledStep
+from jaxllm.runs.config import Config
+from jaxllm.step.update import CompiledStep
 
 GIB = 2**30
 

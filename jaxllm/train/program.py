@@ -20,13 +20,13 @@ from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import at_rate, build
 from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft.adalora import AdaLora
-from jaxllm.train.adalora import reallocating
-from jaxllm.train.build import build_step
-from jaxllm.train.compiler import Options, compiler_options
-from jaxllm.train.config import Config
-from jaxllm.train.lisa import Draws, LisaOptimizer
-from jaxllm.train.state import TrainState, abstract_state, new_state
-from jaxllm.train.step import CompiledStep, batch_shapes, compile_steps
+from jaxllm.peft.reallocation import reallocating
+from jaxllm.runs.config import Config
+from jaxllm.step.build import build_step
+from jaxllm.step.sampled_layers import Draws, LisaOptimizer
+from jaxllm.step.state import TrainState, abstract_state, new_state
+from jaxllm.step.update import CompiledStep, batch_shapes, compile_steps
+from jaxllm.step.xla_options import Options, compiler_options
 
 
 @dataclass(frozen=True)

@@ -34,18 +34,18 @@ from jaxllm.peft.base import describe
 from jaxllm.peft.files import AdapterConfig
 from jaxllm.processes.distributed import is_first, require_same
 from jaxllm.processes.interrupt import Interrupt
-from jaxllm.train.compiler import describe_determinism, describe_options
-from jaxllm.train.config import Config
-from jaxllm.train.folder import AUTOTUNED, METRICS, prepare
+from jaxllm.runs.config import Config
+from jaxllm.runs.folder import AUTOTUNED, METRICS, prepare
+from jaxllm.runs.lock import owned
+from jaxllm.runs.model_config import PretrainedModel
+from jaxllm.runs.resume import Facts, find_resume
+from jaxllm.step.update import check_length
+from jaxllm.step.xla_options import describe_determinism, describe_options
 from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, saying, training_loader
-from jaxllm.train.lock import owned
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory, untried_advice
 from jaxllm.train.metrics import flops_per_token, peak_flops
-from jaxllm.train.model_config import PretrainedModel
 from jaxllm.train.program import Program
-from jaxllm.train.resume import Facts, find_resume
-from jaxllm.train.step import check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

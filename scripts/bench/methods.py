@@ -32,7 +32,7 @@ from jaxllm.models import LM
 from jaxllm.plan.plan import Plan, devices_for, plan
 from jaxllm.plan.targets import missing_wheels, target_named
 from jaxllm.processes.environment import quiet_libraries
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 from jaxllm.train.inputs import model_without_weights
 
 jax.config.update("jax_platforms", "cpu")  # of this process: the runs take what there is

@@ -30,7 +30,7 @@ from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.plan.plan import Plan, devices_for, plan
 from jaxllm.plan.targets import TARGETS, missing_wheels, target_named
 from jaxllm.processes.environment import quiet_libraries
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_memory.json"
 LLAMA_2_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_attention_heads=32)

@@ -15,9 +15,9 @@ from jaxllm.models.stack import scan
 from jaxllm.optim.build import AdamW, build
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.processes.environment import prepare_backends
+from jaxllm.step.state import abstract_state, new_state
+from jaxllm.step.update import BATCH_AXES, accumulated, batch_shapes, compile_step, make_step
 from jaxllm.train.metrics import flops_per_token, peak_flops
-from jaxllm.train.state import abstract_state, new_state
-from jaxllm.train.step import BATCH_AXES, accumulated, batch_shapes, compile_step, make_step
 
 
 class WithJaxllm(Engine):

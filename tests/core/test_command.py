@@ -12,7 +12,7 @@ import pytest
 from jaxllm.core.command import exit_status
 from jaxllm.core.config.bounds import NUMBERS
 from jaxllm.core.errors import UserError
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 
 def test_statuses(capsys):

@@ -15,7 +15,7 @@ from jaxllm.core.config import load
 from jaxllm.core.errors import UserError
 from jaxllm.doctor import examine as doctor
 from jaxllm.doctor.examine import Sight, examine
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 
 def sight(**changes) -> Sight:

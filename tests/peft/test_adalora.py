@@ -17,14 +17,14 @@ from whole_runs import Ran, read_metrics, train, workplace
 
 import jaxllm
 from jaxllm.convert.__main__ import main as convert
-from jaxllm.convert.load import open_model
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.peft.adapter import read_adapter, with_adapter
 from jaxllm.peft.merge import merge
-from jaxllm.train.adalora import reallocating
+from jaxllm.peft.reallocation import reallocating
+from jaxllm.runs.open import open_model
 
 NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_E": "lora_e"}
 STEPS, RATE = 12, 0.1

@@ -7,11 +7,11 @@ from families import draw_config, draw_params, small_lm
 from whole_runs import read_metrics, train, workplace
 
 import jaxllm
-from jaxllm.convert.load import open_model
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.peft import METHODS
+from jaxllm.runs.open import open_model
 
 NO_BIAS = dict(attention_bias=False, mlp_bias=False)
 

@@ -28,7 +28,7 @@ from jaxllm.models import LM
 from jaxllm.peft.adapter import read_adapter, with_adapter
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.merge import merge
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 from jaxllm.train.inputs import open_chosen_model
 
 ROOT = Path(__file__).parents[2]

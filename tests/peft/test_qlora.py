@@ -18,13 +18,13 @@ from whole_runs import train, workplace
 
 import jaxllm
 from jaxllm.convert.__main__ import main as convert
-from jaxllm.convert.load import open_model
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.generate.__main__ import main as generate
 from jaxllm.hf import load_params, read_model
 from jaxllm.models.quantized import Quantization
+from jaxllm.runs.open import open_model
 
 ROOT = Path(__file__).parents[2]
 TOKENS = np.random.default_rng(0).integers(3, 500, (2, 12))

@@ -13,7 +13,6 @@ from families import transformers_model
 from whole_runs import train, workplace
 
 from jaxllm.convert.__main__ import main as convert
-from jaxllm.convert.load import open_model
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
@@ -26,6 +25,7 @@ from jaxllm.peft.adapter import read_adapter, with_adapter
 from jaxllm.peft.files import AdapterConfig
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.prompt import PromptTuning
+from jaxllm.runs.open import open_model
 
 N = 5
 METHODS_HERE: dict[str, dict[str, Any]] = {

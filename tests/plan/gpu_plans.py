@@ -23,7 +23,7 @@ import json, sys
 from jaxllm.core.config import load
 from jaxllm.plan.plan import devices_for, plan
 from jaxllm.plan.targets import target_named
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 for changes in json.loads(sys.argv[2]):
     config = load(sys.argv[1], changes, Config)

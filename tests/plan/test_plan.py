@@ -19,7 +19,7 @@ from jaxllm.plan.__main__ import main
 from jaxllm.plan.plan import devices_for, plan
 from jaxllm.plan.report import verdict
 from jaxllm.plan.targets import TARGETS, target_named
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 GIB, MIB = 2**30, 2**20
 ROOT = Path(__file__).parents[2]

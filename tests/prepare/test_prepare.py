@@ -18,7 +18,7 @@ from jaxllm.core.config import load
 from jaxllm.core.errors import UserError
 from jaxllm.data.rows import store
 from jaxllm.prepare.__main__ import main
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 from jaxllm.train.inputs import Inputs, open_tokenizer, read_inputs
 
 

@@ -12,7 +12,7 @@ from optimizers import section
 from small_runs import Trained, llama, misses, train
 
 from jaxllm.peft.lora import Lora
-from jaxllm.train.lisa import Draws
+from jaxllm.step.sampled_layers import Draws
 
 DEVICES, STEPS = 8, 12
 # Two programs that mean the same, in float64, of each leaf's largest value (DESIGN, section 5).

@@ -27,15 +27,15 @@ from jaxllm.optim.schedule_config import Cosine
 from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft import PeftConfig
 from jaxllm.peft.adalora import AdaLora
-from jaxllm.train.adalora import reallocating
-from jaxllm.train.fused import make_fused_step
-from jaxllm.train.fused_lisa import make_fused_lisa_step
-from jaxllm.train.late import accumulated_late
-from jaxllm.train.lisa import Draws, LisaOptimizer, make_lisa_step
-from jaxllm.train.pipeline import Kept, pipelined
-from jaxllm.train.reduction import reduced_once
-from jaxllm.train.state import TrainState, abstract_state, new_state
-from jaxllm.train.step import BATCH_AXES, CompiledStep, Step, accumulated, batch_shapes, compile_step, make_step
+from jaxllm.peft.reallocation import reallocating
+from jaxllm.step.deferred_reduction import accumulated_late
+from jaxllm.step.fused_lisa import make_fused_lisa_step
+from jaxllm.step.layerwise_step import make_fused_step
+from jaxllm.step.pipeline_1f1b import Kept, pipelined
+from jaxllm.step.reduction import reduced_once
+from jaxllm.step.sampled_layers import Draws, LisaOptimizer, make_lisa_step
+from jaxllm.step.state import TrainState, abstract_state, new_state
+from jaxllm.step.update import BATCH_AXES, CompiledStep, Step, accumulated, batch_shapes, compile_step, make_step
 
 VOCAB = 101  # no mesh divides it
 ROWS, LENGTH = 32, 12

@@ -10,13 +10,13 @@ from whole_runs import train, workplace
 
 from jaxllm.checkpoint.store import Checkpoint
 from jaxllm.convert.__main__ import main as convert
-from jaxllm.convert.load import open_model
 from jaxllm.core import tree
 from jaxllm.core.mesh import Layout
 from jaxllm.hf import load_hf
 from jaxllm.optim.build import build
+from jaxllm.runs.open import open_model
+from jaxllm.step.state import abstract_state
 from jaxllm.train.inputs import evaluation_sets, read_inputs, saying
-from jaxllm.train.state import abstract_state
 
 OVERRIDES = (
     "optim={type: schedule_free_adamw, learning_rate: 0.02, b1: 0.8}",

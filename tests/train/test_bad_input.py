@@ -17,8 +17,8 @@ from whole_runs import Ran, train, workplace, write_jsonl
 
 from jaxllm.convert.__main__ import main as convert
 from jaxllm.generate.__main__ import main as generate
+from jaxllm.runs.lock import owned
 from jaxllm.train.__main__ import main
-from jaxllm.train.lock import owned
 
 
 class Place(NamedTuple):

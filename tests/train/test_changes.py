@@ -5,8 +5,8 @@ from whole_runs import tiny_config
 
 from jaxllm.core.config import load
 from jaxllm.core.errors import UserError
-from jaxllm.train.changes import Rule, changes, harmless, rule_of
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
+from jaxllm.runs.config_changes import Rule, changes, harmless, rule_of
 
 BOTH = (Rule.REFUSED, Rule.NEW_FOLDER)
 # override → the rule of the key that it changes

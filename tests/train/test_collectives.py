@@ -22,7 +22,7 @@ from collectives import Collective, collectives, counted
 
 from jaxllm.core.config import load
 from jaxllm.plan.plan import plan
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,7 +133,7 @@ import json, sys
 from jaxllm.core.config import load
 from jaxllm.plan.plan import plan
 from jaxllm.plan.targets import compile_only_devices, target_named
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 planned = plan(load(sys.argv[1], json.loads(sys.argv[2]), Config), compile_only_devices(target_named("h100"), 8))
 print(json.dumps(dict(planned.lm.layout.mesh.shape)))

@@ -14,11 +14,11 @@ from whole_runs import train, workplace
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.train import compiler
-from jaxllm.train.compiler import compiler_options, describe_options, deterministic_options
-from jaxllm.train.folder import AUTOTUNED
-from jaxllm.train.step import compile_step
-from jaxllm.train.train_config import TrainConfig
+from jaxllm.runs.folder import AUTOTUNED
+from jaxllm.runs.train_config import TrainConfig
+from jaxllm.step import xla_options
+from jaxllm.step.update import compile_step
+from jaxllm.step.xla_options import compiler_options, describe_options, deterministic_options
 
 OnGpus = Callable[..., dict[str, Any]]
 
@@ -86,8 +86,8 @@ def test_what_the_environment_and_the_config_say_goes_first(on_gpus, monkeypatch
 
 def test_what_this_xla_does_not_know_is_not_chosen(on_gpus, monkeypatch):
     """Flags come and go with XLA's versions."""
-    known = compiler.suiting_options
-    monkeypatch.setattr(compiler, "suiting_options", lambda *of: {**known(*of), "xla_gpu_enable_magic": True})
+    known = xla_options.suiting_options
+    monkeypatch.setattr(xla_options, "suiting_options", lambda *of: {**known(*of), "xla_gpu_enable_magic": True})
     options = on_gpus(dict(fsdp=4))
     assert "xla_gpu_enable_latency_hiding_scheduler" in options
     assert "xla_gpu_enable_magic" not in options

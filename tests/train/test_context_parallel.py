@@ -16,8 +16,8 @@ from jaxllm.optim.build import AdaLomo, AdamW, SophiaG
 from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
-from jaxllm.train.lisa import Draws
-from jaxllm.train.step import CompiledStep
+from jaxllm.step.sampled_layers import Draws
+from jaxllm.step.update import CompiledStep
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10

@@ -22,11 +22,11 @@ from jaxllm.models.stack import scan
 from jaxllm.nn.loss import Objective
 from jaxllm.optim.build import OPTIMIZERS, build
 from jaxllm.optim.schedule_config import Constant
-from jaxllm.train.config import Config
-from jaxllm.train.fused import make_fused_step
-from jaxllm.train.leaf_update import LeafUpdate
-from jaxllm.train.state import abstract_state
-from jaxllm.train.step import CompiledStep, accumulated, batch_shapes, compile_step, make_step
+from jaxllm.runs.config import Config
+from jaxllm.step.layerwise_step import make_fused_step
+from jaxllm.step.leaf_update import LeafUpdate
+from jaxllm.step.state import abstract_state
+from jaxllm.step.update import CompiledStep, accumulated, batch_shapes, compile_step, make_step
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10

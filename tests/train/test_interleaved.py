@@ -21,7 +21,7 @@ from jaxllm.optim.build import Lomo
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.peft.lora import Lora
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.data.rows.loader import START, Loader, State
-from jaxllm.train.train_config import TrainConfig
+from jaxllm.runs.train_config import TrainConfig
 
 DOCUMENTS = Documents()
 PLAN = DOCUMENTS.plan("none")

@@ -24,8 +24,8 @@ from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lisa import Lisa as LisaConfig
 from jaxllm.peft.lora import Lora
-from jaxllm.train.config import Config
-from jaxllm.train.lisa import Draws
+from jaxllm.runs.config import Config
+from jaxllm.step.sampled_layers import Draws
 
 # Two programs that mean the same, in float64, of each leaf's largest value (DESIGN, section 5).
 TOLERANCE = 1e-10

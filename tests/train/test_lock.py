@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from jaxllm.core.errors import UserError
-from jaxllm.train.lock import LOCK, owned
+from jaxllm.runs.lock import LOCK, owned
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from jaxllm.train.lock import owned
+from jaxllm.runs.lock import owned
 with owned(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

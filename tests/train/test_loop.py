@@ -6,8 +6,8 @@ from itertools import count
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.step.state import TrainState
 from jaxllm.train.loop import loop
-from jaxllm.train.state import TrainState
 
 START = TrainState(jnp.zeros((), jnp.int32), {}, {}, ())
 

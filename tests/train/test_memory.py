@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from jaxllm.core.errors import UserError
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
+from jaxllm.step.update import CompiledStep
 from jaxllm.train.memory import GIB, check_fits, device_bytes, remedies, tried, untried_advice
-from jaxllm.train.step import CompiledStep
 
 
 def config(**train: Any) -> Config:

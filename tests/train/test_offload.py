@@ -17,7 +17,6 @@ from whole_runs import Ran, workplace
 from whole_runs import train as run
 
 from jaxllm.checkpoint.store import Checkpoint
-from jaxllm.convert.load import open_model
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.host_memory import to_host
@@ -25,10 +24,11 @@ from jaxllm.core.mesh import Layout
 from jaxllm.optim.build import build
 from jaxllm.optim.curvature import Curvature
 from jaxllm.peft.lora import Lora
-from jaxllm.train.config import Config
-from jaxllm.train.offload import in_pieces
+from jaxllm.runs.config import Config
+from jaxllm.runs.open import open_model
+from jaxllm.runs.train_config import TrainConfig
+from jaxllm.step.offload import in_pieces
 from jaxllm.train.program import Program
-from jaxllm.train.train_config import TrainConfig
 
 LOW_RANK = Lora(type="lora", r=3, lora_alpha=6, lora_dropout=0.1, target_modules=("q_proj", "down_proj"))
 CURVATURE = Curvature(every=2, rho=0.04)

@@ -19,7 +19,7 @@ from jaxllm.core.mesh import Layout
 from jaxllm.models.fit_layout import fit_layout
 from jaxllm.optim.build import OPTIMIZERS, SophiaG, build
 from jaxllm.optim.curvature import Curvature
-from jaxllm.train.state import TrainState, abstract_state
+from jaxllm.step.state import TrainState, abstract_state
 
 SAVED, END = 3, 6
 CONFIG = llama(num_hidden_layers=3)

@@ -24,11 +24,11 @@ from jaxllm.optim.build import SophiaG
 from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
-from jaxllm.train.config import Config
-from jaxllm.train.pipeline import pipelined
-from jaxllm.train.state import abstract_state
-from jaxllm.train.step import batch_shapes
-from jaxllm.train.train_config import TrainConfig
+from jaxllm.runs.config import Config
+from jaxllm.runs.train_config import TrainConfig
+from jaxllm.step.pipeline_1f1b import pipelined
+from jaxllm.step.state import abstract_state
+from jaxllm.step.update import batch_shapes
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10

@@ -18,9 +18,9 @@ from jaxllm.core import tree
 from jaxllm.models.stack import scan
 from jaxllm.nn.loss import Losses
 from jaxllm.optim.build import build
-from jaxllm.train import state as state_module
-from jaxllm.train.state import SMALLEST_LOSS_SCALE, LossScale, TrainState, new_state
-from jaxllm.train.step import accumulated, make_step
+from jaxllm.step import state as state_module
+from jaxllm.step.state import SMALLEST_LOSS_SCALE, LossScale, TrainState, new_state
+from jaxllm.step.update import accumulated, make_step
 
 # A transform whose state after one step is the gradient that it got.
 RECORD = optax.trace(0.9)

@@ -12,8 +12,8 @@ from jaxllm.optim.build import build
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.prefix import PrefixTuning
 from jaxllm.plan.plan import bytes_on_a_device
-from jaxllm.train.config import Config
-from jaxllm.train.state import abstract_state
+from jaxllm.runs.config import Config
+from jaxllm.step.state import abstract_state
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10

@@ -19,12 +19,12 @@ from rich.console import Console
 from whole_runs import read_metrics, start, stories, tiny_config, train, write_jsonl
 
 from jaxllm.checkpoint.store import Checkpoint
-from jaxllm.convert.load import open_model
 from jaxllm.core import tree
 from jaxllm.core.config import load
 from jaxllm.core.mesh import Layout, MeshConfig
 from jaxllm.processes.interrupt import Interrupt
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
+from jaxllm.runs.open import open_model
 from jaxllm.train.inputs import model_without_weights
 from jaxllm.train.program import Program
 from jaxllm.train.run import run

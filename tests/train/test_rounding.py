@@ -8,7 +8,7 @@ from small_runs import llama, program, ragged_batch
 from jaxllm.core import tree
 from jaxllm.optim.build import Lomo
 from jaxllm.optim.schedule_config import Constant
-from jaxllm.train.rounding import apply_updates, stochastic_round
+from jaxllm.step.rounding import apply_updates, stochastic_round
 
 
 def test_to_one_of_the_neighbours_and_right_on_average():

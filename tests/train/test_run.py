@@ -15,12 +15,12 @@ from tensorboard_events import shown
 from whole_runs import Ran, stories, sums, train, workplace, write_jsonl
 
 import jaxllm
-from jaxllm.convert.load import open_model
 from jaxllm.core import tree
 from jaxllm.core.config import load
 from jaxllm.core.mesh import Layout
 from jaxllm.generate.__main__ import main as generate
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
+from jaxllm.runs.open import open_model
 
 # float32 sums over a few thousand tokens, in another order.
 LOSS = 1e-5

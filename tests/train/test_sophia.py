@@ -19,7 +19,7 @@ from jaxllm.hf import save_hf
 from jaxllm.optim.build import SophiaG
 from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant
-from jaxllm.train.step import TARGETS, step_key, with_drawn_targets
+from jaxllm.step.update import TARGETS, step_key, with_drawn_targets
 
 EVERY, SEED = 2, 5
 OPTIM = SophiaG(
@@ -130,7 +130,7 @@ def test_a_curvature_that_is_not_finite_changes_nothing(monkeypatch):
     def not_finite(batch: Any, key: jax.Array) -> dict[str, jax.Array]:
         return {**with_drawn_targets(batch, key), "loss_mask": jnp.full_like(batch["loss_mask"], jnp.nan)}
 
-    monkeypatch.setattr("jaxllm.train.step.with_drawn_targets", not_finite)
+    monkeypatch.setattr("jaxllm.step.update.with_drawn_targets", not_finite)
     made = program(llama(), optimizer=OPTIM, curvature=CURVATURE)
     state, metrics = made.compiled.run(made.start(), made.place(ragged_batch(0)))
     assert metrics["bad"] == 0

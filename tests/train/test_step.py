@@ -33,8 +33,8 @@ from jaxllm.models.stack import NamedTensors, Remat, check_offload, loop, scan
 from jaxllm.nn.checkpoint_names import TENSOR_NAMES
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.build import build
-from jaxllm.train.state import TrainState, new_state
-from jaxllm.train.step import CompiledStep, accumulated, batch_shapes, compile_steps, make_step
+from jaxllm.step.state import TrainState, new_state
+from jaxllm.step.update import CompiledStep, accumulated, batch_shapes, compile_steps, make_step
 
 # A transform whose state after one step is the gradient that it got.
 RECORD = optax.trace(0.9)

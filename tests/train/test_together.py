@@ -19,7 +19,7 @@ from jaxllm.checkpoint.store import Checkpoint
 from jaxllm.core import tree
 from jaxllm.core.config import load
 from jaxllm.core.mesh import Layout, MeshConfig
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 from jaxllm.train.inputs import model_without_weights
 from jaxllm.train.program import Program
 
@@ -216,7 +216,7 @@ from jaxllm.processes.distributed import joined
 from jaxllm.processes.launch import find_place
 from jaxllm.core.mesh import Layout
 from jaxllm.processes.watch import DistributedConfig
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 from jaxllm.train.inputs import model_without_weights
 from jaxllm.train.program import Program
 what, folder, path, *overrides = sys.argv[1:]

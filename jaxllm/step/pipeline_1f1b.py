@@ -26,9 +26,9 @@ from jaxllm.models.lm import LM
 from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.nn.context import Context
 from jaxllm.nn.loss import Losses, Objective
-from jaxllm.train.state import TrainState
-from jaxllm.train.step import BATCH_AXES, Batch, Gradient, trained_tokens
-from jaxllm.train.sweep import take
+from jaxllm.step.state import TrainState
+from jaxllm.step.sweep import take
+from jaxllm.step.update import BATCH_AXES, Batch, Gradient, trained_tokens
 
 V = TypeVar("V")
 

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from jaxllm.core.errors import UserError
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
 
 
 class Rule(Enum):

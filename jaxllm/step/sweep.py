@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core.dtypes import at_least_float32
-from jaxllm.train.norms import squares
+from jaxllm.step.norms import squares
 
 Leaves = Mapping[str, jax.Array]
 """`{path: array}`, of one layer or, with a leading axis of L, of a stack of them."""

@@ -21,14 +21,14 @@ from jaxllm.models.lm import LM
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.peft.layer_sampling import LisaPolicy
-from jaxllm.train.layerwise import INDEX, Layerwise, in_embedding, layers_and_rest
-from jaxllm.train.leaf_update import Leaves
-from jaxllm.train.norms import squares
-from jaxllm.train.pipeline import pass_through
-from jaxllm.train.rounding import apply_updates
-from jaxllm.train.state import TrainState, laid_like
-from jaxllm.train.step import LAYERS, ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
-from jaxllm.train.sweep import layer_inputs, rows_sweep
+from jaxllm.step.layerwise import INDEX, Layerwise, in_embedding, layers_and_rest
+from jaxllm.step.leaf_update import Leaves
+from jaxllm.step.norms import squares
+from jaxllm.step.pipeline_1f1b import pass_through
+from jaxllm.step.rounding import apply_updates
+from jaxllm.step.state import TrainState, laid_like
+from jaxllm.step.sweep import layer_inputs, rows_sweep
+from jaxllm.step.update import LAYERS, ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
 
 Transform = Callable[[optax.Schedule], optax.GradientTransformationExtraArgs]
 """An optimizer, for a learning rate."""

@@ -11,8 +11,8 @@ from jaxllm.processes.interrupt import Interrupt
 from jaxllm.processes.launch import Place
 from jaxllm.processes.rendezvous import Ended
 from jaxllm.processes.watch import DistributedConfig
-from jaxllm.train.changes import values_of
-from jaxllm.train.config import Config
+from jaxllm.runs.config import Config
+from jaxllm.runs.config_changes import values_of
 from jaxllm.train.run import run
 
 

@@ -35,9 +35,9 @@ from jaxllm.models.lm import LM
 from jaxllm.optim.build import build
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.processes.distributed import is_first
-from jaxllm.train.changes import Change, Rule, changes, harmless
-from jaxllm.train.config import Config
-from jaxllm.train.folder import first_of
+from jaxllm.runs.config import Config
+from jaxllm.runs.config_changes import Change, Rule, changes, harmless
+from jaxllm.runs.folder import first_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -24,8 +24,8 @@ from jaxllm.peft.lora import Lora
 from jaxllm.peft.prefix import PrefixTuning
 from jaxllm.peft.prompt import VirtualTokens
 from jaxllm.processes.watch import DistributedConfig
-from jaxllm.train.model_config import NEW_MODELS, NewModel, PretrainedModel
-from jaxllm.train.train_config import TrainConfig
+from jaxllm.runs.model_config import NEW_MODELS, NewModel, PretrainedModel
+from jaxllm.runs.train_config import TrainConfig
 
 
 class EvalConfig(RecordsConfig):

@@ -12,8 +12,8 @@ from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
 from jaxllm.nn.loss import Losses, Objective
-from jaxllm.train.state import REPLICAS, TrainState, over_replicas
-from jaxllm.train.step import Batch, Gradient, trained_tokens
+from jaxllm.step.state import REPLICAS, TrainState, over_replicas
+from jaxllm.step.update import Batch, Gradient, trained_tokens
 
 
 def reduced_once(gradient: Gradient, *, scattered: bool = False, dtype: DTypeLike | None = None) -> Gradient:

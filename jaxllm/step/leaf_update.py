@@ -12,8 +12,8 @@ from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
-from jaxllm.train.norms import squares
-from jaxllm.train.rounding import apply_updates
+from jaxllm.step.norms import squares
+from jaxllm.step.rounding import apply_updates
 
 Leaves = dict[str, Any]
 """By the path of a parameter: it, its gradient, or a tuple of what the optimizer keeps about it."""

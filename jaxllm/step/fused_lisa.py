@@ -1,7 +1,7 @@
 """The fused training step of LISA: of the few layers that train at a time, each is updated inside the backward walk.
 
 So the gradient of one of them exists at a time, and no second copy of what they and the optimizer keep of them. It
-computes what the step of `train.lisa` does.
+computes what the step of `step.sampled_layers` does.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ import optax
 from jaxllm.core import tree
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.clip import clip_coefficient
-from jaxllm.train.layerwise import INDEX, Layerwise, layers_and_rest
-from jaxllm.train.leaf_update import LeafUpdate, Leaves, Visitor
-from jaxllm.train.lisa import LisaOptimizer, LisaState
-from jaxllm.train.norms import squares
-from jaxllm.train.state import TrainState
-from jaxllm.train.step import ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
-from jaxllm.train.sweep import take
-from jaxllm.train.walks import rows_walk
+from jaxllm.step.layerwise import INDEX, Layerwise, layers_and_rest
+from jaxllm.step.leaf_update import LeafUpdate, Leaves, Visitor
+from jaxllm.step.norms import squares
+from jaxllm.step.sampled_layers import LisaOptimizer, LisaState
+from jaxllm.step.state import TrainState
+from jaxllm.step.sweep import take
+from jaxllm.step.update import ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
+from jaxllm.step.walks import rows_walk
 
 _barrier = jax.lax.optimization_barrier
 

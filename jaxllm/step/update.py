@@ -20,12 +20,12 @@ from jaxllm.models.stack import Stack
 from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.optim.curvature import Curvature
-from jaxllm.train.by_layer import update_by_layer
-from jaxllm.train.leaf_update import LeafUpdate, Visitor
-from jaxllm.train.norms import norms, squares
-from jaxllm.train.offload import in_pieces
-from jaxllm.train.rounding import apply_updates
-from jaxllm.train.state import SMALLEST_LOSS_SCALE, TrainState, over_replicas
+from jaxllm.step.by_layer import update_by_layer
+from jaxllm.step.leaf_update import LeafUpdate, Visitor
+from jaxllm.step.norms import norms, squares
+from jaxllm.step.offload import in_pieces
+from jaxllm.step.rounding import apply_updates
+from jaxllm.step.state import SMALLEST_LOSS_SCALE, TrainState, over_replicas
 
 Batch = Mapping[str, jax.Array]
 Metrics = Mapping[str, jax.Array]

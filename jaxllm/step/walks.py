@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jaxllm.core import tree
 from jaxllm.models.gpipe import in_stages, on_stages, out_of_stages
 from jaxllm.nn.loss import Losses
-from jaxllm.train.layerwise import INDEX, Layerwise, in_embedding
-from jaxllm.train.leaf_update import Leaves
-from jaxllm.train.pipeline import pass_through
-from jaxllm.train.sweep import Visit, layer_inputs, layer_sweep, rows_squares, squares_sweep, visited_rows_sweep
+from jaxllm.step.layerwise import INDEX, Layerwise, in_embedding
+from jaxllm.step.leaf_update import Leaves
+from jaxllm.step.pipeline_1f1b import pass_through
+from jaxllm.step.sweep import Visit, layer_inputs, layer_sweep, rows_squares, squares_sweep, visited_rows_sweep
 
 
 class Walk(Protocol):

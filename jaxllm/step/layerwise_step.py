@@ -15,12 +15,12 @@ from jaxllm.core import tree
 from jaxllm.models.lm import LM
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.clip import clip_coefficient
-from jaxllm.train.layerwise import INDEX, Layerwise, layers_and_rest
-from jaxllm.train.leaf_update import LeafUpdate, Leaves, Visitor
-from jaxllm.train.norms import squares
-from jaxllm.train.state import TrainState
-from jaxllm.train.step import ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
-from jaxllm.train.walks import walk
+from jaxllm.step.layerwise import INDEX, Layerwise, layers_and_rest
+from jaxllm.step.leaf_update import LeafUpdate, Leaves, Visitor
+from jaxllm.step.norms import squares
+from jaxllm.step.state import TrainState
+from jaxllm.step.update import ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
+from jaxllm.step.walks import walk
 
 _barrier = jax.lax.optimization_barrier
 

@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.core import tree
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
-from jaxllm.train.leaf_update import Visitor
-from jaxllm.train.state import over_replicas
-from jaxllm.train.sweep import put_row, take_row
+from jaxllm.step.leaf_update import Visitor
+from jaxllm.step.state import over_replicas
+from jaxllm.step.sweep import put_row, take_row
 
 
 def update_by_layer(

@@ -15,8 +15,8 @@ from jaxllm.files.side_files import read_side_files
 from jaxllm.hf.config import write_config
 from jaxllm.models.lm import LM
 from jaxllm.processes.distributed import is_first
-from jaxllm.train.config import Config
-from jaxllm.train.lock import LOCK
+from jaxllm.runs.config import Config
+from jaxllm.runs.lock import LOCK
 
 METRICS = "metrics.jsonl"
 # Which kernels were timed to be the fastest, so that a resumed run takes the same ones.

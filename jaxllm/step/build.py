@@ -11,13 +11,13 @@ from jaxllm.models.lm import LM
 from jaxllm.models.stack import RematConfig, Stack, scan
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective
 from jaxllm.optim.curvature import Curvature
-from jaxllm.train.fused import make_fused_step
-from jaxllm.train.fused_lisa import make_fused_lisa_step
-from jaxllm.train.late import accumulated_late
-from jaxllm.train.lisa import LisaOptimizer, make_lisa_step
-from jaxllm.train.pipeline import pipelined
-from jaxllm.train.reduction import reduced_once
-from jaxllm.train.step import Gradient, Step, accumulated, make_step
+from jaxllm.step.deferred_reduction import accumulated_late
+from jaxllm.step.fused_lisa import make_fused_lisa_step
+from jaxllm.step.layerwise_step import make_fused_step
+from jaxllm.step.pipeline_1f1b import pipelined
+from jaxllm.step.reduction import reduced_once
+from jaxllm.step.sampled_layers import LisaOptimizer, make_lisa_step
+from jaxllm.step.update import Gradient, Step, accumulated, make_step
 
 # Layers that the program of a CPU may hold one after the other: the time to compile grows with each of them.
 MOST_UNROLLED = 64

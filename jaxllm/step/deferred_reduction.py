@@ -24,9 +24,9 @@ from jaxllm.models.stack import Block, Stack, Walked
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import Context
 from jaxllm.nn.loss import Losses, Objective
-from jaxllm.train.reduction import sum_of_parts
-from jaxllm.train.state import TrainState
-from jaxllm.train.step import Batch, Gradient, accumulated, mean_losses, over_micro_batches
+from jaxllm.step.reduction import sum_of_parts
+from jaxllm.step.state import TrainState
+from jaxllm.step.update import Batch, Gradient, accumulated, mean_losses, over_micro_batches
 
 Leaves = Mapping[str, Any]
 """Of layers, by their paths."""
