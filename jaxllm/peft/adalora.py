@@ -2,7 +2,8 @@
 
 Beside a matrix `[in, out]` of each of L layers stand r triplets of a right and a left singular vector and the value
 between them: `lora_a` `[L, in, r]`, `lora_b` `[L, r, out]`, `lora_e` `[L, r]`, and `lora_scale` `[L]`. The values of
-those that are worth least are set to 0 in training (`peft/reallocation.py`): the rank that is left goes where it is needed.
+those that are worth least are set to 0 in training (`peft/reallocation.py`): the rank that is left goes where it is
+needed.
 """
 
 from collections.abc import Callable, Mapping
