@@ -28,6 +28,8 @@ prepare_backends()
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite("tests.support")
+
 SHARED = Path(os.environ.get("JAXLLM_SHARED", Path(__file__).parents[2] / "shared"))
 REQUIRE_SHARED = os.environ.get("JAXLLM_REQUIRE_SHARED") == "1"
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from whole_runs import train
 
 import jaxllm
 from jaxllm.generate.__main__ import main as generate
+from tests.support.whole_runs import train
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["train.steps=100", "data.seq_len=128", "data.eval_fraction=0.01"]

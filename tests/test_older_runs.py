@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from whole_runs import read_metrics, train
 
 from jaxllm.convert.__main__ import main as convert
 from jaxllm.generate.__main__ import main as generate
+from tests.support.whole_runs import read_metrics, train
 
 WRITTEN = Path(__file__).parent / "support" / "written_by_version_1"
 

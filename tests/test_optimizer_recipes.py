@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from whole_runs import train
+
+from tests.support.whole_runs import train
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs" / "optimizers").glob("*.yaml"))}

@@ -9,10 +9,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from whole_runs import start, tiny_config
 
 import jaxllm
 from jaxllm.models import FAMILIES, LM
+from tests.support.whole_runs import start, tiny_config
 
 
 def test_importing_the_package_imports_nothing_heavy():

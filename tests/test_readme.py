@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
-from whole_runs import stories, write_jsonl
 
 from jaxllm.core.config import load
 from jaxllm.runs.config import Config
+from tests.support.whole_runs import stories, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

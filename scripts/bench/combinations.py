@@ -16,13 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "train")]
+sys.path.insert(0, str(ROOT))
 
-from conftest import jax  # noqa: E402  (eight devices are set before it is there)
-from mesh_table import METHODS, TOLERANCE, every  # noqa: E402
 from rich.progress import track  # noqa: E402
 
 from jaxllm.core.versions import environment  # noqa: E402
+from tests.conftest import jax  # noqa: E402  (eight devices are set before it is there)
+from tests.support.mesh_table import METHODS, TOLERANCE, every  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "combinations.json"
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from whole_runs import train, workplace
 
 from jaxllm.convert.__main__ import main
+from tests.support.whole_runs import train, workplace
 
 
 @pytest.fixture(scope="module")

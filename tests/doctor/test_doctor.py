@@ -7,15 +7,15 @@ from pathlib import Path
 
 import jax
 import pytest
-from processes import PATIENCE_S, ends, environment, together
 from rich.console import Console
-from whole_runs import tiny_config
 
 from jaxllm.core.config import load
 from jaxllm.core.errors import UserError
 from jaxllm.doctor import examine as doctor
 from jaxllm.doctor.examine import Sight, examine
 from jaxllm.runs.config import Config
+from tests.support.processes import PATIENCE_S, ends, environment, together
+from tests.support.whole_runs import tiny_config
 
 
 def sight(**changes) -> Sight:

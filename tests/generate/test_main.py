@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from whole_runs import train, workplace
 
 from jaxllm.generate.__main__ import main
+from tests.support.whole_runs import train, workplace
 
 PROMPT = ["--prompt", "Once upon a time"]
 

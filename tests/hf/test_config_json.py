@@ -5,13 +5,13 @@ import json
 import math
 
 import pytest
-from families import draw_config
 
 from jaxllm.core.errors import UserError
 from jaxllm.hf.config import parse_config, read_config, write_config
 from jaxllm.hf.fields import INERT
 from jaxllm.hf.rope import FIELDS as ROPE_FIELDS
 from jaxllm.models import FAMILIES
+from tests.support.families import draw_config
 
 # What Llama 2 7B came with, and the same model as transformers 5 writes it.
 V4 = {

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from families import draw_config, small_lm, write_checkpoint
 
 from jaxllm.hf.config import write_config
 from jaxllm.hf.weights import weight_table
 from jaxllm.models import FAMILIES
 from jaxllm.models.lm import LM
+from tests.support.families import draw_config, small_lm, write_checkpoint
 
 GIB = 2**30
 

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from families import COMPUTED, draw_config, draw_params, mesh_layout, small_lm, write_checkpoint
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from side_files import side_files
 
 from jaxllm import load_hf, save_hf
 from jaxllm.core import tree
@@ -23,6 +21,8 @@ from jaxllm.hf import export, read_model
 from jaxllm.hf.config import write_config
 from jaxllm.hf.export import save
 from jaxllm.models import FAMILIES
+from tests.support.families import COMPUTED, draw_config, draw_params, mesh_layout, small_lm, write_checkpoint
+from tests.support.side_files import side_files
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import mesh_layout
 
 from jaxllm.core.mesh import Layout
 from jaxllm.kernels import attention
 from jaxllm.kernels.attention import attend, attention_from, causal_attention, causal_mask, plain_attention
 from jaxllm.kernels.flash_attention import flash_attention
+from tests.support.families import mesh_layout
 
 # Float32: the forms add the same numbers in another order. Measured: 2e-7 to 1e-6.
 REORDERED = 4e-6

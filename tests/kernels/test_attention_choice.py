@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import mesh_layout
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.kernels import attention_choice
 from jaxllm.kernels.attention import causal_attention, plain_attention
 from jaxllm.kernels.attention_choice import AttentionNeeds, choose_attention, fault, obstacle
+from tests.support.families import mesh_layout
 
 FLASH, PLAIN = partial(causal_attention, "flash"), partial(causal_attention, "xla")
 

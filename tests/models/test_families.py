@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import COMPUTED, draw_config, draw_params, mesh_layout, on_layout, small_lm, transformers_model
 
 from jaxllm.core import tree
 from jaxllm.hf import load_hf
@@ -18,6 +17,15 @@ from jaxllm.models.gpipe import pipeline
 from jaxllm.models.stack import loop, scan
 from jaxllm.nn.context import CachePosition
 from jaxllm.nn.rope import LinearRope
+from tests.support.families import (
+    COMPUTED,
+    draw_config,
+    draw_params,
+    mesh_layout,
+    on_layout,
+    small_lm,
+    transformers_model,
+)
 
 # Logits of standard deviation 1 to 3 in float32 (DESIGN, section 5).
 TOLERANCE = 1e-4
@@ -95,7 +103,7 @@ CHANGES = {
 # A wrong size does not fit the file, and the others are no part of the computation.
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 INERT = {"max_position_embeddings", "initializer_range", "type"}
-# Rows that it would change something of are refused: tests/models/test_phi3.py
+# Rows that it would change something of are refused: tests/models/families/test_phi3.py
 INERT |= {"sliding_window"}
 
 

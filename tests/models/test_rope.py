@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import draw_params, small_lm, transformers_model
 from pydantic import ValidationError
 
 from jaxllm.models import FAMILIES
 from jaxllm.nn.context import CachePosition, Context
 from jaxllm.nn.rope import ROPES
+from tests.support.families import draw_params, small_lm, transformers_model
 
 # Logits of standard deviation 1 to 3 in float32 (DESIGN, section 5).
 TOLERANCE = 1e-4

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import draw_params, mesh_layout, on_layout, small_lm
 
 from jaxllm.models import FAMILIES
 from jaxllm.models.stack import loop, scan
 from jaxllm.nn.dropout import Dropout
+from tests.support.families import draw_params, mesh_layout, on_layout, small_lm
 
 RATE = 0.3
 

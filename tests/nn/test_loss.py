@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import mesh_layout
 
 from jaxllm.core.mesh import Layout
 from jaxllm.nn.chunks import CHUNK_BYTES
 from jaxllm.nn.linear import project
 from jaxllm.nn.loss import CROSS_ENTROPY, Objective, loss_chunks, token_losses
+from tests.support.families import mesh_layout
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 8, 16, 101
 EIGHT = dict(data=2, fsdp=2, tensor=2)

@@ -12,12 +12,12 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from optimizers import section
 
 import jaxllm.optim
 from jaxllm import optim
 from jaxllm.optim.build import OPTIMIZERS, build
 from jaxllm.optim.wrappers import per_layer
+from tests.support.optimizers import section
 
 EXPORTED = [name for name in optim.__all__ if name.islower()]
 # A rate at which 100 steps bring the quadratic below a hundredth of where it starts.

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 import torch
-from test_build import PARAMS
 from transformers.optimization import Adafactor
 
 from jaxllm.optim.build import OPTIMIZERS, build
 from jaxllm.optim.schedule_config import Constant
+from tests.optim.test_build import PARAMS
 
 STEPS = 20
 RATE, DECAY = 1e-2, 0.1

@@ -10,10 +10,7 @@ import optax
 import peft
 import pytest
 import torch
-from adapters import TOKENS, TOLERANCE, logits, model, torch_logits
-from families import transformers_model
 from transformers import AutoModelForCausalLM
-from whole_runs import Ran, read_metrics, train, workplace
 
 import jaxllm
 from jaxllm.convert.__main__ import main as convert
@@ -25,6 +22,9 @@ from jaxllm.peft.adapter import read_adapter, with_adapter
 from jaxllm.peft.merge import merge
 from jaxllm.peft.reallocation import reallocating
 from jaxllm.runs.open import open_model
+from tests.support.adapters import TOKENS, TOLERANCE, logits, model, torch_logits
+from tests.support.families import transformers_model
+from tests.support.whole_runs import Ran, read_metrics, train, workplace
 
 NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_E": "lora_e"}
 STEPS, RATE = 12, 0.1

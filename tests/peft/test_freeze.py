@@ -3,8 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from families import draw_config, draw_params, small_lm
-from whole_runs import read_metrics, train, workplace
 
 import jaxllm
 from jaxllm.core import tree
@@ -12,6 +10,8 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.peft import METHODS
 from jaxllm.runs.open import open_model
+from tests.support.families import draw_config, draw_params, small_lm
+from tests.support.whole_runs import read_metrics, train, workplace
 
 NO_BIAS = dict(attention_bias=False, mlp_bias=False)
 

@@ -9,8 +9,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters import TOLERANCE, dear, logits, model, torch_logits
-from families import mesh_layout, on_layout, transformers_model
 
 from jaxllm.core import tree
 from jaxllm.peft.adalora import AdaLora
@@ -18,6 +16,8 @@ from jaxllm.peft.adapter import read_adapter, with_adapter
 from jaxllm.peft.ia3 import Ia3
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.merge import merge
+from tests.support.adapters import TOLERANCE, dear, logits, model, torch_logits
+from tests.support.families import mesh_layout, on_layout, transformers_model
 
 FUSED = ["qkv_proj", "gate_up_proj"]
 # The section here, and the same as HF peft has it.

@@ -8,9 +8,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters import TOLERANCE, dear, logits, model, torch_logits
-from families import transformers_model
-from whole_runs import train, workplace
 
 import jaxllm
 from jaxllm.convert.__main__ import main as convert
@@ -19,6 +16,9 @@ from jaxllm.core.errors import UserError
 from jaxllm.peft.adapter import read_adapter, with_adapter
 from jaxllm.peft.ia3 import Ia3
 from jaxllm.peft.merge import merge
+from tests.support.adapters import TOLERANCE, dear, logits, model, torch_logits
+from tests.support.families import transformers_model
+from tests.support.whole_runs import train, workplace
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": dict(),

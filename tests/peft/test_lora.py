@@ -11,10 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters import TOKENS, TOLERANCE, dear, logits, model, torch_logits
-from families import transformers_model
 from safetensors.numpy import load_file, save_file
-from whole_runs import train, workplace
 
 import jaxllm
 from jaxllm.convert.__main__ import main as convert
@@ -30,6 +27,9 @@ from jaxllm.peft.lora import Lora
 from jaxllm.peft.merge import merge
 from jaxllm.runs.config import Config
 from jaxllm.train.inputs import open_chosen_model
+from tests.support.adapters import TOKENS, TOLERANCE, dear, logits, model, torch_logits
+from tests.support.families import transformers_model
+from tests.support.whole_runs import train, workplace
 
 ROOT = Path(__file__).parents[2]
 ROWS = tuple(map(int, dict.fromkeys(TOKENS[0, :5][::-1])))  # in no order

@@ -5,13 +5,13 @@ import signal
 import threading
 
 import pytest
-from families import draw_config, small_lm
 
 from jaxllm.core.errors import UserError
 from jaxllm.peft import patterns
 from jaxllm.peft.ia3 import Ia3
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.patterns import ExpressionError, check, matching
+from tests.support.families import draw_config, small_lm
 
 NAMES = tuple(f"model.layers.{i}.{part}" for i in range(12) for part in ("self_attn.q_proj", "mlp.up_proj", "norm"))
 ENDLESS = "(([a-z_.0-9]+)+)+[A-Z]"

@@ -11,10 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters import TOLERANCE
-from families import mesh_layout
 from transformers import AutoModelForCausalLM
-from whole_runs import train, workplace
 
 import jaxllm
 from jaxllm.convert.__main__ import main as convert
@@ -25,6 +22,9 @@ from jaxllm.generate.__main__ import main as generate
 from jaxllm.hf import load_params, read_model
 from jaxllm.models.quantized import Quantization
 from jaxllm.runs.open import open_model
+from tests.support.adapters import TOLERANCE
+from tests.support.families import mesh_layout
+from tests.support.whole_runs import train, workplace
 
 ROOT = Path(__file__).parents[2]
 TOKENS = np.random.default_rng(0).integers(3, 500, (2, 12))

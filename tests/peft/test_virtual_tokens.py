@@ -8,9 +8,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters import TOKENS, TOLERANCE, dear, logits, model, torch_logits
-from families import transformers_model
-from whole_runs import train, workplace
 
 from jaxllm.convert.__main__ import main as convert
 from jaxllm.core import tree
@@ -26,6 +23,9 @@ from jaxllm.peft.files import AdapterConfig
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.prompt import PromptTuning
 from jaxllm.runs.open import open_model
+from tests.support.adapters import TOKENS, TOLERANCE, dear, logits, model, torch_logits
+from tests.support.families import transformers_model
+from tests.support.whole_runs import train, workplace
 
 N = 5
 METHODS_HERE: dict[str, dict[str, Any]] = {

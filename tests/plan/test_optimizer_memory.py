@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from gpu_plans import config_of, gpu_plans, needs_compiler
 
 from jaxllm.optim.build import OPTIMIZERS
+from tests.support.gpu_plans import config_of, gpu_plans, needs_compiler
 
 LAYERS, WIDTH, HIDDEN = 64, 1024, 2816
 MODEL = dict(vocab_size=2048, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=LAYERS)

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from gpu_plans import HEADS, LLAMA_1B, LLAMA_8B, config_of, gpu_plans, needs_compiler
-from whole_runs import train, workplace
 
 from jaxllm.core.config import load
 from jaxllm.plan.__main__ import main
@@ -20,6 +18,8 @@ from jaxllm.plan.plan import devices_for, plan
 from jaxllm.plan.report import verdict
 from jaxllm.plan.targets import TARGETS, target_named
 from jaxllm.runs.config import Config
+from tests.support.gpu_plans import HEADS, LLAMA_1B, LLAMA_8B, config_of, gpu_plans, needs_compiler
+from tests.support.whole_runs import train, workplace
 
 GIB, MIB = 2**30, 2**20
 ROOT = Path(__file__).parents[2]

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gpu_plans import config_of
 
 from jaxllm.plan.__main__ import main
 from jaxllm.plan.targets import TARGETS
+from tests.support.gpu_plans import config_of
 
 # Compiled, never run: so large that hundredths of a GiB tell the remedies apart.
 LARGE = dict(vocab_size=96, hidden_size=2048, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=4)

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_cache import COMMIT, add_repository
-from whole_runs import stories, train, workplace, write_jsonl
 
 from jaxllm.core.config import load
 from jaxllm.core.errors import UserError
@@ -20,6 +18,8 @@ from jaxllm.data.rows import store
 from jaxllm.prepare.__main__ import main
 from jaxllm.runs.config import Config
 from jaxllm.train.inputs import Inputs, open_tokenizer, read_inputs
+from tests.support.hub_cache import COMMIT, add_repository
+from tests.support.whole_runs import stories, train, workplace, write_jsonl
 
 
 @pytest.fixture

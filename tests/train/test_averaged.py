@@ -3,10 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from optimizers import section
 from rich.console import Console
 from safetensors.numpy import load_file
-from whole_runs import train, workplace
 
 from jaxllm.checkpoint.store import Checkpoint
 from jaxllm.convert.__main__ import main as convert
@@ -17,6 +15,8 @@ from jaxllm.optim.build import build
 from jaxllm.runs.open import open_model
 from jaxllm.step.state import abstract_state
 from jaxllm.train.inputs import evaluation_sets, read_inputs, saying
+from tests.support.optimizers import section
+from tests.support.whole_runs import train, workplace
 
 OVERRIDES = (
     "optim={type: schedule_free_adamw, learning_rate: 0.02, b1: 0.8}",

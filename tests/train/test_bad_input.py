@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from whole_runs import Ran, train, workplace, write_jsonl
 
 from jaxllm.convert.__main__ import main as convert
 from jaxllm.generate.__main__ import main as generate
 from jaxllm.runs.lock import owned
 from jaxllm.train.__main__ import main
+from tests.support.whole_runs import Ran, train, workplace, write_jsonl
 
 
 class Place(NamedTuple):

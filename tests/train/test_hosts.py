@@ -10,11 +10,10 @@ from pathlib import Path
 PROGRAM = """
 import sys, json, itertools
 import jax, numpy as np
-port, process, tests = sys.argv[1:]
+port, process = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("127.0.0.1:" + port, 2, int(process))
-sys.path.insert(0, tests)
-from documents import Documents
+from tests.support.documents import Documents
 from jaxllm import Layout, MeshConfig
 from jaxllm.data.rows.loader import Loader, State
 from jaxllm.train.inputs import Rows, training_loader
@@ -40,11 +39,10 @@ def test_a_host_reads_the_rows_that_its_devices_hold():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", PROGRAM, str(port)]
-    tests = str(Path(__file__).parents[1])
     running = [
-        subprocess.Popen([*command, str(process), tests], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(process)], env=environment, stdout=subprocess.PIPE, text=True)
         for process in range(2)
     ]
     first, second = (json.loads(process.communicate(timeout=600)[0].splitlines()[-1]) for process in running)

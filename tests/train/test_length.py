@@ -2,12 +2,12 @@
 
 from collections import Counter
 
-from documents import Documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.data.rows.loader import START, Loader, State
 from jaxllm.runs.train_config import TrainConfig
+from tests.support.documents import Documents
 
 DOCUMENTS = Documents()
 PLAN = DOCUMENTS.plan("none")

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import mesh_layout, small_lm
-from small_runs import llama
 
 from jaxllm.core.mesh import Layout
 from jaxllm.models.stack import loop
 from jaxllm.train.metrics import flops_per_token, peak_flops
+from tests.support.families import mesh_layout, small_lm
+from tests.support.small_runs import llama
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB, LENGTH = 2, 32, 8, 2, 4, 48, 101, 64
 ATTENTION = WIDTH * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS)

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tensorboard_events import shown
-from whole_runs import Ran, stories, sums, train, workplace, write_jsonl
 
 import jaxllm
 from jaxllm.core import tree
@@ -21,6 +19,8 @@ from jaxllm.core.mesh import Layout
 from jaxllm.generate.__main__ import main as generate
 from jaxllm.runs.config import Config
 from jaxllm.runs.open import open_model
+from tests.support.tensorboard_events import shown
+from tests.support.whole_runs import Ran, stories, sums, train, workplace, write_jsonl
 
 # float32 sums over a few thousand tokens, in another order.
 LOSS = 1e-5

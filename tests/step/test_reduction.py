@@ -1,0 +1,126 @@
+"""How gradients are summed over devices: in parts (`train.shard_optimizer`), late (`train.reduce`), in bfloat16."""
+
+import jax
+import optax
+import pytest
+
+from jaxllm.core.errors import UserError
+from jaxllm.models.stack import scan
+from jaxllm.optim.build import build
+from jaxllm.peft.lora import Lora
+from jaxllm.peft.prefix import PrefixTuning
+from jaxllm.plan.plan import bytes_on_a_device
+from jaxllm.runs.config import Config
+from jaxllm.step.state import abstract_state
+from tests.support.families import mesh_layout, small_lm
+from tests.support.small_runs import OPTIMIZER, STEPS, assert_trained_alike, llama, misses, program, train
+
+# Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
+TOLERANCE = 1e-10
+LAYERS = dict(num_hidden_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "micro_batches"),
+    [
+        (dict(pipeline=2, data=2), 4),
+        pytest.param(dict(data=2, fsdp=2, tensor=2), 1, marks=pytest.mark.full),
+        pytest.param(dict(data=4, fsdp=2), 2, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_it_is_the_same_as_one_device(sizes, micro_batches):
+    with jax.enable_x64(True):
+        how = dict(dtype="float64")
+        ours = train(llama(**LAYERS), mesh_layout(**sizes), micro_batches=micro_batches, scattered=True, **how)
+        assert_trained_alike(ours, train(llama(**LAYERS), **how), TOLERANCE)
+
+
+@pytest.mark.parametrize("sizes", [dict(pipeline=2, data=2, tensor=2), dict(data=4, fsdp=2)], ids=str)
+def test_each_replica_has_a_part(sizes):
+    """Moments take a part of the bytes, parameters as many as before."""
+    lm = small_lm(llama(**LAYERS), mesh_layout(**sizes))
+    params, tx = lm.abstract(), build(OPTIMIZER, STEPS, lm.padded)[0]
+    everything = jax.tree.map(lambda _: True, params)
+    whole, part = (
+        abstract_state(params, everything, tx, lm.layout, scattered=scattered) for scattered in (False, True)
+    )
+    assert bytes_on_a_device(part.params) == bytes_on_a_device(whole.params)
+    counters = 4 * len([leaf for leaf in jax.tree.leaves(whole.opt_state) if leaf.ndim == 0])
+    of_moments = bytes_on_a_device(whole.opt_state) - counters
+    assert bytes_on_a_device(part.opt_state) - counters == pytest.approx(of_moments / sizes["data"], rel=0.01)
+
+
+LOW_RANK = Lora(type="lora", r=3, lora_alpha=6, lora_dropout=0.1, target_modules=("q_proj", "down_proj"))
+ENCODED = PrefixTuning(type="prefix_tuning", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=12)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "how"),
+    [
+        (dict(data=2, fsdp=2, tensor=2), {}),
+        # Attention is a shard_map here, whose gradients JAX would sum over the devices that are mapped over.
+        pytest.param(dict(fsdp=2, context=2), dict(steps=5), marks=pytest.mark.full),
+        # Weights that do not train, and masks of each sequence.
+        pytest.param(dict(fsdp=4), dict(method=LOW_RANK, stack=scan("dots"), steps=5), marks=pytest.mark.full),
+        # Keys and values of every layer that are computed from one parameter.
+        pytest.param(dict(fsdp=4), dict(method=ENCODED, steps=5), marks=pytest.mark.full),
+    ],
+    ids=["hybrid", "context", "lora", "prefix"],
+)
+def test_summed_late_they_are_the_same_as_one_devices(sizes, how):
+    with jax.enable_x64(True):
+        how = dict(dtype="float64", **how)
+        ours = train(llama(), mesh_layout(**sizes), micro_batches=4, late=True, **how)
+        assert_trained_alike(ours, train(llama(), **how), TOLERANCE)
+
+
+@pytest.mark.full
+def test_late_sums_take_the_memory_of_whole_layers():
+    """A device holds the sum and a micro-batch's gradient of all layers in float32, where it held its parts of both."""
+    config = llama(hidden_size=128, intermediate_size=512, num_hidden_layers=4, head_dim=16)
+    layout = mesh_layout(fsdp=4)
+    each, late = (program(config, layout, micro_batches=4, late=late, stack=scan("full")) for late in (False, True))
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(late.lm.abstract()["layers"]))
+    more = late.compiled.temp_bytes - each.compiled.temp_bytes
+    assert more == pytest.approx(2 * whole * 3 / 4, rel=0.15)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_gradients_summed_in_bfloat16(micro_batches):
+    """They are off by its rounding: of each replica's part, and of the sum."""
+    layout, how = mesh_layout(data=4, fsdp=2), dict(steps=1, tx=optax.trace(0.9), max_grad_norm=None)
+    ours = train(llama(), layout, micro_batches=micro_batches, reduce_dtype="bfloat16", **how)
+    exact, rounded = misses(ours, train(llama(), **how))
+    gradients = [miss for path, miss in rounded.items() if "/trace/" in path]
+    assert exact["loss"] < 1e-6
+    assert all(2**-12 < miss < 2**-6 for miss in gradients)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"shard_optimizer": True}, r"shard_optimizer splits .*train\.update fused .*set shard"),
+        ({"reduce": "late"}, r"reduce is late, .*all layers .*train\.update fused .*set reduce to each"),
+        ({"reduce_dtype": "bfloat16"}, r"reduce_dtype is bfloat16, .*train\.update fused .*remove reduce_dtype"),
+    ],
+    ids=str,
+)
+def test_what_takes_a_layer_at_a_time_is_refused(setting, message):
+    with pytest.raises((ValueError, UserError), match=message):
+        Config.model_validate(sections(update="fused", **setting))
+
+
+def test_late_sums_of_a_pipeline_are_refused():
+    with pytest.raises((ValueError, UserError), match=r"pipeline is 2, .*reduce is late; set reduce to each"):
+        Config.model_validate({**sections(reduce="late"), "mesh": {"pipeline": 2}})
+
+
+def sections(**train):
+    return {
+        "output_dir": "run",
+        "model": {"path": "model"},
+        "data": {"sources": [{"path": "text.jsonl"}], "seq_len": 128},
+        "optim": {"type": "adalomo", "learning_rate": 1e-3},
+        "train": {"steps": 10, "batch_size": 32, **train},
+    }

@@ -1,0 +1,237 @@
+"""Small training runs: a tiny Llama, ragged batches, and some steps on any mesh."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxllm.core import tree
+from jaxllm.core.layer_order import rearranged
+from jaxllm.core.mesh import Layout
+from jaxllm.models import FAMILIES, LM
+from jaxllm.models.fit_layout import fit_layout
+from jaxllm.models.lm import FamilyConfig
+from jaxllm.models.quantized import Quantization
+from jaxllm.models.stack import Stack, scan
+from jaxllm.nn.loss import CROSS_ENTROPY, Objective
+from jaxllm.optim.build import AdamW, at_rate, build
+from jaxllm.optim.config import OptimizerConfig
+from jaxllm.optim.curvature import Curvature
+from jaxllm.optim.schedule_config import Cosine
+from jaxllm.optim.wrappers import scale_updates
+from jaxllm.peft import PeftConfig
+from jaxllm.peft.adalora import AdaLora
+from jaxllm.peft.reallocation import reallocating
+from jaxllm.step.deferred_reduction import accumulated_late
+from jaxllm.step.fused_lisa import make_fused_lisa_step
+from jaxllm.step.layerwise_step import make_fused_step
+from jaxllm.step.pipeline_1f1b import Kept, pipelined
+from jaxllm.step.reduction import reduced_once
+from jaxllm.step.sampled_layers import Draws, LisaOptimizer, make_lisa_step
+from jaxllm.step.state import TrainState, abstract_state, new_state
+from jaxllm.step.update import BATCH_AXES, CompiledStep, Step, accumulated, batch_shapes, compile_step, make_step
+from tests.support.families import draw_params, on_layout, quantized, read_back, small_lm
+
+VOCAB = 101  # no mesh divides it
+ROWS, LENGTH = 32, 12
+STEPS = 20
+
+# The norm of a few of the first gradients is above, that of the others below (asserted by test_mesh_equality).
+MAX_GRAD_NORM = 4.0
+OPTIMIZER = AdamW(type="adamw", learning_rate=1e-2, weight_decay=0.1, schedule=Cosine(type="cosine", warmup=5))
+
+
+def llama(**changes: Any) -> FamilyConfig:
+    """Two layers of width 32 with 8 heads."""
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    heads = dict(num_attention_heads=8, num_key_value_heads=8, head_dim=4, max_position_embeddings=64)
+    return FAMILIES["llama"].config(**{**sizes, **heads, **changes})
+
+
+def ragged_batch(seed: int, rows: int = ROWS, length: int = LENGTH, packed: bool = True) -> dict[str, np.ndarray]:
+    """`[rows, length]` arrays: documents of every length packed into rows, or one in each; padding at their ends.
+
+    The first eighth of the rows trains nothing, so the first of up to eight micro-batches is empty; the next row is
+    all padding; of the others between none and all tokens are trained.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (rows, length)
+    positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row in range(rows):
+        start, document = 0, 0
+        end = 0 if row == rows // 8 else rng.integers(1, length + 1)
+        while start < end:
+            document += 1
+            stop = min(end, start + rng.integers(1, length)) if packed else end
+            positions[row, start:stop] = np.arange(stop - start)
+            segments[row, start:stop] = document
+            start = stop
+    trained = (rng.random(shape) < rng.random((rows, 1))) & (segments > 0)
+    trained[: rows // 8] = False
+    return {
+        "tokens": rng.integers(0, VOCAB, shape, dtype=np.int32),
+        "targets": rng.integers(0, VOCAB, shape, dtype=np.int32),
+        "positions": positions,
+        "segments": segments,
+        "loss_mask": trained.astype(np.float32),
+    }
+
+
+class Program(NamedTuple):
+    """A compiled training step and the state that it starts from."""
+
+    lm: LM
+    layout: Layout
+    step: Step
+    compiled: CompiledStep
+    start: Callable[[], TrainState]  # made anew each time: a step gives away the buffers of its argument
+
+    def place(self, batch: dict[str, np.ndarray], micro_batches: int = 1) -> dict[str, jax.Array]:
+        """The batch cut into micro-batches and laid out."""
+        sharding = self.layout.sharding(*BATCH_AXES)
+        return {name: jax.device_put(a.reshape(micro_batches, -1, a.shape[-1]), sharding) for name, a in batch.items()}
+
+
+def program(
+    config: FamilyConfig,
+    layout: Layout | None = None,
+    *,
+    tx: Any = None,
+    schedule: optax.Schedule = lambda step: 1.0,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    fused: bool = False,
+    curvature: Curvature | None = None,
+    by_layer: bool | None = None,
+    lisa: Draws | None = None,
+    frozen: Sequence[str] = (),
+    method: PeftConfig | None = None,
+    quantization: Quantization | None = None,
+    as_floats: bool = False,
+    micro_batches: int = 1,
+    late: bool = False,
+    scattered: bool = False,
+    offloaded: bool = False,
+    reduce_dtype: str | None = None,
+    stack: Stack | None = None,
+    kept: Kept = "layers",
+    virtual_stages: int = 1,
+    max_grad_norm: float | None = MAX_GRAD_NORM,
+    max_grad_value: float | None = None,
+    dtype: str = "float32",
+    compute_dtype: str | None = None,
+    objective: Objective = CROSS_ENTROPY,
+    dropout: float = 0.0,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    shape: tuple[int, int] = (ROWS, LENGTH),
+) -> Program:
+    """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
+
+    tx, schedule: in place of `optimizer`'s own. by_layer: see `make_step`; None = as a run of `optimizer` does.
+    frozen: patterns of the parameters that do not train. method: of
+    fine-tuning, whose leaves are drawn at random all of them. quantization: of the layers' matrices; as_floats: those
+    that it reads back are parameters as they are. dtype: of parameters, and of the computation where no
+    other is given; float16 scales the loss. stack, kept: of the ordinary step on a mesh without a pipeline, and with
+    one, whose stages have `virtual_stages` chunks of layers each. shape: sequences in a whole batch, and tokens in
+    each.
+    """
+    lm = replace(small_lm(config, dtype=dtype), compute_dtype=jnp.dtype(compute_dtype or dtype), dropout=dropout)
+    scale_loss = compute_dtype == "float16"
+    layout = fit_layout(config, layout or Layout.single())
+    if method is not None:
+        lm = method.add(lm)
+    moved, params = on_layout(lm, layout, draw_params(lm))
+    if quantization is not None:
+        in_few_bits = replace(moved, quantization=quantization)
+        if as_floats:
+            params = read_back(in_few_bits, params)
+        else:
+            moved, params = in_few_bits, quantized(in_few_bits, params)
+    moved = replace(moved, virtual_stages=virtual_stages)
+    if tx is None:
+        tx, schedule = build(optimizer, STEPS, moved.padded)
+    chosen = tree.match(params, "*", exclude=frozen)
+    if method is not None:
+        chosen, tx = method.mask(moved), scale_updates(tx, method.rates())
+    if isinstance(method, AdaLora):
+        tx = reallocating(tx, method, moved, STEPS)
+    if lisa is not None:
+        rates = method.rates() if method is not None else {}
+        tx = LisaOptimizer(moved, lambda rate: scale_updates(at_rate(optimizer, rate, moved.padded), rates), lisa)
+    placed = dict(scattered=scattered, offloaded=offloaded)
+    abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss, **placed)
+    options = dict(objective=objective, max_grad_norm=max_grad_norm, max_grad_value=max_grad_value)
+    options |= dict(stochastic_rounding=stochastic_rounding, seed=seed)
+    if lisa is not None:
+        step = (make_fused_lisa_step if fused else make_lisa_step)(tx, schedule, **options)
+    else:
+        walked = accumulated_late(stack or scan(), reduce_dtype) if late else accumulated(stack or scan())
+        gradient = pipelined(kept) if layout.stages > 1 else walked
+        gradient = reduced_once(gradient, scattered=scattered, dtype=reduce_dtype)
+        penalty = None if method is None else method.penalty(moved)
+        whole_matrices = optimizer.needs_whole_matrices if by_layer is None else by_layer
+        how = dict(curvature=curvature, penalty=penalty, by_layer=whole_matrices, scattered=scattered)
+        ordinary = partial(make_step, gradient=gradient, **how)
+        make = make_fused_step if fused else ordinary
+        step = make(moved, tx, schedule, **options)
+    rows, length = shape
+    batch = batch_shapes((micro_batches, rows // micro_batches, length), layout)
+    compiled = compile_step(step, abstract, batch, layout)
+    host = jax.tree.map(np.asarray, params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def start() -> TrainState:
+        state = new_state(jax.tree.map(jnp.array, host), chosen, tx, scale_loss=scale_loss)
+        return rearranged(jax.device_put(state, shardings), moved.layer_order)
+
+    return Program(moved, layout, step, compiled, start)
+
+
+class Trained(NamedTuple):
+    """What `train` did. metrics: `{name: [steps]}`. state: `{path: array}` of parameters and moments."""
+
+    metrics: dict[str, np.ndarray]
+    state: dict[str, np.ndarray]
+
+
+def train(
+    config: FamilyConfig, layout: Layout | None = None, *, steps: int = STEPS, packed: bool = True, **how: Any
+) -> Trained:
+    """`steps` steps on four batches in turn. packed: see `ragged_batch`."""
+    made = program(config, layout, **how)
+    batches = [made.place(ragged_batch(seed, packed=packed), how.get("micro_batches", 1)) for seed in range(4)]
+    state, metrics = made.start(), []
+    for step in range(steps):
+        state, values = made.compiled.run(state, batches[step % 4])
+        metrics.append(jax.tree.map(float, values))
+    state = rearranged(state, np.argsort(made.lm.layer_order))
+    leaves = tree.flatten({"params": state.params, "opt_state": state.opt_state})
+    return Trained(
+        {name: np.array([values[name] for values in metrics]) for name in metrics[0]},
+        {path: np.asarray(leaf) for path, leaf in leaves.items()},
+    )
+
+
+def assert_trained_alike(ours: Trained, theirs: Trained, tolerance: float) -> None:
+    """Every metric, parameter and moment within `tolerance` of its largest value; padding of the vocabulary is zero."""
+    assert ours.state.keys() == theirs.state.keys()
+    for part in misses(ours, theirs):
+        assert {name: miss for name, miss in part.items() if not miss <= tolerance} == {}
+
+
+def misses(ours: Trained, theirs: Trained) -> list[dict[str, float]]:
+    """By how much of its largest value each metric is off, and each parameter and moment."""
+    parts = ((ours.metrics, theirs.metrics), (ours.state, theirs.state))
+    return [{name: _miss(part[name], wanted[name]) for name in wanted} for part, wanted in parts]
+
+
+def _miss(ours: np.ndarray, theirs: np.ndarray) -> float:
+    padded = np.zeros_like(ours)
+    padded[tuple(slice(size) for size in theirs.shape)] = theirs
+    largest, difference = np.abs(theirs).max(), np.abs(ours - padded).max()
+    return float(difference / largest if largest else difference)
