@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.checkpoint.run_files import ENVIRONMENT, RESOLVED, RUN_MODEL, begin_run, unfinished, update_run
-from jaxllm.core.config import dump
+from jaxllm.core.config import dump, load
 from jaxllm.core.errors import UserError
 from jaxllm.core.versions import environment
 from jaxllm.data.records.source import find_files
@@ -29,6 +29,17 @@ def first_of(folder: Path) -> str | None:
     """
     names = (path.name for path in folder.iterdir() if path.name not in (LOCK, AUTOTUNED, unfinished(RESOLVED)))
     return next(names, None) if folder.exists() else None
+
+
+def config_of(run: Path) -> Config:
+    """The config of the run in the folder `run`. Raises UserError for one that this version does not know."""
+    try:
+        return load(run / RESOLVED, [], Config)
+    except UserError as error:
+        raise UserError(
+            f"{run} holds a run of another version of jaxllm, whose config this one does not know: {error}. Use that "
+            f"version, or load what the run exported ({run / 'export'})"
+        ) from error
 
 
 def prepare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 from jax.typing import DTypeLike
@@ -22,8 +22,6 @@ from jaxllm.checkpoint.run_files import (
 )
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
 from jaxllm.core import tree
-from jaxllm.core.config import ByType, Section
-from jaxllm.core.config import load as load_config
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.fit import Paddable
@@ -36,12 +34,10 @@ from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.fit_layout import fit_layout
 from jaxllm.models.lm import LM
-from jaxllm.models.quantized import Quantizable
-from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.optim.config import OptimizerConfig
-from jaxllm.peft import METHODS, PeftConfig
 from jaxllm.peft.files import AdapterConfig
 from jaxllm.peft.merge import merge
+from jaxllm.runs.folder import config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,7 +75,7 @@ class OpenModel:
         if self.folder.name != RUN_MODEL or not (run / RESOLVED).is_file():
             return
         own = run.resolve(), (run / AdapterConfig.exported_to).resolve()
-        if Path(adapter).resolve() in own and isinstance(_method(run), AdapterConfig):
+        if Path(adapter).resolve() in own and isinstance(config_of(run).peft, AdapterConfig):
             raise UserError(
                 f"{adapter}: is merged into the model of {run} already; give the model that the run began with, or no "
                 "adapter"
@@ -169,10 +165,9 @@ def _from_checkpoint(
         param_dtype or stored,
         compute_dtype or ("bfloat16" if on_gpu else "float32"),
     )
-    method = _method(run)
-    quantization = load_config(run / RESOLVED, [], _ModelOfRun).model.quantization
-    adapted = replace(method.add(plain), quantization=quantization)
-    merges = method.merges and quantization is None
+    trained = config_of(run)
+    adapted = replace(trained.peft.add(plain), quantization=trained.quantization)
+    merges = trained.peft.merges and trained.quantization is None
 
     def load() -> Params:
         chosen = checkpoint or next(reversed(checkpoints(run / RUN_CHECKPOINTS)), None)
@@ -181,8 +176,9 @@ def _from_checkpoint(
         chosen.verify()
         state = chosen.restore(_where_they_are(chosen, adapted.abstract()), partial=True, paddable=adapted.paddable)
         leaves = {path: leaf for half in state.values() for path, leaf in tree.flatten(half).items()}
-        params, optimizer = tree.insert({}, leaves), _averaging_optimizer(run)
-        params = params if optimizer is None else _averaged(chosen, params, optimizer, adapted.paddable)
+        params = tree.insert({}, leaves)
+        if trained.optim.averages:
+            params = _averaged(chosen, params, trained.optim, adapted.paddable)
         return merge(params) if merges else params
 
     return OpenModel(plain if merges else adapted, run / RUN_MODEL, load)
@@ -194,43 +190,6 @@ def _where_they_are(checkpoint: Checkpoint, shapes: Params) -> Params:
     there = {path: half for half in halves for path in checkpoint.leaves(half)}
     wanted = {f"{there.get(path, halves[0])}/{path}": shape for path, shape in tree.flatten(shapes).items()}
     return tree.insert({}, wanted)
-
-
-class _Kind(Section, extra="ignore"):
-    type: str
-
-
-class _KindOfRun(Section, extra="ignore"):
-    optim: _Kind
-
-
-class _OfRun(Section, extra="ignore"):
-    optim: Annotated[OptimizerConfig, ByType(OPTIMIZERS)]
-
-
-class _StoredModel(Quantizable, extra="ignore"):
-    pass
-
-
-class _ModelOfRun(Section, extra="ignore"):
-    model: _StoredModel
-
-
-class _MethodOfRun(Section, extra="ignore"):
-    peft: Annotated[PeftConfig, ByType(METHODS)]
-
-
-def _method(run: Path) -> PeftConfig:
-    """The method of fine-tuning of a run."""
-    return load_config(run / RESOLVED, [], _MethodOfRun).peft
-
-
-def _averaging_optimizer(run: Path) -> OptimizerConfig | None:
-    """The optimizer of a run, if it evaluates other parameters than it trains."""
-    kind = load_config(run / RESOLVED, [], _KindOfRun).optim.type
-    if kind not in OPTIMIZERS or not OPTIMIZERS[kind].averages:
-        return None
-    return load_config(run / RESOLVED, [], _OfRun).optim
 
 
 def _averaged(checkpoint: Checkpoint, params: Params, optimizer: OptimizerConfig, paddable: Paddable) -> Params:

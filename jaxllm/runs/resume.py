@@ -25,7 +25,7 @@ from jaxllm.checkpoint.run_files import (
     unsealed,
 )
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
-from jaxllm.core.config import Section, load
+from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
 from jaxllm.core.fit import Paddable
 from jaxllm.data.rows.loader import HeldOutBy
@@ -37,7 +37,7 @@ from jaxllm.peft.adalora import AdaLora
 from jaxllm.processes.distributed import is_first
 from jaxllm.runs.config import Config
 from jaxllm.runs.config_changes import Change, Rule, changes, harmless
-from jaxllm.runs.folder import first_of
+from jaxllm.runs.folder import config_of, first_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -165,7 +165,7 @@ def find_resume(config: Config) -> Resume | None:
             f"output_dir {folder} holds a run, and checkpoint.resume is none; choose a new folder, or "
             "checkpoint.resume=auto to go on with it"
         )
-    before = _config_of(folder)
+    before = config_of(folder)
     found = _harmless(before, config, folder, Rule.REFUSED, Rule.NEW_FOLDER)
     notes = [f"changed, and harmless: {', '.join(map(str, found))}"] if found else []
     own = checkpoints(folder / RUN_CHECKPOINTS)
@@ -201,7 +201,7 @@ def _named_checkpoint(wanted: str) -> Checkpoint:
 def _from_another(config: Config, named: Checkpoint) -> Resume:
     run = named.parent.parent
     check_described(run)
-    found = _harmless(_config_of(run), config, run, Rule.REFUSED)
+    found = _harmless(config_of(run), config, run, Rule.REFUSED)
     notes = [f"changed since {named} was written: {', '.join(map(str, found))}"] if found else []
     return _resume(named, notes)
 
@@ -213,16 +213,6 @@ def _harmless(there: Config, now: Config, run: Path, *refused: Rule) -> list[Cha
     if there.train.scales_loss() != now.train.scales_loss():  # the scale is a part of the state
         also.append("train.compute_dtype")
     return harmless(changes(there, now), refused, str(run), str(run / RESOLVED), also=also)
-
-
-def _config_of(run: Path) -> Config:
-    try:
-        return load(run / RESOLVED, [], Config)
-    except UserError as error:
-        raise UserError(
-            f"{run} holds a run of another version of jaxllm, whose config this one does not know: {error}. Finish it "
-            f"with that version, or choose a new output_dir; model.path={run} starts a new run from its weights"
-        ) from error
 
 
 def _resume(checkpoint: Checkpoint, notes: Sequence[str], damaged: Sequence[Checkpoint] = ()) -> Resume:
