@@ -47,7 +47,7 @@ def pipeline(layout: Layout, remat: Remat = "none", virtual: int = 1) -> Stack:
         stages = jnp.arange(layout.stages)
         micro_batches = 1 if cache is not None else x.shape[0] // layout.size("batch")
         layers, cache = in_stages(stacked, layout), in_stages(cache, layout)
-        inputs, contexts = _cut((x, ctx), micro_batches)
+        inputs, contexts = _cut(x, ctx, micro_batches)
 
         def stage(layers: Any, x: jax.Array, ctx: Context, cache: LayerCache | None) -> Walked:
             return scan(remat)(block, layers, x, ctx, cache)
@@ -84,7 +84,7 @@ def _circular(layout: Layout, virtual: int) -> Stack:
         layers = in_stages(stacked, layout)
         depth = jax.tree.leaves(layers)[0].shape[1] // virtual
         micro_batches = x.shape[0] // layout.size("batch")
-        inputs, contexts = _cut((x, ctx), micro_batches)
+        inputs, contexts = _cut(x, ctx, micro_batches)
 
         def stage(layers: Any, chunk: jax.Array, x: jax.Array, ctx: Context) -> jax.Array:
             def body(x: jax.Array, k: jax.Array) -> tuple[jax.Array, None]:
@@ -145,15 +145,16 @@ def _like(of_stages: jax.Array, x: jax.Array) -> jax.Array:
     return of_stages.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _cut(batch: Any, micro_batches: int) -> Any:
-    """Arrays `[B, …]` as `[m, B / m, …]`, of which each has rows of every data-parallel device."""
+def _cut(x: jax.Array, ctx: Context, micro_batches: int) -> tuple[jax.Array, Context]:
+    """x, and the arrays of its context, from `[B, …]` to `[m, B / m, …]`: each part has rows of every data-parallel
+    device."""
 
     def cut(a: jax.Array) -> jax.Array:
         if micro_batches == 1:  # a scalar has no rows
             return a[None]
         return a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1)
 
-    return jax.tree.map(cut, batch)
+    return cut(x), ctx.in_parts(micro_batches, cut)
 
 
 def _whole(x: jax.Array) -> jax.Array:

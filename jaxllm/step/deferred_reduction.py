@@ -97,7 +97,7 @@ def _on_devices(stack: Stack, lm: LM, state: TrainState, own: Leaves) -> Stack:
             moving = {path: leaf for path, leaf in leaves.items() if path not in frozen}
             return mapped((fixed, index), moving, own, x, ctx), cache
 
-        ctx = replace(jax.tree.map(split, ctx), layout=of_device)
+        ctx = replace(ctx.in_parts(layout.size("batch"), split), layout=of_device)
         y, cache = stack(of_layer, (stacked, own), split(x), ctx, cache)
         return layout.constrain(y.reshape(x.shape), "batch", "act_length", "act_embed"), cache
 
