@@ -24,12 +24,12 @@ from rich.table import Table
 
 from jaxllm.core.compilation_cache import cache_root
 from jaxllm.core.errors import UserError
+from jaxllm.core.hardware import GIB
 from jaxllm.core.mesh import Layout
 from jaxllm.processes.distributed import gather, versions
 from jaxllm.processes.launch import Place
 from jaxllm.runs.config import Config
 
-GIB = 2**30
 # What a device adds up: enough to see the network rather than the wait for one another.
 ARRAY_BYTES = 2**25
 REPEATS = 5

@@ -6,7 +6,8 @@ import sys
 
 from jaxllm.core.command import exit_status
 from jaxllm.core.errors import UserError
-from jaxllm.plan.targets import TARGETS, missing_wheels, target_named
+from jaxllm.core.hardware import TARGETS
+from jaxllm.plan.targets import missing_wheels, target_named
 from jaxllm.processes.environment import quiet_libraries, without_idle_cuda, without_torch
 
 DESCRIPTION = """Compiles the training step of CONFIG.yaml for a GPU that need not be here, and prints what each device

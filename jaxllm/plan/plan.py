@@ -10,11 +10,12 @@ import jax
 
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
+from jaxllm.core.hardware import Target
 from jaxllm.core.mesh import Layout
 from jaxllm.kernels.attention_choice import AttentionChoice, plan_attention
 from jaxllm.models import LM
 from jaxllm.nn.quantized import STORED
-from jaxllm.plan.targets import Target, compile_only_devices
+from jaxllm.plan.targets import compile_only_devices
 from jaxllm.runs.config import Config
 from jaxllm.step.update import CompiledStep, check_length
 from jaxllm.train.inputs import model_without_weights

@@ -12,10 +12,9 @@ import psutil
 from pydantic import ValidationError
 
 from jaxllm.core.errors import UserError
+from jaxllm.core.hardware import GIB
 from jaxllm.runs.config import Config
 from jaxllm.step.update import CompiledStep
-
-GIB = 2**30
 
 # A remedy is named if it saves this share of the peak; and how many are named at most.
 SAVES, SHOWN = 0.02, 4

@@ -1,41 +1,6 @@
-"""What a run counts besides its loss: floating-point operations, and the share of the peak that they are."""
+"""The floating-point operations that a run counts."""
 
-import re
-
-from jaxllm.core.mesh import Layout
 from jaxllm.models.lm import LM
-
-# Peaks of bf16 products accumulated in float32, without sparsity, in FLOP/s, from the vendor's data sheets. The first
-# whose words are in the device's name counts, so the variants of a card stand before it.
-PEAK_FLOPS = {
-    "GB300": 2500e12,
-    "B300": 2250e12,
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A40": 150e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-}
-
-
-def peak_flops(layout: Layout) -> float | None:
-    """The dense bf16 peak of all devices together in FLOP/s, or None if it is not known."""
-    devices = layout.mesh.devices
-    kind = devices.flat[0].device_kind
-    known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", kind))
-    return next((peak * devices.size for peak in known), None)
 
 
 def flops_per_token(lm: LM, seq_len: int, trained: int | None = None) -> tuple[float, float]:

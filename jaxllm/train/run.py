@@ -22,6 +22,7 @@ from jaxllm.core import tree
 from jaxllm.core.compilation_cache import programs_read
 from jaxllm.core.errors import UserError
 from jaxllm.core.finite import ANOTHER, check_finite
+from jaxllm.core.hardware import peak_flops
 from jaxllm.core.mesh import Layout
 from jaxllm.data.rows.loader import State
 from jaxllm.data.text.kept_template import kept_template
@@ -44,7 +45,7 @@ from jaxllm.step.xla_options import describe_determinism, describe_options
 from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, saying, training_loader
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory, untried_advice
-from jaxllm.train.metrics import flops_per_token, peak_flops
+from jaxllm.train.metrics import flops_per_token
 from jaxllm.train.program import Program
 
 if TYPE_CHECKING:

@@ -25,10 +25,11 @@ import yaml
 
 from jaxllm.core.config import load
 from jaxllm.core.errors import UserError
+from jaxllm.core.hardware import TARGETS
 from jaxllm.core.versions import environment
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.plan.plan import Plan, devices_for, plan
-from jaxllm.plan.targets import TARGETS, missing_wheels, target_named
+from jaxllm.plan.targets import missing_wheels, target_named
 from jaxllm.processes.environment import quiet_libraries
 from jaxllm.runs.config import Config
 

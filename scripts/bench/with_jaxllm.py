@@ -10,6 +10,7 @@ import numpy as np
 from job import Engine, Job, serve
 
 import jaxllm
+from jaxllm.core.hardware import peak_flops
 from jaxllm.kernels.attention_choice import choose_attention
 from jaxllm.models.stack import scan
 from jaxllm.optim.build import AdamW, build
@@ -17,7 +18,7 @@ from jaxllm.optim.schedule_config import Constant
 from jaxllm.processes.environment import prepare_backends
 from jaxllm.step.state import abstract_state, new_state
 from jaxllm.step.update import BATCH_AXES, accumulated, batch_shapes, compile_step, make_step
-from jaxllm.train.metrics import flops_per_token, peak_flops
+from jaxllm.train.metrics import flops_per_token
 
 
 class WithJaxllm(Engine):

@@ -13,10 +13,11 @@ import jax
 import pytest
 
 from jaxllm.core.config import load
+from jaxllm.core.hardware import TARGETS
 from jaxllm.plan.__main__ import main
 from jaxllm.plan.plan import devices_for, plan
 from jaxllm.plan.report import verdict
-from jaxllm.plan.targets import TARGETS, target_named
+from jaxllm.plan.targets import target_named
 from jaxllm.runs.config import Config
 from tests.support.gpu_plans import HEADS, LLAMA_1B, LLAMA_8B, config_of, gpu_plans, needs_compiler
 from tests.support.whole_runs import train, workplace

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.core.hardware import TARGETS
 from jaxllm.plan.__main__ import main
-from jaxllm.plan.targets import TARGETS
 from tests.support.gpu_plans import config_of
 
 # Compiled, never run: so large that hundredths of a GiB tell the remedies apart.

@@ -7,9 +7,10 @@ import psutil
 import pytest
 
 from jaxllm.core.errors import UserError
+from jaxllm.core.hardware import GIB
 from jaxllm.runs.config import Config
 from jaxllm.step.update import CompiledStep
-from jaxllm.train.memory import GIB, check_fits, device_bytes, remedies, tried, untried_advice
+from jaxllm.train.memory import check_fits, device_bytes, remedies, tried, untried_advice
 
 
 def config(**train: Any) -> Config:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.core.hardware import peak_flops
 from jaxllm.core.mesh import Layout
 from jaxllm.models.stack import loop
-from jaxllm.train.metrics import flops_per_token, peak_flops
+from jaxllm.train.metrics import flops_per_token
 from tests.support.families import mesh_layout, small_lm
 from tests.support.small_runs import llama
 
