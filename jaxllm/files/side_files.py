@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from jaxllm.core.console import note
 from jaxllm.core.errors import UserError
-from jaxllm.core.notes import note
 from jaxllm.files.hub import GENERATION_CONFIG, TOKENIZER_FILES
 
 SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES)

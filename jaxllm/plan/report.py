@@ -6,12 +6,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from jaxllm.core.console import saying
 from jaxllm.core.hardware import GIB, Target
 from jaxllm.peft.base import describe
 from jaxllm.plan.plan import Plan
 from jaxllm.processes.environment import GPU_MEMORY_SHARE, quiet_libraries
 from jaxllm.runs.config import Config
-from jaxllm.train.inputs import saying
 from jaxllm.train.memory import Compile, remedies, tried
 
 # The seconds after which no other remedy is compiled.

@@ -30,8 +30,9 @@ def _prepare(arguments: list[str]) -> None:
     from rich.console import Console
 
     from jaxllm.core.config import load
+    from jaxllm.core.console import saying
     from jaxllm.runs.config import Config
-    from jaxllm.train.inputs import open_tokenizer, read_inputs, saying
+    from jaxllm.train.inputs import open_tokenizer, read_inputs
 
     config = load(arguments[0], arguments[1:], Config)
     say = saying(Console())

@@ -22,11 +22,11 @@ from jaxllm.checkpoint.run_files import (
 )
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
 from jaxllm.core import tree
+from jaxllm.core.console import note
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.fit import Paddable
 from jaxllm.core.mesh import Layout
-from jaxllm.core.notes import note
 from jaxllm.core.tree import Params
 from jaxllm.data.text.tokenizer import load_tokenizer
 from jaxllm.files import hub

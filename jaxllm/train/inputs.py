@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.text import Text
 
 from jaxllm.callbacks.evaluate import EvaluationSet
+from jaxllm.core.console import Say
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.data.records.duplicates import refuse_overlaps
@@ -42,9 +41,6 @@ from jaxllm.step.update import BATCH_AXES, check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Say = Callable[[str, object], None]
-"""Prints a line for people: what it is about, and what there is to say."""
 
 
 def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
@@ -122,16 +118,6 @@ class Inputs:
     held_out: Mapping[str, Rows]
     day: date
     held_out_by: HeldOutBy
-
-
-def saying(console: Console) -> Say:
-    """What prints lines on `console`."""
-
-    def say(what: str, value: object) -> None:
-        shown = value if isinstance(value, Text) else str(value)
-        console.print(Text.assemble(f"{what:<10}", shown), soft_wrap=True)
-
-    return say
 
 
 def read_inputs(

@@ -20,6 +20,7 @@ from jaxllm.checkpoint.run_files import RUN_CHECKPOINTS, RUN_MODEL, check_seal
 from jaxllm.checkpoint.writer import CheckpointWriter
 from jaxllm.core import tree
 from jaxllm.core.compilation_cache import programs_read
+from jaxllm.core.console import saying
 from jaxllm.core.errors import UserError
 from jaxllm.core.finite import ANOTHER, check_finite
 from jaxllm.core.hardware import peak_flops
@@ -42,7 +43,7 @@ from jaxllm.runs.model_config import PretrainedModel
 from jaxllm.runs.resume import Facts, find_resume
 from jaxllm.step.update import check_length
 from jaxllm.step.xla_options import describe_determinism, describe_options
-from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, saying, training_loader
+from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, training_loader
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory, untried_advice
 from jaxllm.train.metrics import flops_per_token

@@ -9,12 +9,13 @@ from safetensors.numpy import load_file
 from jaxllm.checkpoint.store import Checkpoint
 from jaxllm.convert.__main__ import main as convert
 from jaxllm.core import tree
+from jaxllm.core.console import saying
 from jaxllm.core.mesh import Layout
 from jaxllm.hf import load_hf
 from jaxllm.optim.build import build
 from jaxllm.runs.open import open_model
 from jaxllm.step.state import abstract_state
-from jaxllm.train.inputs import evaluation_sets, read_inputs, saying
+from jaxllm.train.inputs import evaluation_sets, read_inputs
 from tests.support.optimizers import section
 from tests.support.whole_runs import train, workplace
 
