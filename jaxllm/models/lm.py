@@ -34,10 +34,11 @@ from jaxllm.nn.context import CachePosition, Context
 from jaxllm.nn.dropout import Dropout
 from jaxllm.nn.embed import BESIDE, Embed, tied_logits
 from jaxllm.nn.linear import Head
-from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective, loss_chunks, token_losses
+from jaxllm.nn.loss import loss_chunks, token_losses
 from jaxllm.nn.norm import RMSNorm
 from jaxllm.nn.prefix import FOLDER, projected_prefix
 from jaxllm.nn.rope import ROPES, DefaultRope, Rope, Rotation, rope_tables
+from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
 
 
 def _at_most(limit: int, largest: str) -> AfterValidator:

@@ -9,7 +9,7 @@ import optax
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
 from jaxllm.models.stack import RematConfig, Stack, scan
-from jaxllm.nn.loss import CROSS_ENTROPY, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, Objective
 from jaxllm.optim.curvature import Curvature
 from jaxllm.step.deferred_reduction import accumulated_late
 from jaxllm.step.fused_lisa import make_fused_lisa_step

@@ -23,7 +23,7 @@ from jaxllm.models.lm import LM
 from jaxllm.models.stack import Block, Stack, Walked
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import Context
-from jaxllm.nn.loss import Losses, Objective
+from jaxllm.objectives.base import Losses, Objective
 from jaxllm.step.reduction import sum_of_parts
 from jaxllm.step.state import TrainState
 from jaxllm.step.update import Batch, Gradient, accumulated, mean_losses, over_micro_batches

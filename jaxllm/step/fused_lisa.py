@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.core import tree
-from jaxllm.nn.loss import CROSS_ENTROPY, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.step.layerwise import INDEX, Layerwise, layers_and_rest
 from jaxllm.step.leaf_update import LeafUpdate, Leaves, Visitor

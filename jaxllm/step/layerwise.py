@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.core import tree
 from jaxllm.models.lm import LM
-from jaxllm.nn.loss import Losses, Objective
+from jaxllm.objectives.base import Losses, Objective
 from jaxllm.step.leaf_update import Leaves
 from jaxllm.step.sweep import sum_micro
 from jaxllm.step.update import Batch, trained_tokens

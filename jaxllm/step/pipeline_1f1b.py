@@ -25,7 +25,7 @@ from jaxllm.models.gpipe import STAGE_AXES, in_stages, of_pass, of_stage, on_sta
 from jaxllm.models.lm import LM
 from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.nn.context import Context
-from jaxllm.nn.loss import Losses, Objective
+from jaxllm.objectives.base import Losses, Objective
 from jaxllm.step.state import TrainState
 from jaxllm.step.sweep import take
 from jaxllm.step.update import BATCH_AXES, Batch, Gradient, trained_tokens

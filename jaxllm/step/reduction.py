@@ -11,7 +11,7 @@ from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
-from jaxllm.nn.loss import Losses, Objective
+from jaxllm.objectives.base import Losses, Objective
 from jaxllm.step.state import REPLICAS, TrainState, over_replicas
 from jaxllm.step.update import Batch, Gradient, trained_tokens
 

@@ -18,7 +18,7 @@ from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
-from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.peft.layer_sampling import LisaPolicy
 from jaxllm.step.layerwise import INDEX, Layerwise, in_embedding, layers_and_rest

@@ -17,7 +17,7 @@ from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
 from jaxllm.models.stack import Stack
-from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.optim.curvature import Curvature
 from jaxllm.step.by_layer import update_by_layer

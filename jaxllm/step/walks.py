@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxllm.core import tree
 from jaxllm.models.gpipe import in_stages, on_stages, out_of_stages
-from jaxllm.nn.loss import Losses
+from jaxllm.objectives.base import Losses
 from jaxllm.step.layerwise import INDEX, Layerwise, in_embedding
 from jaxllm.step.leaf_update import Leaves
 from jaxllm.step.pipeline_1f1b import pass_through

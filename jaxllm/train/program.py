@@ -16,7 +16,7 @@ from jaxllm.core.layer_order import rearranged
 from jaxllm.core.tree import Params
 from jaxllm.models.fit_layout import check_chunks
 from jaxllm.models.lm import LM
-from jaxllm.nn.loss import Objective
+from jaxllm.objectives.base import Objective
 from jaxllm.optim.build import at_rate, build
 from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft.adalora import AdaLora

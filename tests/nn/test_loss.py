@@ -12,7 +12,8 @@ import torch
 from jaxllm.core.mesh import Layout
 from jaxllm.nn.chunks import CHUNK_BYTES
 from jaxllm.nn.linear import project
-from jaxllm.nn.loss import CROSS_ENTROPY, Objective, loss_chunks, token_losses
+from jaxllm.nn.loss import loss_chunks, token_losses
+from jaxllm.objectives.base import CROSS_ENTROPY, Objective
 from tests.support.families import mesh_layout
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 8, 16, 101

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from transformers import LlamaForCausalLM
 
 from jaxllm.hf import save_hf
-from jaxllm.nn.loss import CROSS_ENTROPY, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import build
 from jaxllm.optim.schedule_config import Linear
 from tests.support.families import draw_params, small_lm

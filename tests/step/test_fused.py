@@ -16,7 +16,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.stack import scan
-from jaxllm.nn.loss import Objective
+from jaxllm.objectives.base import Objective
 from jaxllm.optim.build import OPTIMIZERS, build
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.runs.config import Config

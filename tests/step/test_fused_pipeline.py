@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from jaxllm.core import tree
 from jaxllm.models.pipeline_schedule import Schedule
-from jaxllm.nn.loss import Objective
+from jaxllm.objectives.base import Objective
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.peft.lora import Lora
 from tests.support import whole_runs

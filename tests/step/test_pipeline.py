@@ -15,7 +15,7 @@ from jaxllm.generate.__main__ import main as generate
 from jaxllm.hf import load_hf
 from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.nn import chunks
-from jaxllm.nn.loss import CROSS_ENTROPY, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import SophiaG
 from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from jaxllm.core import tree
 from jaxllm.models.stack import scan
-from jaxllm.nn.loss import Losses
+from jaxllm.objectives.base import Losses
 from jaxllm.optim.build import build
 from jaxllm.step import state as state_module
 from jaxllm.step.state import SMALLEST_LOSS_SCALE, LossScale, TrainState, new_state

@@ -19,7 +19,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.models.stack import NamedTensors, Remat, check_offload, loop, scan
 from jaxllm.nn.checkpoint_names import TENSOR_NAMES
-from jaxllm.nn.loss import CROSS_ENTROPY, Losses, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.build import build
 from jaxllm.step.state import TrainState, new_state
 from jaxllm.step.update import CompiledStep, accumulated, batch_shapes, compile_steps, make_step

@@ -18,7 +18,7 @@ from jaxllm.models.fit_layout import fit_layout
 from jaxllm.models.lm import FamilyConfig
 from jaxllm.models.quantized import Quantization
 from jaxllm.models.stack import Stack, scan
-from jaxllm.nn.loss import CROSS_ENTROPY, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import AdamW, at_rate, build
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.curvature import Curvature
