@@ -9,7 +9,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.hf.fields import CODE, QUANTIZED, sort_fields
 from jaxllm.hf.rope import shown
 from jaxllm.models import FAMILIES
-from jaxllm.models.lm import Family
+from jaxllm.models.family import Family
 
 # Without one of these a config.json describes its model in names of its own.
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")

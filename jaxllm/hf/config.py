@@ -17,7 +17,7 @@ from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.hf.architecture import family_of
 from jaxllm.hf.fields import CODE, names_of, neutral_of, sort_fields
 from jaxllm.hf.rope import PARTIAL, read_rope, shown, write_rope, write_theta
-from jaxllm.models.lm import Family, FamilyConfig
+from jaxllm.models.family import Family, FamilyConfig
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxllm.core.errors import nearest
 from jaxllm.hf.rope import FIELDS as ROPE_FIELDS
 from jaxllm.hf.rope import TABLES
-from jaxllm.models.lm import Family
+from jaxllm.models.family import Family
 
 _BOOKKEEPING = """
 _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from jaxllm.core.errors import UserError, did_you_mean
-from jaxllm.models.lm import Family, FamilyConfig
+from jaxllm.models.family import Family, FamilyConfig
 from jaxllm.nn.rope import ROPES, Rope
 
 TABLES = ("rope_scaling", "rope_parameters")

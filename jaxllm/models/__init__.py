@@ -1,5 +1,5 @@
 """Models; importing this registers the families."""
 
 from jaxllm.models import families as families
-from jaxllm.models.lm import FAMILIES as FAMILIES
+from jaxllm.models.family import FAMILIES as FAMILIES
 from jaxllm.models.lm import LM as LM

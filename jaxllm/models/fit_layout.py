@@ -4,7 +4,8 @@ import logging
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.models.lm import LM, FamilyConfig
+from jaxllm.models.family import FamilyConfig
+from jaxllm.models.lm import LM
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pydantic import Field, create_model
 from jaxllm.core.config import Section
 from jaxllm.core.registry import Registry
 from jaxllm.models import FAMILIES
-from jaxllm.models.lm import FamilyConfig, Heads, HeadWidth, Tokens
+from jaxllm.models.family import FamilyConfig, Heads, HeadWidth, Tokens
 from jaxllm.models.quantized import Quantizable
 
 

@@ -30,8 +30,8 @@ from jaxllm.files import hub
 from jaxllm.hf import load_params
 from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models import FAMILIES, LM
+from jaxllm.models.family import FamilyConfig
 from jaxllm.models.fit_layout import fit_layout
-from jaxllm.models.lm import FamilyConfig
 from jaxllm.peft.adapter import with_adapter
 from jaxllm.processes.distributed import gather, is_first, require_same
 from jaxllm.runs.config import Config

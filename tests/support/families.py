@@ -13,7 +13,7 @@ from jaxllm.core import tree
 from jaxllm.core.mesh import Layout, MeshConfig
 from jaxllm.hf.export import save
 from jaxllm.models import FAMILIES, LM
-from jaxllm.models.lm import FamilyConfig
+from jaxllm.models.family import FamilyConfig
 from jaxllm.nn.quantized import STORED, dequantized
 
 # A Llama's code computes a Mistral too, and need not be tested twice: its logits are in tests/hf/test_published.py.

@@ -14,8 +14,8 @@ from jaxllm.core import tree
 from jaxllm.core.layer_order import rearranged
 from jaxllm.core.mesh import Layout
 from jaxllm.models import FAMILIES, LM
+from jaxllm.models.family import FamilyConfig
 from jaxllm.models.fit_layout import fit_layout
-from jaxllm.models.lm import FamilyConfig
 from jaxllm.models.quantized import Quantization
 from jaxllm.models.stack import Stack, scan
 from jaxllm.objectives.base import CROSS_ENTROPY, Objective

@@ -7,7 +7,7 @@ import jax
 from jax.typing import DTypeLike
 from pydantic import model_validator
 
-from jaxllm.models.lm import FAMILIES, Family, FamilyConfig, Width
+from jaxllm.models.family import FAMILIES, Family, FamilyConfig, Width
 from jaxllm.models.rules import Rule, T
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.cache import LayerCache

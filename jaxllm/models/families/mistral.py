@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from jaxllm.models.families.llama import GatedConfig, LlamaBlock, unfused_rules
-from jaxllm.models.lm import FAMILIES, Family
+from jaxllm.models.family import FAMILIES, Family
 
 
 class MistralConfig(GatedConfig):

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from jaxllm.models.families.llama import LAYER, GatedConfig, LlamaBlock, outer_rules
-from jaxllm.models.lm import FAMILIES, Family
+from jaxllm.models.family import FAMILIES, Family
 from jaxllm.models.rules import Interleaved, Rule, T
 from jaxllm.nn.rope import Rotation
 
