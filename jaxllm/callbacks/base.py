@@ -2,12 +2,28 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxllm.core.config import Section
 from jaxllm.core.registry import Registry
-from jaxllm.step.state import Event
+from jaxllm.step.state import TrainState
+
+
+@dataclass
+class Event:
+    """A step has been dispatched.
+
+    step: updates done when it is finished. state: the state after it, valid until the next event is asked for.
+    finished: `{step: metrics}` of the steps whose results have arrived since the last event. last: whether this is
+    the last event, because the run is complete or was told to stop; a callback may set it at a step that is settled.
+    """
+
+    step: int
+    state: TrainState
+    last: bool
+    finished: Mapping[int, Mapping[str, float]]
 
 
 class Callback:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import jax
 from rich.console import Console
 
-from jaxllm.callbacks.base import Callback
+from jaxllm.callbacks.base import Callback, Event
 from jaxllm.callbacks.log import MetricsFile
 from jaxllm.core.tree import Params
 from jaxllm.evaluate.perplexity import HeldOut, Perplexity
-from jaxllm.step.state import Event, TrainState
+from jaxllm.step.state import TrainState
 
 Batch = Mapping[str, jax.Array]
 

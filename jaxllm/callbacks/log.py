@@ -20,11 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jaxllm.callbacks.base import Callback
+from jaxllm.callbacks.base import Callback, Event
 from jaxllm.core.config import Section
 from jaxllm.core.errors import UserError
 from jaxllm.processes.distributed import gather, is_first
-from jaxllm.step.state import Event
 
 # What a step tells under some settings only.
 SOMETIMES = ("objective", "z_loss", "loss_scale", "overflow", "sophia_win_rate")

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jaxllm.callbacks.base import Callback
+from jaxllm.callbacks.base import Callback, Event
 from jaxllm.callbacks.log import MetricsFile
 from jaxllm.checkpoint.retention import CheckpointConfig
 from jaxllm.checkpoint.writer import CheckpointWriter, Saved
-from jaxllm.step.state import Event
 
 
 class Save(Callback):

@@ -17,7 +17,8 @@ from jaxllm.models import LM
 from jaxllm.nn.quantized import STORED
 from jaxllm.plan.targets import compile_only_devices
 from jaxllm.runs.config import Config
-from jaxllm.step.update import CompiledStep, check_length
+from jaxllm.step.batch import check_length
+from jaxllm.step.compile import CompiledStep
 from jaxllm.train.inputs import model_without_weights
 from jaxllm.train.program import Program
 

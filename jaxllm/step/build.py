@@ -13,11 +13,13 @@ from jaxllm.objectives.base import CROSS_ENTROPY, Objective
 from jaxllm.optim.curvature import Curvature
 from jaxllm.step.deferred_reduction import accumulated_late
 from jaxllm.step.fused_lisa import make_fused_lisa_step
+from jaxllm.step.gradient import Gradient, accumulated
 from jaxllm.step.layerwise_step import make_fused_step
 from jaxllm.step.pipeline_1f1b import pipelined
 from jaxllm.step.reduction import reduced_once
 from jaxllm.step.sampled_layers import LisaOptimizer, make_lisa_step
-from jaxllm.step.update import Gradient, Step, accumulated, make_step
+from jaxllm.step.state import Step
+from jaxllm.step.update import make_step
 
 # Layers that the program of a CPU may hold one after the other: the time to compile grows with each of them.
 MOST_UNROLLED = 64

@@ -24,9 +24,10 @@ from jaxllm.models.stack import Block, Stack, Walked
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import Context
 from jaxllm.objectives.base import Losses, Objective
+from jaxllm.step.batch import Batch
+from jaxllm.step.gradient import Gradient, accumulated, mean_losses, over_micro_batches
 from jaxllm.step.reduction import sum_of_parts
 from jaxllm.step.state import TrainState
-from jaxllm.step.update import Batch, Gradient, accumulated, mean_losses, over_micro_batches
 
 Leaves = Mapping[str, Any]
 """Of layers, by their paths."""

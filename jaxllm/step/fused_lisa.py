@@ -14,13 +14,14 @@ import optax
 from jaxllm.core import tree
 from jaxllm.objectives.base import CROSS_ENTROPY, Objective
 from jaxllm.optim.clip import clip_coefficient
+from jaxllm.step.batch import ROUNDING, Batch, step_key, with_dropout
 from jaxllm.step.layerwise import INDEX, Layerwise, layers_and_rest
 from jaxllm.step.leaf_update import LeafUpdate, Leaves, Visitor
 from jaxllm.step.norms import squares
 from jaxllm.step.sampled_layers import LisaOptimizer, LisaState
-from jaxllm.step.state import TrainState
+from jaxllm.step.state import Metrics, Step, TrainState
 from jaxllm.step.sweep import take
-from jaxllm.step.update import ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
+from jaxllm.step.update import step_metrics
 from jaxllm.step.walks import rows_walk
 
 _barrier = jax.lax.optimization_barrier

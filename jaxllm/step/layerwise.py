@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.core import tree
 from jaxllm.models.lm import LM
 from jaxllm.objectives.base import Losses, Objective
+from jaxllm.step.batch import Batch, trained_tokens
 from jaxllm.step.leaf_update import Leaves
 from jaxllm.step.sweep import sum_micro
-from jaxllm.step.update import Batch, trained_tokens
 
 INDEX = "index"
 """Beside the parameters of the layers: which of them each is."""

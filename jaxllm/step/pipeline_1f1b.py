@@ -26,9 +26,10 @@ from jaxllm.models.lm import LM
 from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.nn.context import Context
 from jaxllm.objectives.base import Losses, Objective
+from jaxllm.step.batch import BATCH_AXES, Batch, trained_tokens
+from jaxllm.step.gradient import Gradient
 from jaxllm.step.state import TrainState
 from jaxllm.step.sweep import take
-from jaxllm.step.update import BATCH_AXES, Batch, Gradient, trained_tokens
 
 V = TypeVar("V")
 

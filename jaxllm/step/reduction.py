@@ -12,8 +12,9 @@ from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
 from jaxllm.objectives.base import Losses, Objective
+from jaxllm.step.batch import Batch, trained_tokens
+from jaxllm.step.gradient import Gradient
 from jaxllm.step.state import REPLICAS, TrainState, over_replicas
-from jaxllm.step.update import Batch, Gradient, trained_tokens
 
 
 def reduced_once(gradient: Gradient, *, scattered: bool = False, dtype: DTypeLike | None = None) -> Gradient:

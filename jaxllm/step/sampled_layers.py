@@ -21,14 +21,15 @@ from jaxllm.models.lm import LM
 from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.peft.layer_sampling import LisaPolicy
+from jaxllm.step.batch import LAYERS, ROUNDING, Batch, step_key, with_dropout
 from jaxllm.step.layerwise import INDEX, Layerwise, in_embedding, layers_and_rest
 from jaxllm.step.leaf_update import Leaves
 from jaxllm.step.norms import squares
 from jaxllm.step.pipeline_1f1b import pass_through
 from jaxllm.step.rounding import apply_updates
-from jaxllm.step.state import TrainState, laid_like
+from jaxllm.step.state import Metrics, Step, TrainState, laid_like
 from jaxllm.step.sweep import layer_inputs, rows_sweep
-from jaxllm.step.update import LAYERS, ROUNDING, Batch, Metrics, Step, step_key, step_metrics, with_dropout
+from jaxllm.step.update import step_metrics
 
 Transform = Callable[[optax.Schedule], optax.GradientTransformationExtraArgs]
 """An optimizer, for a learning rate."""

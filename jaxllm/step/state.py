@@ -1,8 +1,7 @@
-"""What a training step carries, and what a finished one tells."""
+"""What a training step carries."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -71,19 +70,9 @@ class TrainState(NamedTuple):
     loss_scale: LossScale | None = None
 
 
-@dataclass
-class Event:
-    """A step has been dispatched.
-
-    step: updates done when it is finished. state: the state after it, valid until the next event is asked for.
-    finished: `{step: metrics}` of the steps whose results have arrived since the last event. last: whether this is
-    the last event, because the run is complete or was told to stop; a callback may set it at a step that is settled.
-    """
-
-    step: int
-    state: TrainState
-    last: bool
-    finished: Mapping[int, Mapping[str, float]]
+Metrics = Mapping[str, jax.Array]
+Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
+"""`(state, batch) → (state, metrics)`"""
 
 
 def new_state(params: Params, trainable: Any, tx: Optimizer, *, scale_loss: bool = False) -> TrainState:

@@ -1,8 +1,6 @@
-"""The training step: gradients of the trainable half, clipping, the optimizer. Compiled in one place."""
+"""The training step: gradients of the trainable half, clipping, the optimizer."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,35 +10,19 @@ import optax
 
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
-from jaxllm.core.errors import UserError
-from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
-from jaxllm.models.stack import Stack
 from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.clip import clip_coefficient
 from jaxllm.optim.curvature import Curvature
+from jaxllm.step.batch import ROUNDING, TARGETS, Batch, step_key, with_drawn_targets, with_dropout
 from jaxllm.step.by_layer import update_by_layer
+from jaxllm.step.gradient import Gradient
 from jaxllm.step.leaf_update import LeafUpdate, Visitor
 from jaxllm.step.norms import norms, squares
 from jaxllm.step.offload import in_pieces
 from jaxllm.step.rounding import apply_updates
-from jaxllm.step.state import SMALLEST_LOSS_SCALE, TrainState, over_replicas
-
-Batch = Mapping[str, jax.Array]
-Metrics = Mapping[str, jax.Array]
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-Gradient = Callable[[LM, TrainState, Batch, Objective], tuple[Losses, Params]]
-"""The mean losses of a batch over its trained tokens, and the gradient of the objective for the trainable half: in the
-dtype of the parameters if there is one micro-batch, otherwise in at least float32. Where the state has a loss scale,
-the gradient is multiplied by it."""
-
-# The dimensions of every array of a batch: micro-batches, sequences, tokens.
-BATCH_AXES = ("micro", "batch", "act_inner_length")
-
-# What a step draws random numbers for.
-DROPOUT, ROUNDING, TARGETS, LAYERS = range(4)
+from jaxllm.step.state import SMALLEST_LOSS_SCALE, Metrics, Step, TrainState, over_replicas
 
 
 def make_step(
@@ -202,79 +184,6 @@ def make_step(
     return step
 
 
-def accumulated(stack: Stack) -> Gradient:
-    """The gradients of one micro-batch after the other, by walks of `stack`, summed in at least float32."""
-
-    def gradient(lm: LM, state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
-        means = mean_losses(lm, state, batch, objective)
-        return over_micro_batches(lambda params, micro: means(params, micro, stack), state.params, batch)
-
-    return gradient
-
-
-def mean_losses(
-    lm: LM, state: TrainState, batch: Batch, objective: Objective
-) -> Callable[[Params, Batch, Stack], tuple[jax.Array, Losses]]:
-    """What a micro-batch of `batch` adds to the mean losses of that, by a walk, at any trainable parameters; and in
-    front of it what is differentiated: the objective, multiplied by the state's loss scale."""
-    trained = trained_tokens(batch)
-    factor = 1 if state.loss_scale is None else state.loss_scale.scale
-
-    def of_micro(params: Params, micro: Batch, stack: Stack) -> tuple[jax.Array, Losses]:
-        sums = lm.losses(tree.combine(params, state.frozen), micro, stack, objective)
-        means = jax.tree.map(lambda total: total / trained, sums)
-        return means.objective * factor, means
-
-    return of_micro
-
-
-def over_micro_batches(
-    loss: Callable[[Any, Batch], tuple[jax.Array, Losses]], params: Any, batch: Batch
-) -> tuple[Losses, Any]:
-    """The losses of one micro-batch after the other, and the gradients for `params` of what `loss` has in front of
-    them; of several, summed in at least float32."""
-
-    def of_micro(micro: Batch) -> tuple[Losses, Any]:
-        (_, means), grads = jax.value_and_grad(loss, has_aux=True)(params, micro)
-        return means, grads
-
-    def add(total: tuple[Losses, Any], micro: Batch):
-        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), total, of_micro(micro)), None
-
-    first = {name: array[0] for name, array in batch.items()}
-    if batch["tokens"].shape[0] == 1:
-        return of_micro(first)
-    shapes = jax.eval_shape(of_micro, first)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, at_least_float32(a.dtype)), shapes)
-    return jax.lax.scan(add, zeros, dict(batch))[0]
-
-
-def trained_tokens(batch: Batch) -> jax.Array:
-    """What the sums of losses are divided by: the trained tokens of all micro-batches, or 1 where there are none."""
-    return jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
-
-
-def step_key(seed: int, step: jax.Array, purpose: int) -> jax.Array:
-    """The key of what a step draws for a purpose."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
-
-
-def with_dropout(lm: LM, batch: Batch, seed: int, step: jax.Array) -> Batch:
-    """`batch` with a key for each sequence, if the model drops anything."""
-    if not (lm.dropout or lm.adapter_dropout):
-        return batch
-    return {**batch, "dropout_keys": jax.random.split(step_key(seed, step, DROPOUT), batch["tokens"].shape[:2])}
-
-
-def with_drawn_targets(batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-    """The batch with a key in place of each target, by which it is drawn from the model (see `LM.losses`).
-
-    A key follows from `key` and the place in the whole batch: the draw depends on neither mesh nor micro-batches.
-    """
-    shape = batch["targets"].shape
-    return {**batch, "targets": jax.random.split(key, shape)}
-
-
 def step_metrics(
     losses: Losses,
     grad_squares: Mapping[str, jax.Array],
@@ -296,93 +205,3 @@ def step_metrics(
     if objective.z_loss:
         metrics["z_loss"] = losses.z_loss
     return metrics
-
-
-@dataclass(frozen=True)
-class CompiledStep:
-    """A compiled step, what compiling took in seconds, and the bytes that a device holds for it.
-
-    argument_bytes: state and batch. temp_bytes: what lives within the step. peak_bytes: the most at a time.
-    in_place_bytes: of the state, what the new one is written over. host_bytes: what is in the host's memory, between
-    steps or within one; on a CPU that is the device's.
-    """
-
-    run: Step
-    compile_s: float
-    argument_bytes: int
-    temp_bytes: int
-    peak_bytes: int
-    in_place_bytes: int
-    host_bytes: int
-
-
-def batch_shapes(shape: tuple[int, int, int], layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of a batch of `[micro-batches, sequences, T]`, abstractly."""
-    check_length(shape[2], layout)
-    layout.spec(BATCH_AXES, shape, "batch")
-    names = {"tokens": jnp.int32, "targets": jnp.int32, "positions": jnp.int32, "segments": jnp.int32}
-    sharding = layout.sharding(*BATCH_AXES)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in {**names, "loss_mask": jnp.float32}.items()
-    }
-
-
-def check_length(length: int, layout: Layout) -> None:
-    """Raises UserError if rows of `length` tokens do not divide over the devices that share them."""
-    ways = layout.size("act_length")
-    if length % ways:
-        axes = " × ".join(f"{axis} {layout.mesh.shape[axis]}" for axis in layout.rules["act_length"])
-        nearest = " or ".join(str(size) for size in (length // ways * ways, -(-length // ways) * ways) if size)
-        raise UserError(
-            f"rows of {length} tokens do not divide over the {ways} devices of the mesh ({axes}) that share a "
-            f"sequence; set data.seq_len so that they do: to {nearest}, or with data.packing grouped to a multiple of "
-            f"{8 * ways}"
-        )
-
-
-def compile_step(
-    step: Step, state: Any, batch: Any, layout: Layout, options: Mapping[str, Any] | None = None
-) -> CompiledStep:
-    """Compiles `step` for abstract arguments with shardings. The state's buffers are reused for the new state.
-
-    options: the compiler's, for this program alone.
-    """
-    start = time.monotonic()
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
-    compiled = jitted.lower(state, batch).compile(compiler_options=dict(options or {}))
-    memory: Any = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-    return CompiledStep(
-        compiled,
-        time.monotonic() - start,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        peak,
-        memory.alias_size_in_bytes + memory.host_alias_size_in_bytes,
-        memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-    )
-
-
-def compile_steps(
-    step: Step, state: Any, batches: Sequence[Any], layout: Layout, options: Mapping[str, Any] | None = None
-) -> CompiledStep:
-    """Compiles `step` for each of several shapes of a batch; `run` takes the program of its batch's shape.
-
-    The bytes are those of the largest program, and the seconds those of all.
-    """
-    compiled = {batch["tokens"].shape: compile_step(step, state, batch, layout, options) for batch in batches}
-    largest = max(compiled.values(), key=lambda one: one.peak_bytes)
-    if len(compiled) == 1:
-        return largest
-
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return compiled[batch["tokens"].shape].run(state, batch)
-
-    return replace(largest, run=run, compile_s=sum(one.compile_s for one in compiled.values()))

@@ -37,7 +37,7 @@ from jaxllm.processes.distributed import gather, is_first, require_same
 from jaxllm.runs.config import Config
 from jaxllm.runs.model_config import NewModel
 from jaxllm.runs.open import OpenModel, fitting_tokenizer, model_folder, open_model
-from jaxllm.step.update import BATCH_AXES, check_length
+from jaxllm.step.batch import BATCH_AXES, check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from jaxllm.step.state import Event, TrainState
-from jaxllm.step.update import Batch, Metrics, Step
+from jaxllm.callbacks.base import Event
+from jaxllm.step.batch import Batch
+from jaxllm.step.state import Metrics, Step, TrainState
 
 
 def loop(

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from jaxllm.core.errors import UserError
 from jaxllm.core.hardware import GIB
 from jaxllm.runs.config import Config
-from jaxllm.step.update import CompiledStep
+from jaxllm.step.compile import CompiledStep
 
 # A remedy is named if it saves this share of the peak; and how many are named at most.
 SAVES, SHOWN = 0.02, 4

@@ -22,10 +22,11 @@ from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.peft.reallocation import reallocating
 from jaxllm.runs.config import Config
+from jaxllm.step.batch import batch_shapes
 from jaxllm.step.build import build_step
+from jaxllm.step.compile import CompiledStep, compile_steps
 from jaxllm.step.sampled_layers import Draws, LisaOptimizer
 from jaxllm.step.state import TrainState, abstract_state, new_state
-from jaxllm.step.update import CompiledStep, batch_shapes, compile_steps
 from jaxllm.step.xla_options import Options, compiler_options
 
 

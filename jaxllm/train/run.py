@@ -41,7 +41,7 @@ from jaxllm.runs.folder import AUTOTUNED, METRICS, prepare
 from jaxllm.runs.lock import owned
 from jaxllm.runs.model_config import PretrainedModel
 from jaxllm.runs.resume import Facts, find_resume
-from jaxllm.step.update import check_length
+from jaxllm.step.batch import check_length
 from jaxllm.step.xla_options import describe_determinism, describe_options
 from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, training_loader
 from jaxllm.train.loop import loop

@@ -38,9 +38,12 @@ def main() -> None:
     from jaxllm.models import FAMILIES, LM
     from jaxllm.models.stack import scan
     from jaxllm.optim.build import OPTIMIZERS, build
+    from jaxllm.step.batch import batch_shapes
+    from jaxllm.step.compile import compile_step
+    from jaxllm.step.gradient import accumulated
     from jaxllm.step.layerwise_step import make_fused_step
     from jaxllm.step.state import abstract_state, new_state
-    from jaxllm.step.update import accumulated, batch_shapes, compile_step, make_step
+    from jaxllm.step.update import make_step
 
     family, size = FAMILIES["llama"], SIZES[asked.size]
     bf16 = jnp.bfloat16

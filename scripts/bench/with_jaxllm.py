@@ -16,8 +16,11 @@ from jaxllm.models.stack import scan
 from jaxllm.optim.build import AdamW, build
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.processes.environment import prepare_backends
+from jaxllm.step.batch import BATCH_AXES, batch_shapes
+from jaxllm.step.compile import compile_step
+from jaxllm.step.gradient import accumulated
 from jaxllm.step.state import abstract_state, new_state
-from jaxllm.step.update import BATCH_AXES, accumulated, batch_shapes, compile_step, make_step
+from jaxllm.step.update import make_step
 from jaxllm.train.metrics import flops_per_token
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxllm.callbacks.base import Event
 from jaxllm.callbacks.log import Log, MetricsFile, memory_peaks
 from jaxllm.callbacks.tensorboard import TensorBoardConfig
 from jaxllm.core.errors import UserError
-from jaxllm.step.state import Event
 from tests.support.tensorboard_events import shown
 
 VALUES = dict(loss=2.0, grad_norm=1.0, learning_rate=0.1, trained_tokens=30.0, bad=0.0, data_wait_s=0.0)

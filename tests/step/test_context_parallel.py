@@ -14,8 +14,8 @@ from jaxllm.optim.build import AdaLomo, AdamW, SophiaG
 from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
+from jaxllm.step.compile import CompiledStep
 from jaxllm.step.sampled_layers import Draws
-from jaxllm.step.update import CompiledStep
 from tests.support.families import mesh_layout
 from tests.support.small_runs import assert_trained_alike, llama, program, train
 

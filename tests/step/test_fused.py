@@ -20,10 +20,13 @@ from jaxllm.objectives.base import Objective
 from jaxllm.optim.build import OPTIMIZERS, build
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.runs.config import Config
+from jaxllm.step.batch import batch_shapes
+from jaxllm.step.compile import CompiledStep, compile_step
+from jaxllm.step.gradient import accumulated
 from jaxllm.step.layerwise_step import make_fused_step
 from jaxllm.step.leaf_update import LeafUpdate
 from jaxllm.step.state import abstract_state
-from jaxllm.step.update import CompiledStep, accumulated, batch_shapes, compile_step, make_step
+from jaxllm.step.update import make_step
 from tests.support.families import draw_params, mesh_layout, small_lm
 from tests.support.optimizers import section
 from tests.support.small_runs import (

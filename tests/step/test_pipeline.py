@@ -22,9 +22,9 @@ from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
 from jaxllm.runs.config import Config
 from jaxllm.runs.train_config import TrainConfig
+from jaxllm.step.batch import batch_shapes
 from jaxllm.step.pipeline_1f1b import pipelined
 from jaxllm.step.state import abstract_state
-from jaxllm.step.update import batch_shapes
 from tests.support import whole_runs
 from tests.support.families import mesh_layout, small_lm
 from tests.support.small_runs import Trained, assert_trained_alike, llama, program, train

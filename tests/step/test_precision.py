@@ -17,8 +17,9 @@ from jaxllm.models.stack import scan
 from jaxllm.objectives.base import Losses
 from jaxllm.optim.build import build
 from jaxllm.step import state as state_module
+from jaxllm.step.gradient import accumulated
 from jaxllm.step.state import SMALLEST_LOSS_SCALE, LossScale, TrainState, new_state
-from jaxllm.step.update import accumulated, make_step
+from jaxllm.step.update import make_step
 from tests.support.small_runs import OPTIMIZER, STEPS, Program, llama, program, ragged_batch
 from tests.support.whole_runs import train, workplace
 

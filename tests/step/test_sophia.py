@@ -16,7 +16,7 @@ from jaxllm.hf import save_hf
 from jaxllm.optim.build import SophiaG
 from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant
-from jaxllm.step.update import TARGETS, step_key, with_drawn_targets
+from jaxllm.step.batch import TARGETS, step_key, with_drawn_targets
 from tests.step.test_against_torch import padded_batch
 from tests.support.families import mesh_layout, small_lm, transformers_model
 from tests.support.small_runs import MAX_GRAD_NORM, Trained, assert_trained_alike, llama, program, ragged_batch, train

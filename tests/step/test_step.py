@@ -21,8 +21,11 @@ from jaxllm.models.stack import NamedTensors, Remat, check_offload, loop, scan
 from jaxllm.nn.checkpoint_names import TENSOR_NAMES
 from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.build import build
+from jaxllm.step.batch import batch_shapes
+from jaxllm.step.compile import CompiledStep, compile_steps
+from jaxllm.step.gradient import accumulated
 from jaxllm.step.state import TrainState, new_state
-from jaxllm.step.update import CompiledStep, accumulated, batch_shapes, compile_steps, make_step
+from jaxllm.step.update import make_step
 from tests.support.families import mesh_layout, small_lm
 from tests.support.small_runs import (
     MAX_GRAD_NORM,

@@ -14,7 +14,7 @@ from jaxllm.core.mesh import Layout
 from jaxllm.runs.folder import AUTOTUNED
 from jaxllm.runs.train_config import TrainConfig
 from jaxllm.step import xla_options
-from jaxllm.step.update import compile_step
+from jaxllm.step.compile import compile_step
 from jaxllm.step.xla_options import compiler_options, describe_options, deterministic_options
 from tests.support.families import mesh_layout, small_lm
 from tests.support.small_runs import llama, program

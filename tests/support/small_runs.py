@@ -27,14 +27,17 @@ from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft import PeftConfig
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.peft.reallocation import reallocating
+from jaxllm.step.batch import BATCH_AXES, batch_shapes
+from jaxllm.step.compile import CompiledStep, compile_step
 from jaxllm.step.deferred_reduction import accumulated_late
 from jaxllm.step.fused_lisa import make_fused_lisa_step
+from jaxllm.step.gradient import accumulated
 from jaxllm.step.layerwise_step import make_fused_step
 from jaxllm.step.pipeline_1f1b import Kept, pipelined
 from jaxllm.step.reduction import reduced_once
 from jaxllm.step.sampled_layers import Draws, LisaOptimizer, make_lisa_step
-from jaxllm.step.state import TrainState, abstract_state, new_state
-from jaxllm.step.update import BATCH_AXES, CompiledStep, Step, accumulated, batch_shapes, compile_step, make_step
+from jaxllm.step.state import Step, TrainState, abstract_state, new_state
+from jaxllm.step.update import make_step
 from tests.support.families import draw_params, on_layout, quantized, read_back, small_lm
 
 VOCAB = 101  # no mesh divides it

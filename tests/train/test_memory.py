@@ -9,7 +9,7 @@ import pytest
 from jaxllm.core.errors import UserError
 from jaxllm.core.hardware import GIB
 from jaxllm.runs.config import Config
-from jaxllm.step.update import CompiledStep
+from jaxllm.step.compile import CompiledStep
 from jaxllm.train.memory import check_fits, device_bytes, remedies, tried, untried_advice
 
 
