@@ -37,7 +37,8 @@ def _named(raw: Mapping[str, Any], file: str | Path) -> Family:
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
     if architectures:
         # The first Llamas were called LLaMAForCausalLM.
-        known, what = {family.architecture.lower(): family for family in families}, "architecture"
+        known = {name.lower(): family for family in families for name in family.architectures}
+        what = "architecture"
         one = isinstance(architectures, list) and len(architectures) == 1
         given = architectures[0] if one else architectures
     elif model_type is not None:
@@ -45,7 +46,7 @@ def _named(raw: Mapping[str, Any], file: str | Path) -> Family:
     else:
         raise UserError(f"{file}: names neither `architectures` nor a `model_type`: which model is this?")
     if not isinstance(given, str) or given.lower() not in known:
-        names = sorted(family.architecture for family in families)
+        names = sorted(family.architectures[0] for family in families)
         raise UserError(
             f"{file}: the {what} {shown(given)} is not implemented (those that are: {', '.join(names)}). "
             f"{_nearest(raw, families)} The README says how to add one, under “Adding a model family”."
@@ -64,7 +65,7 @@ def _nearest(raw: Mapping[str, Any], families: list[Family]) -> str:
     lacking = [name for name in _SIZES if raw.get(name) is None]
     if len(lacking) > 1:
         return f"None of them is near: its config has no {' and no '.join(lacking)}."
-    refused = {family.architecture: sort_fields(raw, family).refused for family in families}
+    refused = {family.architectures[0]: sort_fields(raw, family).refused for family in families}
     name, fields = min(refused.items(), key=lambda item: len(item[1]))
     few = [f"{field} = {shown(value)}" for field, value in fields.items()]
     more = [f"{len(few) - 4} more"] if len(few) > 4 else []
@@ -79,12 +80,13 @@ def _check_code(raw: Mapping[str, Any], family: Family, file: str | Path) -> Non
     """
     code = raw.get(CODE)
     classes = code if isinstance(code, dict) else {"AutoModel": code}
-    own = family.architecture.removesuffix("ForCausalLM")
+    own = "|".join(name.removesuffix("ForCausalLM") for name in family.architectures)
+    ours = rf"({own})(Config|Model|For\w+)"
     for auto, path in classes.items():
         models = re.fullmatch("AutoConfig|AutoModel.*", auto) and path
-        if models and not (isinstance(path, str) and re.fullmatch(rf"{own}(Config|Model|For\w+)", path.split(".")[-1])):
+        if models and not (isinstance(path, str) and re.fullmatch(ours, path.split(".")[-1])):
             raise UserError(
                 f"{file}: {CODE} = {shown(code)} is refused: {auto} asks to run code that came with the checkpoint, "
-                f"which is never done, and {shown(path)} is no class of {family.architecture}; where it computes the "
-                "same, remove the field"
+                f"which is never done, and {shown(path)} is no class of {family.architectures[0]}; where it computes "
+                "the same, remove the field"
             )

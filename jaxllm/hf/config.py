@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.hf.architecture import family_of
-from jaxllm.hf.fields import CODE, names_of, neutral_of, sort_fields
+from jaxllm.hf.fields import CODE, ignored_of, names_of, sort_fields
 from jaxllm.hf.rope import PARTIAL, read_rope, shown, write_rope, write_theta
 from jaxllm.models.family import Family, FamilyConfig
 
@@ -67,14 +67,14 @@ def parse_config(raw: RawConfig, file: str | Path = "config.json") -> tuple[Fami
     fields = sort_fields(raw, family)
     if fields.refused:
         raise UserError(f"{file}: {_refusal(fields.refused, family)}")
-    names = names_of(family)
-    values = {name: value for name, value in family.defaults.items() if name in (*names, "rope_theta")} | fields.values
+    ours = (*names_of(family).values(), "rope_theta")
+    values = {name: value for name, value in family.defaults.items() if name in ours} | fields.values
     try:
         config = family.config(**values)
         config = family.config(**{**values, **read_rope(raw, file, family, config.max_position_embeddings)})
     except ValidationError as error:
         problems = "; ".join(
-            "".join(f"{part} = {shown(detail['input'])}: " for part in detail["loc"])
+            "".join(f"{family.name(str(part))} = {shown(detail['input'])}: " for part in detail["loc"])
             + detail["msg"].removeprefix("Value error, ")
             for detail in error.errors(include_url=False)
         )
@@ -83,7 +83,7 @@ def parse_config(raw: RawConfig, file: str | Path = "config.json") -> tuple[Fami
         notes = ", ".join(shown(name) for name in fields.notes)
         _log_once(f"config.json: nothing reads {notes}; an export keeps what is there")
     if raw.get(CODE):
-        _log_once(f"config.json: {CODE} is not followed: {family.architecture} is computed by jaxllm's own code")
+        _log_once(f"config.json: {CODE} is not followed: {family.architectures[0]} is computed by jaxllm's own code")
     return family, config
 
 
@@ -93,15 +93,16 @@ def _log_once(message: str) -> None:
 
 
 def _refusal(refused: dict[str, Any], family: Family) -> str:
-    neutral, sentences = neutral_of(family), []
+    ignored, sentences = ignored_of(family), []
     for name, value in refused.items():
         sentence = f"this version does not implement {shown(name)[1:-1]} = {shown(value)}"
-        if name in neutral:
-            allowed = " or ".join(shown(value) for value in neutral[name])
+        if name in ignored:
+            values = ignored[name]
+            allowed = "" if callable(values) else " or ".join(shown(value) for value in values)
             sentences.append(f"{sentence}{f', only {allowed}' if allowed else ''}.")
         else:
             meant = did_you_mean(name, names_of(family))
-            sentences.append(f"{sentence}, which is no field of {family.architecture} in transformers.{meant}")
+            sentences.append(f"{sentence}, which is no field of {family.architectures[0]} in transformers.{meant}")
     return " ".join((*sentences, "Remove a field only if you know that the model computes the same without it."))
 
 
@@ -125,15 +126,16 @@ def write_config(
     if source is None:
         # Where these ids are absent transformers takes Llama 2's, which this tokenizer may not have.
         ids = {name: special_ids.get(name) for name in SPECIAL_IDS}
-        head = {"architectures": [family.architecture], "model_type": family.model_type}
+        head = {"architectures": [family.architectures[0]], "model_type": family.model_type}
         del values["rope"]
-        raw = {**head, **values, **ids, "torch_dtype": dtype or "float32"}
+        raw = {**head, **_renamed(values, family), **ids, "torch_dtype": dtype or "float32"}
         write_rope(raw, config)
         return raw
     raw: RawConfig = json.loads(json.dumps(source))
     before = parse_config(source)[1].model_dump(mode="json", exclude={"type"})
     changed = {name: value for name, value in values.items() if value != before[name]}
-    raw.update({name: value for name, value in changed.items() if name not in ("rope", "rope_theta", PARTIAL)})
+    own = {name: value for name, value in changed.items() if name not in ("rope", "rope_theta", PARTIAL)}
+    raw.update(_renamed(own, family))
     # An original length that is not given is max_position_embeddings.
     lengthened = "max_position_embeddings" in changed and config.rope.type != "default"
     if "rope" in changed or PARTIAL in changed or lengthened:
@@ -145,3 +147,8 @@ def write_config(
         for name in [name for name in ("dtype", "torch_dtype") if name in raw] or ["torch_dtype"]:
             raw[name] = dtype
     return raw
+
+
+def _renamed(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """`values` by the names of `config.json`."""
+    return {family.name(field): value for field, value in values.items()}

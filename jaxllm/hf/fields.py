@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxllm.core.errors import nearest
 from jaxllm.hf.rope import FIELDS as ROPE_FIELDS
 from jaxllm.hf.rope import TABLES
-from jaxllm.models.family import Family
+from jaxllm.models.family import Family, Ignored
 
 _BOOKKEEPING = """
 _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation
@@ -39,7 +39,7 @@ use_flash_attention use_flash_attn
 INERT = frozenset((_BOOKKEEPING + _GENERATION + _OTHER_TASKS + _LIMITS).split())
 
 # Fields of every family that change nothing at these values alone.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+IGNORED: Mapping[str, Ignored] = {
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
     "per_layer_config": ({},),
@@ -59,7 +59,7 @@ CODE = "auto_map"
 class Fields(NamedTuple):
     """The fields of a `config.json`, sorted by what they are to a family.
 
-    values: what the family's config takes. notes: the names of those that no code of the family reads, in
+    values: what the family's config takes, by our names. notes: the names of those that no code of the family reads, in
     transformers either, and that say nothing of a computation. refused: all others, of which some are known
     and have a value that is not implemented.
     """
@@ -69,27 +69,33 @@ class Fields(NamedTuple):
     refused: dict[str, Any]
 
 
-def names_of(family: Family) -> set[str]:
-    """The fields that the family's config takes. The fields of the rotary embedding are read together."""
-    return set(family.config.model_fields) - {"type", "rope", *ROPE_FIELDS}
+def names_of(family: Family) -> dict[str, str]:
+    """The fields that the family's config takes: their names in `config.json` → ours. The fields of the rotary
+    embedding are read together."""
+    ours = set(family.config.model_fields) - {"type", "rope", *ROPE_FIELDS}
+    return {family.name(field): field for field in ours}
 
 
-def neutral_of(family: Family) -> Mapping[str, tuple[Any, ...]]:
-    """The fields that are not implemented in the family, with the values under which they change nothing."""
-    return {**NEUTRAL, **family.neutral}
+def ignored_of(family: Family) -> Mapping[str, Ignored]:
+    """The fields that are not implemented in the family, each with the values under which it changes nothing."""
+    return {**IGNORED, **family.ignored}
+
+
+def _changes_nothing(ignored: Ignored, value: Any, raw: Mapping[str, Any]) -> bool:
+    return ignored(value, raw) if callable(ignored) else value in ignored
 
 
 def sort_fields(raw: Mapping[str, Any], family: Family) -> Fields:
     """The fields of `raw`; `auto_map`, quantisation and the rotary embedding are left to those who read them."""
-    names, neutral = names_of(family), neutral_of(family)
+    names, ignored = names_of(family), ignored_of(family)
     elsewhere = {*INERT, *ROPE_FIELDS, *QUANTIZED, CODE}
     fields = Fields({}, [], {})
     for name, value in raw.items():
         if name in names:
-            fields.values[name] = value
-        elif value is None or name in elsewhere or value in neutral.get(name, ()):
+            fields.values[names[name]] = value
+        elif value is None or name in elsewhere or _changes_nothing(ignored.get(name, ()), value, raw):
             continue
-        elif name not in neutral and _is_note(name, value, family):
+        elif name not in ignored and _is_note(name, value, family):
             fields.notes.append(name)
         else:
             fields.refused[name] = value

@@ -1,16 +1,22 @@
-"""What a model family is: its config, its block, and how Hugging Face writes both."""
+"""What a model family is: its config, the modules of its model, and how Hugging Face writes both."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
+import jax
 from jax.typing import DTypeLike
-from pydantic import AfterValidator, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, PositiveFloat, PositiveInt, model_validator
 
 from jaxllm.core.config import ByType, Section
 from jaxllm.core.registry import Registry
 from jaxllm.models.rules import Rule
+from jaxllm.nn.cache import LayerCache
+from jaxllm.nn.context import LayerData
+from jaxllm.nn.embed import Embed
+from jaxllm.nn.head import Head
+from jaxllm.nn.norm import RMSNorm
 from jaxllm.nn.rope import ROPES, DefaultRope, Rope, Rotation
 
 
@@ -50,8 +56,6 @@ class FamilyConfig(Section):
     """width of a head"""
     max_position_embeddings: PositiveInt = 2048
     """the longest sequence that the model is meant for"""
-    rms_norm_eps: NonNegativeFloat = 1e-5
-    """added to the mean square in a norm"""
     rope_theta: PositiveFloat = 10000.0
     """base of the rotation angles"""
     rope: Annotated[Rope, ByType(ROPES)] = DefaultRope()
@@ -82,16 +86,59 @@ class FamilyConfig(Section):
         return self
 
 
+class Output(NamedTuple):
+    """What a block returns.
+
+    x: `[B, T, D]`. aux: statistics whose sums over layers and micro-batches are exact, such as the tokens of each
+    expert; None where a block has none. cache: with this pass's keys and values written into it.
+    """
+
+    x: jax.Array
+    aux: Mapping[str, jax.Array] | None = None
+    cache: LayerCache | None = None
+
+
+def token_embedding(config: Any, dtype: DTypeLike) -> nn.Module:
+    """The rows of a table."""
+    return Embed(config.vocab_size, config.hidden_size, dtype, config.initializer_range)
+
+
+def rms_norm(config: Any, dtype: DTypeLike) -> nn.Module:
+    """The norm in front of the head."""
+    del dtype  # a norm returns the dtype that it is given
+    return RMSNorm(config.rms_norm_eps)
+
+
+def linear_head(config: Any, dtype: DTypeLike) -> nn.Module:
+    """The output matrix, which is the embedding's table where they are tied."""
+    del dtype  # logits have at least float32
+    return Head(config.vocab_size, config.initializer_range, config.tie_word_embeddings)
+
+
+def equal_layers(config: Any) -> LayerData:
+    """Layers that differ in nothing but their parameters."""
+    del config
+    return LayerData()
+
+
+Ignored = tuple[Any, ...] | Callable[[Any, Mapping[str, Any]], bool]
+
+
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its config, its block, and how Hugging Face writes both.
+    """One architecture: its config, the modules of its model, and how Hugging Face writes both.
 
-    block: `(config, compute dtype) -> nn.Module`, whose call is `(x, ctx, cache) -> (x, cache)`.
+    block, embed, norm, head: `(config, compute dtype) -> nn.Module`. Their calls are `block(x, ctx, cache) -> Output`,
+        `embed(tokens, ctx) -> x`, `norm(x) -> x` and `head(x, embed's parameters) -> logits`. The config that `embed`
+        and `head` get has the vocabulary as it is in memory, which some meshes pad.
     rules: the weight table of a config.
-    model_type, architecture: what `config.json` calls it.
-    defaults: what a field that is absent from `config.json` means, which is not always our own default.
-    neutral: fields of `config.json` that this code does not implement, each with the values under which they
-        change nothing; any other value is refused by name.
+    layer_data: what differs between its layers besides their parameters.
+    model_type, architectures: what `config.json` calls it; the first of `architectures` is written.
+    names: the names of fields in `config.json`, where they differ from ours: ours → theirs.
+    defaults: by our names, what a field that is absent from `config.json` means, which is not always our own default.
+    ignored: by their names, the fields of `config.json` that this code does not implement: for each the values under
+        which it changes nothing, or a predicate `(value, whole config.json) -> bool` that says so. Any other value is
+        refused by name.
     rope_names: further names of the kinds of rope in its `config.json`.
     """
 
@@ -99,10 +146,19 @@ class Family:
     block: Callable[[Any, DTypeLike], nn.Module]
     rules: Callable[[Any], tuple[Rule, ...]]
     model_type: str
-    architecture: str
+    architectures: tuple[str, ...]
+    embed: Callable[[Any, DTypeLike], nn.Module] = token_embedding
+    norm: Callable[[Any, DTypeLike], nn.Module] = rms_norm
+    head: Callable[[Any, DTypeLike], nn.Module] = linear_head
+    layer_data: Callable[[Any], LayerData] = equal_layers
+    names: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: Mapping[str, Ignored] = field(default_factory=dict)
     rope_names: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, field: str) -> str:
+        """What `config.json` calls our `field`."""
+        return self.names.get(field, field)
 
 
 FAMILIES = Registry[Family]("model family")

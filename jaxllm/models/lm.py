@@ -20,7 +20,7 @@ from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.kernels.attention import AttentionForm
 from jaxllm.kernels.attention_choice import AttentionNeeds
-from jaxllm.models.family import Family, FamilyConfig
+from jaxllm.models.family import Family, FamilyConfig, Output
 from jaxllm.models.gpipe import order_of_layers, pipeline
 from jaxllm.models.quantized import Quantization
 from jaxllm.models.stack import Stack, scan
@@ -29,10 +29,8 @@ from jaxllm.nn.attention import VIRTUAL
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition, Context
 from jaxllm.nn.dropout import Dropout
-from jaxllm.nn.embed import BESIDE, Embed, tied_logits
-from jaxllm.nn.linear import Head
+from jaxllm.nn.embed import BESIDE
 from jaxllm.nn.loss import loss_chunks, token_losses
-from jaxllm.nn.norm import RMSNorm
 from jaxllm.nn.prefix import FOLDER, projected_prefix
 from jaxllm.nn.rope import rope_tables
 from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
@@ -140,7 +138,8 @@ class LM:
     @property
     def paddable(self) -> dict[str, tuple[int, int]]:
         """By path, the dimension of a parameter that some layouts pad, and the real size of that."""
-        axes = {"embed/table": 0} if self.config.tie_word_embeddings else {"embed/table": 0, "head/kernel": 1}
+        rules = self.family.rules(self.config)
+        axes = {rule.path: rule.vocab_axis for rule in rules if rule.vocab_axis is not None}
         axes |= {path: leaf.vocab_axis for path, leaf in self.extra.items() if leaf.vocab_axis is not None}
         return {path: (axis, self.config.vocab_size) for path, axis in axes.items()}
 
@@ -169,16 +168,14 @@ class LM:
         x = jnp.zeros((1, 1, c.hidden_size), self.compute_dtype)
         ctx = replace(self.context(jnp.zeros((1, 1), jnp.int32), begins=False), layout=Layout.single(), attention="xla")
         params = {
-            "embed": Embed(c.vocab_size, c.hidden_size, self.compute_dtype, c.initializer_range).init(
-                embed_key, jnp.zeros((1, 1), jnp.int32), ctx.layout
-            ),
+            "embed": self.family.embed(c, self.compute_dtype).init(embed_key, jnp.zeros((1, 1), jnp.int32), ctx),
             "layers": jax.vmap(lambda key: self._block.init(key, x, ctx))(
                 jax.random.split(layers_key, c.num_hidden_layers)
             ),
             "norm": self._norm.init(norm_key, x),
         }
         if not c.tie_word_embeddings:
-            params["head"] = Head(c.vocab_size, c.initializer_range).init(head_key, x)
+            params["head"] = self.family.head(c, self.compute_dtype).init(head_key, x, {})
         return {name: collection["params"] for name, collection in params.items()}
 
     def _init(self, key: jax.Array) -> Params:
@@ -207,8 +204,13 @@ class LM:
         return self.family.block(self.config, self.compute_dtype)
 
     @property
-    def _norm(self) -> RMSNorm:
-        return RMSNorm(self.config.rms_norm_eps)
+    def _norm(self) -> nn.Module:
+        return self.family.norm(self.config, self.compute_dtype)
+
+    @property
+    def _in_memory(self) -> FamilyConfig:
+        """The config with the vocabulary as it is padded."""
+        return self.config.model_copy(update={"vocab_size": self.vocab_padded})
 
     def attention_needs(self, packed: bool) -> AttentionNeeds:
         """What the form of attention is chosen for. packed: whether a row may hold several documents."""
@@ -245,7 +247,8 @@ class LM:
             if segments is not None:
                 segments = jnp.pad(segments, ((0, 0), (front, 0)), constant_values=VIRTUAL)
         tables = rope_tables(positions, c.rotation, self.compute_dtype, c.rope, segments)
-        return Context(self.layout, tables, segments, self.attention, cache, shared=self.prompt_tokens, begins=begins)
+        ctx = Context(self.layout, tables, segments, self.attention, cache, shared=self.prompt_tokens, begins=begins)
+        return replace(ctx, layers=self.family.layer_data(c))
 
     def batch_context(self, batch: Mapping[str, jax.Array]) -> Context:
         """The context of a batch to train on: `positions`, `segments`, and `dropout_keys` where there is dropout."""
@@ -261,24 +264,23 @@ class LM:
 
     def embed(self, params: Params, tokens: jax.Array, ctx: Context) -> jax.Array:
         """`[B, T]` int32 → `[B, T, D]` in the compute dtype; behind a prompt's virtual tokens, where `ctx` begins."""
-        c = self.config
-        module = Embed(self.vocab_padded, c.hidden_size, self.compute_dtype, c.initializer_range)
-        return ctx.drop(_apply(module, params["embed"], tokens, self.layout, ctx.begins))
+        module = self.family.embed(self._in_memory, self.compute_dtype)
+        return ctx.drop(_apply(module, params["embed"], tokens, ctx))
 
     def block(
         self, layer: Params, x: jax.Array, ctx: Context, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """One layer: `[B, T, D]` → `[B, T, D]`. `layer` is a slice of `params["layers"]`."""
-        return _apply(self._block, layer, x, ctx, cache)
+        out: Output = _apply(self._block, layer, x, ctx, cache)
+        if out.aux:
+            raise NotImplementedError(f"{self.family.model_type}: no training step sums the statistics of a block yet")
+        return out.x, out.cache
 
     def head(self, params: Params, x: jax.Array) -> jax.Array:
         """`[B, T, D]` → logits `[B, T, padded V]` in at least float32; those of the padding are −inf."""
         x = _apply(self._norm, params["norm"], x)
-        if self.config.tie_word_embeddings:
-            z = tied_logits(x, params["embed"])
-        else:
-            module = Head(self.vocab_padded, self.config.initializer_range)
-            z = _apply(module, params["head"], x)
+        module = self.family.head(self._in_memory, self.compute_dtype)
+        z = _apply(module, params.get("head", {}), x, params.get("embed", {}))
         if self.vocab_padded == self.config.vocab_size:
             return z
         return jnp.where(jnp.arange(self.vocab_padded) < self.config.vocab_size, z, -jnp.inf)

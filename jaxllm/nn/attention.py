@@ -10,6 +10,7 @@ from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.checkpoint_names import named
 from jaxllm.nn.context import Context
 from jaxllm.nn.linear import Linear
+from jaxllm.nn.norm import RMSNorm
 from jaxllm.nn.rope import apply_rope
 
 
@@ -17,7 +18,8 @@ class Attention(nn.Module):
     """Multi-head attention with `heads` query heads and `kv_heads` key and value heads of `head_dim` each.
 
     fused: whether queries, keys and values come of one matrix `qkv`, whose columns have beside each key head its query
-    heads before it and its value head behind it; else of `q`, `k` and `v`.
+    heads before it and its value head behind it; else of `q`, `k` and `v`. qk_norm_eps: of the norms of the queries and
+    keys of each head before they turn; None = there are none.
 
     Of an adapter it applies the leaves that it finds, and makes none: `prefix_k` and `prefix_v`, `[n, kv_heads ·
     head_dim]`, keys (as after their rotation) and values in front of every row, which all of its tokens see.
@@ -26,10 +28,12 @@ class Attention(nn.Module):
     heads: int
     kv_heads: int
     head_dim: int
-    use_bias: bool
     stddev: float
     dtype: DTypeLike
+    qkv_bias: bool = False
+    o_bias: bool = False
     fused: bool = False
+    qk_norm_eps: float | None = None
 
     @nn.compact
     def __call__(
@@ -39,7 +43,8 @@ class Attention(nn.Module):
         batch, length, width = x.shape
 
         def linear(features: int, axes: tuple[str, str], name: str) -> Linear:
-            return Linear(features, axes, self.dtype, self.stddev, self.use_bias, name=name)
+            use_bias = self.o_bias if name == "o" else self.qkv_bias
+            return Linear(features, axes, self.dtype, self.stddev, use_bias, name=name)
 
         parts: dict[str, jax.Array] = {}
         if self.fused:
@@ -54,8 +59,14 @@ class Attention(nn.Module):
             y = y.reshape(batch, length, count, self.head_dim)
             return ctx.layout.constrain(y, "batch", "act_inner_length", f"act_{axis}", None)
 
-        q = named(apply_rope(heads(self.heads, "heads", "q"), ctx.rope), "attn_q")
-        k = named(apply_rope(heads(self.kv_heads, "kv_heads", "k"), ctx.rope), "attn_k")
+        def turned(count: int, axis: str, name: str) -> jax.Array:
+            y = heads(count, axis, name)
+            if self.qk_norm_eps is not None:
+                y = RMSNorm(self.qk_norm_eps, name=f"{name}_norm")(y)
+            return apply_rope(y, ctx.rope)
+
+        q = named(turned(self.heads, "heads", "q"), "attn_q")
+        k = named(turned(self.kv_heads, "kv_heads", "k"), "attn_k")
         v = named(heads(self.kv_heads, "kv_heads", "v"), "attn_v")
         if cache is None:
             segments, (k, v) = ctx.segments, self._behind_prefix(k, v, ctx)

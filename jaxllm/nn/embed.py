@@ -1,7 +1,5 @@
 """Token embeddings."""
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,8 @@ from jax.typing import DTypeLike
 
 from jaxllm.core.mesh import Layout
 from jaxllm.nn.chunks import chunks_of, in_chunks, joined
-from jaxllm.nn.linear import ADAPTER, project, with_low_rank
+from jaxllm.nn.context import Context
+from jaxllm.nn.linear import ADAPTER, with_low_rank
 from jaxllm.nn.parameter import parameter
 from jaxllm.nn.prompt import virtual_tokens
 
@@ -25,18 +24,21 @@ class Embed(nn.Module):
     that stand in front of every row; with `prompt_encoder` besides, they are what that makes of them; `token_rows`
     `[k, D]`, which stand in the place of the rows `token_ids` `[k]` of the table; the leaves `lora_…` of `nn.linear`,
     of which the table is the kernel `[vocab, D]`.
+
+    scale: what embeddings of tokens are multiplied by, which the `prompt` is not.
     """
 
     vocab_size: int
     features: int
     dtype: DTypeLike
     stddev: float
+    scale: float = 1.0
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, layout: Layout, begins: bool = True) -> jax.Array:
+    def __call__(self, tokens: jax.Array, ctx: Context) -> jax.Array:
         """`[B, T]` → `[B, T, D]` in the compute dtype; `[B, n + T, D]` where virtual tokens stand in front, unless the
         rows began in another pass."""
-        normal = nn.initializers.normal(self.stddev)
+        layout, normal = ctx.layout, nn.initializers.normal(self.stddev)
         table = parameter(self, "table", normal, ("vocab", "vocab_embed"), (self.vocab_size, self.features))
         x = _rows(table, tokens, layout).astype(self.dtype)
         adapter = {name: self.get_variable("params", name) for name in ADAPTER if self.has_variable("params", name)}
@@ -50,23 +52,14 @@ class Embed(nn.Module):
             same = tokens[..., None] == self.get_variable("params", TOKEN_IDS)
             rows = self.get_variable("params", TOKEN_ROWS).astype(self.dtype)
             x = jnp.where(same.any(axis=-1, keepdims=True), rows[jnp.argmax(same, axis=-1)], x)
-        if begins and self.has_variable("params", "prompt"):
+        if self.scale != 1:
+            x *= jnp.asarray(self.scale, self.dtype)
+        if ctx.begins and self.has_variable("params", "prompt"):
             has_encoder = self.has_variable("params", "prompt_encoder")
             encoder = self.get_variable("params", "prompt_encoder") if has_encoder else None
             prompt = virtual_tokens(self.get_variable("params", "prompt"), encoder).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(prompt, (len(x), *prompt.shape)), x], axis=1)
         return layout.constrain(x, "batch", "act_length", "act_embed")
-
-
-def tied_logits(x: jax.Array, embed: Mapping[str, jax.Array]) -> jax.Array:
-    """`[..., D]` → `[..., vocab]` in at least float32: the logits of a head that is the table of the embedding `embed`,
-    with the leaves of its adapter."""
-    z = project(x, embed["table"].T)
-    if "lora_a" in embed:
-        z += project(project(x, embed["lora_b"].T).astype(x.dtype), embed["lora_a"].T) * embed["lora_scale"]
-    if TOKEN_ROWS in embed:
-        z = z.at[..., embed[TOKEN_IDS]].set(project(x, embed[TOKEN_ROWS].T))
-    return z
 
 
 def _rows(table: jax.Array, tokens: jax.Array, layout: Layout) -> jax.Array:

@@ -150,26 +150,6 @@ def _ia3_factor(name: str, adapter: Mapping[str, jax.Array]) -> jax.Array:
     return jnp.where(adapter["ia3_on"] == 0, 1, adapter[name]) if "ia3_on" in adapter else adapter[name]
 
 
-class Head(nn.Module):
-    """The output matrix `[in, vocab]` of an untied model: logits in at least float32.
-
-    It applies the leaves `lora_…` of an adapter as `Linear` does, without dropout.
-    """
-
-    vocab_size: int
-    stddev: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., in]` → `[..., vocab]`."""
-        shape = (x.shape[-1], self.vocab_size)
-        normal = nn.initializers.normal(self.stddev)
-        kernel = parameter(self, "kernel", normal, ("vocab_embed", "vocab"), shape)
-        adapter = {name: self.get_variable("params", name) for name in ADAPTER if self.has_variable("params", name)}
-        z = project(x, kernel)
-        return with_low_rank(z, x, kernel, adapter, project) if "lora_a" in adapter else z
-
-
 def with_low_rank(
     y: jax.Array,
     x: jax.Array,

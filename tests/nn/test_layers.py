@@ -13,7 +13,7 @@ from jaxllm.core.mesh import Layout
 from jaxllm.kernels.attention import attend, causal_mask
 from jaxllm.nn.context import Context
 from jaxllm.nn.mlp import ACTIVATIONS, GatedMLP
-from jaxllm.nn.norm import RMSNorm
+from jaxllm.nn.norm import LayerNorm, RMSNorm
 from jaxllm.nn.rope import Rotation, apply_rope, document_lengths, rope_tables
 
 # One layer in float64 on both sides: only the order of sums differs.
@@ -36,6 +36,23 @@ def test_rms_norm_is_that_of_torch(double):
     x, scale = normal(0, 3, 5, 16) * 1e-2, normal(1, 16)
     ours = RMSNorm(1e-4).apply({"params": {"scale": scale}}, x)
     theirs = torch.nn.functional.rms_norm(torch.tensor(x), (16,), torch.tensor(scale), 1e-4)
+    np.testing.assert_allclose(ours, theirs.numpy(), **DOUBLE)
+
+
+def test_a_scale_around_one_starts_at_one(double):
+    x, scale = normal(0, 3, 5, 16), normal(1, 16)
+    norm = RMSNorm(1e-4, around_one=True)
+    assert not norm.init(jax.random.key(0), x)["params"]["scale"].unbox().any()
+    plain = RMSNorm(1e-4).apply({"params": {"scale": 1 + scale}}, x)
+    np.testing.assert_array_equal(norm.apply({"params": {"scale": scale}}, x), plain)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_layer_norm_is_that_of_torch(double, use_bias):
+    x, scale, bias = 3 + normal(0, 3, 5, 16) * 1e-2, normal(1, 16), normal(2, 16)
+    ours = LayerNorm(1e-4, use_bias).apply({"params": {"scale": scale, **({"bias": bias} if use_bias else {})}}, x)
+    given = torch.tensor(bias) if use_bias else None
+    theirs = torch.nn.functional.layer_norm(torch.tensor(x), (16,), torch.tensor(scale), given, 1e-4)
     np.testing.assert_allclose(ours, theirs.numpy(), **DOUBLE)
 
 

@@ -5,9 +5,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
-from pydantic import model_validator
+from pydantic import NonNegativeFloat, model_validator
 
-from jaxllm.models.family import FAMILIES, Family, FamilyConfig, Width
+from jaxllm.models.family import FAMILIES, Family, FamilyConfig, Output, Width
 from jaxllm.models.rules import Rule, T
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.cache import LayerCache
@@ -23,6 +23,8 @@ class GatedConfig(FamilyConfig):
     """width of the feed-forward layer"""
     hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"] = "silu"
     """activation of the feed-forward layer's gate"""
+    rms_norm_eps: NonNegativeFloat = 1e-5
+    """added to the mean square in a norm"""
 
     @model_validator(mode="before")
     @classmethod
@@ -66,30 +68,33 @@ class LlamaConfig(GatedConfig):
 class LlamaBlock(nn.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`.
 
-    fused: whether queries, keys and values come of one matrix, and so do the feed-forward layer's gate and what it
-    gates.
+    qkv_bias, o_bias, mlp_bias: which projections have biases. fused: whether queries, keys and values come of one
+    matrix, and so do the feed-forward layer's gate and what it gates. qk_norm: whether the queries and keys of each
+    head are normalised.
     """
 
     config: GatedConfig
     dtype: DTypeLike
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
     fused: bool = False
+    qk_norm: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, ctx: Context, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """`[B, T, D]` → `[B, T, D]`, and the written cache."""
+    def __call__(self, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Output:
+        """`[B, T, D]` → `[B, T, D]`."""
         c = self.config
         attention = Attention(
             c.num_attention_heads,
             c.num_key_value_heads,
             c.head_dim,
-            self.attention_bias,
             c.initializer_range,
             self.dtype,
+            self.qkv_bias,
+            self.o_bias,
             self.fused,
+            c.rms_norm_eps if self.qk_norm else None,
             name="attn",
         )
         mlp = GatedMLP(
@@ -98,7 +103,7 @@ class LlamaBlock(nn.Module):
         y, cache = attention(RMSNorm(c.rms_norm_eps, name="attn_norm")(x), ctx, cache)
         x = ctx.layout.constrain(x + ctx.drop(y, 0), "batch", "act_length", "act_embed")
         y = mlp(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x), ctx)
-        return ctx.layout.constrain(x + ctx.drop(y, 1), "batch", "act_length", "act_embed"), cache
+        return Output(ctx.layout.constrain(x + ctx.drop(y, 1), "batch", "act_length", "act_embed"), cache=cache)
 
 
 LAYER = "model.layers.{i}."
@@ -116,11 +121,14 @@ def outer_rules(config: GatedConfig) -> list[Rule]:
     return rules
 
 
-def unfused_rules(config: GatedConfig, attention_bias: bool = False, mlp_bias: bool = False) -> tuple[Rule, ...]:
+def unfused_rules(
+    config: GatedConfig, qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = False
+) -> tuple[Rule, ...]:
     """The weight table of a model with a matrix for each projection, and biases where they are asked for."""
     rules = outer_rules(config)
     groups = (
-        ("attn", "self_attn", ("q", "k", "v", "o"), attention_bias),
+        ("attn", "self_attn", ("q", "k", "v"), qkv_bias),
+        ("attn", "self_attn", ("o",), o_bias),
         ("mlp", "mlp", ("gate", "up", "down"), mlp_bias),
     )
     for ours, theirs, names, bias in groups:
@@ -135,10 +143,10 @@ FAMILIES.add(
     "llama",
     Family(
         config=LlamaConfig,
-        block=lambda c, dtype: LlamaBlock(c, dtype, c.attention_bias, c.mlp_bias),
-        rules=lambda c: unfused_rules(c, c.attention_bias, c.mlp_bias),
+        block=lambda c, dtype: LlamaBlock(c, dtype, c.attention_bias, c.attention_bias, c.mlp_bias),
+        rules=lambda c: unfused_rules(c, c.attention_bias, c.attention_bias, c.mlp_bias),
         model_type="llama",
-        architecture="LlamaForCausalLM",
+        architectures=("LlamaForCausalLM",),
         # Those of transformers' LlamaConfig: Llama 2 7B.
         defaults={
             "vocab_size": 32000,
@@ -155,6 +163,6 @@ FAMILIES.add(
             "attention_bias": False,
             "mlp_bias": False,
         },
-        neutral={"attention_dropout": (0.0,), "is_llama_config": (True,), "rope_interleaved": (False,)},
+        ignored={"attention_dropout": (0.0,), "is_llama_config": (True,), "rope_interleaved": (False,)},
     ),
 )

@@ -27,7 +27,7 @@ FAMILIES.add(
         block=LlamaBlock,
         rules=unfused_rules,
         model_type="mistral",
-        architecture="MistralForCausalLM",
+        architectures=("MistralForCausalLM",),
         # Those of transformers' MistralConfig: Mistral 7B 0.1.
         defaults={
             "vocab_size": 32000,
@@ -45,6 +45,6 @@ FAMILIES.add(
             "sliding_window": 4096,
         },
         # The window's name in MLC LLM.
-        neutral={"attention_dropout": (0.0,), "sliding_window_size": (4096,)},
+        ignored={"attention_dropout": (0.0,), "sliding_window_size": (4096,)},
     ),
 )

@@ -61,7 +61,7 @@ FAMILIES.add(
         block=lambda config, dtype: LlamaBlock(config, dtype, fused=True),
         rules=hf_rules,
         model_type="phi3",
-        architecture="Phi3ForCausalLM",
+        architectures=("Phi3ForCausalLM",),
         # Those of transformers' Phi3Config: Phi-3 mini.
         defaults={
             "vocab_size": 32064,
@@ -78,7 +78,7 @@ FAMILIES.add(
             "original_max_position_embeddings": 4096,
             "sliding_window": None,
         },
-        neutral={
+        ignored={
             # Dropout of training is the run's to choose.
             **dict.fromkeys(("attention_dropout", "embd_pdrop", "resid_pdrop"), (0.0,)),
             # Of Phi-4-mini, whose layers all attend alike; transformers reads neither.
