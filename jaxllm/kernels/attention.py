@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.mesh import Layout
+from jaxllm.kernels.attention_spec import PLAIN, AttentionSpec
 from jaxllm.kernels.flash_attention import flash_attention
 
 AttentionForm = Literal["xla", "cudnn", "flash"]
@@ -32,16 +33,17 @@ def causal_attention(
     v: jax.Array,
     segments: jax.Array | None,
     layout: Layout,
-    shared: int = 0,
+    spec: AttentionSpec = PLAIN,
 ) -> jax.Array:
-    """`softmax(q kᵀ / sqrt(d)) v` over the earlier keys of each query's segment: `[B, T, H, d]`, as `q`.
+    """The attention of `spec` over the earlier keys of each query's segment: `[B, T, H, d]`, as `q`.
 
     q: `[B, T, H, d]`; k, v: `[B, S, K, d]`, the last T of them where the queries are; query head h reads key head
-    h // (H / K). segments: `[B, S]` int32, None = one a row. shared: so many of the first keys are seen by every query
-    behind them, whatever its segment. All are laid out by `layout`, the width of a head whole.
+    h // (H / K). segments: `[B, S]` int32, None = one a row. All are laid out by `layout`, the width of a head whole.
     "xla": plain JAX, on any device, in any precision. "cudnn": NVIDIA's kernel, which cannot tell segments apart: it
     wants None. "flash": a kernel of our own that can (interpreted on a CPU, for tests). These two have as many keys as
-    queries, and flash none that are shared.
+    queries, and flash none that are shared. `lacks` says which numbers of a spec they do not have.
+
+    Raises ValueError where the form cannot compute this.
 
     Where the layout splits the length, S is T and none are shared. "xla" then has each device compute its queries'
     scores of all keys, the masked ones too. "flash" leaves those out, and evens out what remains: the queries of an
@@ -49,40 +51,63 @@ def causal_attention(
     round. "cudnn" cannot: its queries begin at the first key.
     """
     apart = layout.size("act_inner_length") > 1
-    if (apart or form != "xla") and (k.shape[1] != q.shape[1] or (shared and form != "cudnn")):
+    if (apart or form != "xla") and (spec.prefix or (spec.shared and form != "cudnn")):
         splits = f"the mesh {layout}, which splits the length," if apart else f"the attention {form!r}"
         raise ValueError(f"{splits} cannot have keys of virtual tokens in front")
+    if lack := lacks(form, spec):
+        raise ValueError(f"the attention {form!r} {lack}; choose another form")
     if form == "xla":
         if not apart:
-            return plain_attention(q, k, v, segments, shared)
-        return _on_each_device(attention_from, q, k, v, segments, layout)
+            return plain_attention(q, k, v, segments, spec)
+        return _on_each_device(attention_from, q, k, v, segments, layout, spec)
     if form == "flash":
         kernel = partial(flash_attention, interpret=layout.platform == "cpu")
-        return _on_each_device(partial(_evened, kernel, layout=layout) if apart else kernel, q, k, v, segments, layout)
+        kernel = partial(_evened, kernel, layout=layout) if apart else kernel
+        return _on_each_device(kernel, q, k, v, segments, layout, spec)
     if segments is not None:
         raise ValueError("cuDNN's attention does not keep documents apart; pass segments=None or choose another form")
     if apart:
         raise ValueError("cuDNN's attention has no queries that begin behind the first key; choose another form")
-    return _on_each_device(lambda q, k, v, _: cudnn_attention(q, k, v), q, k, v, None, layout)
+    return _on_each_device(lambda q, k, v, _, spec: cudnn_attention(q, k, v, spec), q, k, v, None, layout, spec)
+
+
+def lacks(form: AttentionForm, spec: AttentionSpec) -> str | None:
+    """What of `spec` the form does not have, as "has no …"; None if it has all."""
+    if form != "xla" and spec.slopes is not None:
+        return "has no slopes by distance (ALiBi)"
+    if form != "cudnn":
+        return None
+    if spec.soft_cap is not None:
+        return "has no soft cap of scores"
+    if spec.sinks is not None:
+        return "has no sinks in the softmax"
+    if not (spec.window is None or isinstance(spec.window, int)):
+        return "has no window that differs between layers"
+    return None
 
 
 def plain_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, shared: int = 0
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, spec: AttentionSpec = PLAIN
 ) -> jax.Array:
     """The plain form of `causal_attention`."""
     length = q.shape[1]
-    front = k.shape[1] - length
+    front = spec.prefix
     at_once = max(QUERIES_AT_ONCE, -(-length // MOST_PARTS))
 
     def part(start: int) -> jax.Array:
         stop = min(start + at_once, length)
-        mask = causal_mask(segments, front + start, front + stop, shared)
-        return attend(q[:, start:stop], k[:, : front + stop], v[:, : front + stop], mask)
+        first, last = front + start, front + stop
+        mask = causal_mask(segments, first, last, spec.in_front)
+        earlier = None if segments is None else segments[:, :last]
+        distances = spec.distances(jnp.arange(first, last), earlier, last)
+        return attend(q[:, start:stop], k[:, :last], v[:, :last], mask, spec, distances)
 
     return jnp.concatenate([part(start) for start in range(0, length, at_once)], axis=1)
 
 
-def attention_from(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, first: jax.Array) -> jax.Array:
+def attention_from(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, spec: AttentionSpec, first: jax.Array
+) -> jax.Array:
     """The plain form for the queries `[B, t, H, d]` of a part of the row that begins at `first`, a scalar int32.
 
     The scores of some of them exist at a time, and are computed again in the backward pass.
@@ -97,7 +122,7 @@ def attention_from(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
         mask = (places[:, None] >= jnp.arange(k.shape[1])[None, :])[None]
         if segments is not None:
             mask &= jnp.take(segments, places, axis=1, mode="clip")[:, :, None] == segments[:, None, :]
-        return attend(q, k, v, mask)
+        return attend(q, k, v, mask, spec, spec.distances(places, segments, k.shape[1]))
 
     q = jnp.pad(q, ((0, 0), (0, -length % at_once), (0, 0), (0, 0)))
     parts = q.reshape(batch, -1, at_once, heads, width).swapaxes(0, 1)
@@ -114,11 +139,18 @@ def causal_mask(segments: jax.Array | None, start: int, stop: int, shared: int =
     return earlier & ((segments[:, start:stop, None] == segments[:, None, :stop]) | (jnp.arange(stop) < shared))
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`softmax(q kᵀ / sqrt(d)) v` for q `[B, T, H, d]` and k, v `[B, S, K, d]`, softmax in at least float32.
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    spec: AttentionSpec = PLAIN,
+    distances: jax.Array | None = None,
+) -> jax.Array:
+    """The attention of `spec` for q `[B, T, H, d]` and k, v `[B, S, K, d]`, softmax in at least float32.
 
-    mask: `[B or 1, T, S]` bool, True where a query may look (each must see some key). A masked key gets a weight of
-    exactly 0. Query head h reads key head h // (H / K).
+    mask: `[B or 1, T, S]` bool, True where a query may look (each must see some key), the window apart. A masked key
+    gets a weight of exactly 0. distances: those of `spec`. Query head h reads key head h // (H / K).
     """
     batch, length, heads, width = q.shape
     kv_heads, wide = k.shape[2], at_least_float32(q.dtype)
@@ -126,22 +158,40 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     # All queries that read a key head are the rows of one matrix.
     rows = q.reshape(batch, length, *by_group[1:3], width).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
     scores = jnp.einsum("bkrd,bskd->bkrs", rows, k, preferred_element_type=wide).reshape(*by_group, -1)
-    scores = jnp.where(mask[:, None, None], scores / math.sqrt(width), -jnp.inf)
+    scores = spec.capped(scores / math.sqrt(width) if spec.scale is None else scores * spec.scale)
+    if spec.slopes is not None:
+        assert distances is not None
+        scores -= spec.slopes.astype(wide).reshape(*by_group[1:3], 1, 1) * distances[:, None, None]
+    if spec.window is not None:
+        assert distances is not None
+        mask &= distances < spec.window
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    sinks = None if spec.sinks is None else spec.sinks.astype(wide).reshape(*by_group[1:3], 1, 1)
+    if sinks is not None:
+        largest = jnp.maximum(largest, sinks)
+    largest = jax.lax.stop_gradient(largest)
     # The sum of the weights divides their product with v, which is smaller than they are.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    weights = jnp.exp(scores - largest)
     y = jnp.einsum(
         "bkrs,bskd->bkrd",
         weights.astype(v.dtype).reshape(*rows.shape[:3], -1),
         v,
         preferred_element_type=wide,
     ).reshape(*by_group, width)
-    y = (y / jnp.sum(weights, axis=-1)[..., None]).astype(v.dtype)
+    total = jnp.sum(weights, axis=-1)[..., None]
+    if sinks is not None:
+        total += jnp.exp(sinks - largest)
+    y = (y / total).astype(v.dtype)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
-def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec = PLAIN) -> jax.Array:
     """cuDNN's form of `causal_attention`, for one segment a row."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    window = None if spec.window is None else (int(spec.window) - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=spec.scale, is_causal=True, local_window_size=window, implementation="cudnn"
+    )
 
 
 def _on_each_device(
@@ -151,11 +201,13 @@ def _on_each_device(
     v: jax.Array,
     segments: jax.Array | None,
     layout: Layout,
+    spec: AttentionSpec,
 ) -> jax.Array:
-    """`kernel(q, k, v, segments)`, run by each device on its own sequences and heads: the compiler cannot split it.
+    """`kernel(q, k, v, segments, spec)`, run by each device on its own sequences and heads: the compiler cannot split
+    it.
 
-    Where the layout splits the length it is `kernel(q, k, v, segments, first)`, with all keys of a sequence, and the
-    queries that begin at its place `first`.
+    Where the layout splits the length it is `kernel(q, k, v, segments, spec, first)`, with all keys of a sequence, and
+    the queries that begin at its place `first`.
     """
     heads, kv_heads = q.shape[2], k.shape[2]
     of_q = layout.spec(("batch", "act_inner_length", "act_heads", None), q.shape, "queries")
@@ -165,7 +217,14 @@ def _on_each_device(
     # Where the key heads do not divide over the devices, each device has all of them and reads those of its queries.
     select = layout.size("act_kv_heads") != layout.size("act_heads")
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+    # What is static of the spec cannot be an operand.
+    arrays = {name: spec._asdict()[name] for name in ("window", "slopes", "sinks")}
+    arrays = {name: a for name, a in arrays.items() if a is not None and not isinstance(a, int)}
+
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, arrays: dict[str, jax.Array]
+    ) -> jax.Array:
+        own = spec._replace(**arrays)
         if select:
             here, group = q.shape[2], heads // kv_heads
             together = math.gcd(here, group)  # so many neighbouring query heads are sure to read the same key head
@@ -173,16 +232,17 @@ def _on_each_device(
             read = (first + jnp.arange(0, here, together)) // group
             k, v = (jnp.take(x, read, axis=2) for x in (k, v))
         if not apart:
-            return kernel(q, k, v, segments)
+            return kernel(q, k, v, segments, own)
         k, v, segments = jax.tree.map(lambda x: jax.lax.all_gather(x, splits, axis=1, tiled=True), (k, v, segments))
-        return kernel(q, k, v, segments, jax.lax.axis_index(splits) * q.shape[1])
+        return kernel(q, k, v, segments, own, jax.lax.axis_index(splits) * q.shape[1])
 
     if apart:  # what was gathered is not kept for the backward pass, nor the scores of the plain form
         local = jax.checkpoint(local, policy=jax.checkpoint_policies.save_only_these_names("attn_context"))
     of_segments = layout.spec(("batch", "act_inner_length"))
-    in_specs = (of_q, of_kv, of_kv, of_segments)
+    of_arrays = {name: layout.spec(("act_heads",) if a.ndim else (), a.shape, name) for name, a in arrays.items()}
+    in_specs = (of_q, of_kv, of_kv, of_segments, of_arrays)
     mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=in_specs, out_specs=of_q, check_vma=False)
-    return mapped(q, k, v, segments)
+    return mapped(q, k, v, segments, arrays)
 
 
 def _evened(
@@ -191,11 +251,12 @@ def _evened(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array | None,
+    spec: AttentionSpec,
     first: jax.Array,
     *,
     layout: Layout,
 ) -> jax.Array:
-    """`kernel(q, k, v, segments, first)`, which takes as long on each of the n devices that share a sequence.
+    """`kernel(q, k, v, segments, spec, first)`, which takes as long on each of the n devices that share a sequence.
 
     In halves of a device's queries, device i computes its own number 2i and, of device n − 1 − i, number 2n − 1 − 2i.
     """
@@ -206,6 +267,6 @@ def _evened(
         return jax.lax.ppermute(x, splits, [(i, ways - 1 - i) for i in range(ways)])
 
     of_other = (ways - 1) * q.shape[1] - first + half
-    own = kernel(q[:, :half], k, v, segments, first)
-    other = kernel(exchanged(q[:, half:]), k, v, segments, of_other)
+    own = kernel(q[:, :half], k, v, segments, spec, first)
+    other = kernel(exchanged(q[:, half:]), k, v, segments, spec, of_other)
     return jnp.concatenate([own, exchanged(other)], axis=1)

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.kernels.attention import AttentionForm, attend, causal_attention, causal_mask
+from jaxllm.kernels.attention import AttentionForm, attend, causal_attention, causal_mask, lacks
+from jaxllm.kernels.attention_spec import PLAIN, AttentionSpec
 
 AskedAttention = Literal["auto", AttentionForm]
 
@@ -32,7 +33,8 @@ class AttentionNeeds:
     """What attention is to be computed for.
 
     packed: whether a row may hold several documents. virtual: what stands in front of all of them, virtual tokens
-    ("prompt") or their keys and values alone ("prefix").
+    ("prompt") or their keys and values alone ("prefix"). spec: what the model's attention computes, by any values of
+    its arrays; what is in front is said by `virtual`.
     """
 
     layout: Layout
@@ -42,6 +44,20 @@ class AttentionNeeds:
     dtype: DTypeLike
     packed: bool
     virtual: Literal["none", "prompt", "prefix"] = "none"
+    spec: AttentionSpec = PLAIN
+
+    @property
+    def test_spec(self) -> AttentionSpec:
+        """`spec` with numbers that show in a test of few tokens and of scores near 1."""
+        spec = self.spec
+        by_head: Any = np.linspace(0.1, 0.8, self.heads, dtype=np.float32)
+        traced: Any = np.int32(48)
+        return spec._replace(
+            soft_cap=None if spec.soft_cap is None else 1.0,
+            window=None if spec.window is None else 48 if isinstance(spec.window, int) else traced,
+            slopes=None if spec.slopes is None else by_head,
+            sinks=None if spec.sinks is None else 4 * by_head,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,8 @@ def obstacle(form: AttentionForm, needs: AttentionNeeds) -> str | None:
         return f"computes in bfloat16 or float16, and train.compute_dtype is {dtype}"
     if needs.virtual == "prefix" or (needs.virtual == "prompt" and form == "flash"):
         return f"has no keys in front that all documents see, as the {needs.virtual} of peft needs them"
+    if lack := lacks(form, needs.spec):
+        return f"{lack}, as the model's attention needs"
     if form == "cudnn" and needs.layout.size("act_inner_length") > 1:
         return "has no queries that begin behind the first key, as mesh.context splits them"
     if form == "flash":
@@ -136,7 +154,7 @@ def obstacle(form: AttentionForm, needs: AttentionNeeds) -> str | None:
 
 
 def fault(attention: Callable[..., jax.Array], needs: AttentionNeeds) -> str | None:
-    """What is wrong with `attention(q, k, v, segments, layout)` on these devices; None if it passes the test.
+    """What is wrong with `attention(q, k, v, segments, layout, spec)` on these devices; None if it passes the test.
 
     Of a short batch in the shape that is needed, one document at a time gets other values. Neither the results nor
     the gradients of any other token may change by a bit, those of other rows included. They must be those of the
@@ -166,12 +184,13 @@ def fault(attention: Callable[..., jax.Array], needs: AttentionNeeds) -> str | N
             for a, name in zip(arrays, names, strict=True)
         ]
 
+    spec = needs.test_spec
     given = _place(segments, layout, ("batch", "act_inner_length")) if needs.packed else None
 
     # The segments are an argument, since a program cannot hold an array of which other processes have parts.
     @partial(jax.jit, out_shardings=layout.replicated)
     def run(segments: jax.Array | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return _with_gradients(lambda q, k, v: attention(q, k, v, segments, layout))(*arrays)
+        return _with_gradients(lambda q, k, v: attention(q, k, v, segments, layout, spec))(*arrays)
 
     try:
         before = _on_host(run(given, *batch(None)))
@@ -183,7 +202,9 @@ def fault(attention: Callable[..., jax.Array], needs: AttentionNeeds) -> str | N
                 if a[others].tobytes() != b[others].tobytes():
                     where = f"document {changed}" if changed else "padding"
                     return f"leaks: {where} changes another document's {name}"
-        expected = _on_host(jax.jit(_reference, out_shardings=layout.replicated)(*batch(None), segments))
+        expected = _on_host(
+            jax.jit(partial(_reference, spec=spec), out_shardings=layout.replicated)(*batch(None), segments)
+        )
     except (RuntimeError, ValueError) as error:
         return f"fails here: {str(error).strip().splitlines()[0]}"
     real = segments > 0
@@ -194,11 +215,16 @@ def fault(attention: Callable[..., jax.Array], needs: AttentionNeeds) -> str | N
     return None
 
 
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
-    mask = causal_mask(segments, 0, q.shape[1])
+def _reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, segments: jax.Array, *, spec: AttentionSpec
+) -> tuple[jax.Array, ...]:
+    length = q.shape[1]
+    mask, distances = causal_mask(segments, 0, length), spec.distances(jnp.arange(length), segments, length)
     wide = at_least_float32(q.dtype)
     with jax.default_matmul_precision("highest"):
-        return _with_gradients(lambda q, k, v: attend(q, k, v, mask))(*(x.astype(wide) for x in (q, k, v, dy)))
+        return _with_gradients(lambda q, k, v: attend(q, k, v, mask, spec, distances))(
+            *(x.astype(wide) for x in (q, k, v, dy))
+        )
 
 
 def _with_gradients(f: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:

@@ -3,14 +3,15 @@
 FlashAttention-2 (Dao, arXiv 2307.08691): scores are made a tile at a time in the chip's fast memory and never
 stored; the forward pass keeps the log-sum-exp of each row, from which the backward pass makes them again. Beyond
 the paper: key and value heads are read by all query heads of their group and never repeated, and tiles between
-documents that do not meet are not visited. No sum depends on the order in which programs run, so that a run's bits
-repeat.
+documents that do not meet, or that a window leaves out, are not visited. No sum depends on the order in which
+programs run, so that a run's bits repeat.
 
 Pallas ships such a kernel (`jax.experimental.pallas.ops.gpu.attention`); it wants as many key heads as query heads
 and a length of whole tiles, and visits every earlier tile.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from jaxllm.kernels.attention_spec import PLAIN, AttentionSpec
 
 # Sequences are padded to a multiple of it; every tile's side divides it.
 TILE = 128
@@ -56,16 +59,18 @@ def flash_attention(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array | None,
+    spec: AttentionSpec = PLAIN,
     first: jax.Array | int = 0,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`softmax(q kᵀ / sqrt(d)) v` over the earlier keys of each query's segment: `[B, T, H, d]`, as `q`.
+    """The attention of `spec` over the earlier keys of each query's segment: `[B, T, H, d]`, as `q`.
 
     q: `[B, T, H, d]`; k, v: `[B, S, K, d]`; query head h reads key head h // (H / K). segments: `[B, S]` int32, None
     = one a row. Any numbering is right; tiles are left out where a row's segments ascend, 0 (padding) at the end.
     first: the key at which the first query stands, from 0 to S − T; it may be traced.
-    Scores, softmax and all sums are in float32. interpret: run the kernels in plain JAX, for tests.
+    The spec has no slopes, and no keys in front. Scores, softmax and all sums are in float32. interpret: run the
+    kernels in plain JAX, for tests.
     """
     (batch, length, _, width), keys = q.shape, k.shape[1]
     if segments is None:
@@ -79,77 +84,111 @@ def flash_attention(
     of_queries, segments = (
         jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE)), constant_values=PADDING) for x in (of_queries, segments)
     )
-    places = Places(jnp.reshape(first, 1).astype(jnp.int32), of_queries, segments)
-    y: Any = _attention(q, k, v, places, 1 / math.sqrt(width), interpret)
+    # No key is farther away than the row is long; the sum of two places stays an int32.
+    window = None if spec.window is None else jnp.reshape(jnp.minimum(spec.window, keys), 1).astype(jnp.int32)
+    places = Places(jnp.reshape(first, 1).astype(jnp.int32), of_queries, segments, window)
+    sinks = None if spec.sinks is None else spec.sinks.astype(jnp.float32)
+    scores = Scores(1 / math.sqrt(width) if spec.scale is None else spec.scale, spec.soft_cap)
+    y: Any = _attention(q, k, v, places, sinks, scores, interpret)
     return y[:, :length, :, :width]
 
 
 class Places(NamedTuple):
     """Where tokens stand. first: `[1]` int32, the key of the first query. queries, keys: `[B, T]` and `[B, S]` int32,
-    the segments."""
+    the segments. window: `[1]` int32, how many keys a query sees at most, its own one of them; None = all."""
 
     first: jax.Array
     queries: jax.Array
     keys: jax.Array
+    window: jax.Array | None = None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, scale: float, interpret: bool) -> jax.Array:
-    return _forward(q, k, v, places, scale, interpret)[0]
+class Scores(NamedTuple):
+    """How a score follows from a product: times `scale`, then under the soft cap."""
+
+    scale: float
+    soft_cap: float | None = None
+
+    def of(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The scores, in base 2, and the derivative of the soft cap; None without one."""
+        if self.soft_cap is None:
+            return products * (self.scale * LOG2E), None
+        bent = jnp.tanh(products * (self.scale / self.soft_cap))
+        return bent * (self.soft_cap * LOG2E), 1 - bent * bent
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    places: Places,
+    sinks: jax.Array | None,
+    scores: Scores,
+    interpret: bool,
+) -> jax.Array:
+    return _forward(q, k, v, places, sinks, scores, interpret)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, places: Places, scale: float, interpret: bool
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    places: Places,
+    sinks: jax.Array | None,
+    scores: Scores,
+    interpret: bool,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     (batch, length, heads, width), keys = q.shape, k.shape[1]
     tiles, _, _ = tiles_of(width)
-    first, _ = _meeting(places, tiles)
+    first, _ = meeting(places, tiles)
     head, whole, row = _specs(tiles.queries, keys, width, heads // k.shape[2])
+    of_sink = None if sinks is None else pl.BlockSpec((1,), lambda i, b, h: (h,))
     y, lse = pl.pallas_call(
-        partial(_forward_kernel, scale=scale * LOG2E, tiles=tiles),
+        partial(_forward_kernel, scores_of=scores.of, tiles=tiles),
         grid=(length // tiles.queries, batch, heads),
-        in_specs=[head, whole, whole, *_places_of(length, keys), _row_of(first.shape[1])],
+        in_specs=[head, whole, whole, _places_of(places), _row_of(first.shape[1]), of_sink],
         out_specs=[head, row],
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="attention_forward",
-    )(q, k, v, *places, first)
+    )(q, k, v, places, first, sinks)
     # With both of them saved, the backward pass need not run this kernel again.
     y, lse = (checkpoint_name(x, "attn_context") for x in (y, lse))
-    return y, (q, k, v, places, y, lse)
+    return y, (q, k, v, places, sinks, y, lse)
 
 
-def _backward(scale: float, interpret: bool, saved: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
-    q, k, v, places, y, lse = saved
+def _backward(scores: Scores, interpret: bool, saved: tuple[Any, ...], dy: jax.Array) -> tuple[Any, ...]:
+    q, k, v, places, sinks, y, lse = saved
     batch, length, heads, width = q.shape
     _, keys, kv_heads, _ = k.shape
     group = heads // kv_heads
     delta = jnp.einsum("bthd,bthd->bht", y.astype(jnp.float32), dy.astype(jnp.float32))
     _, for_dq, for_dkv = tiles_of(width)
 
-    first, _ = _meeting(places, for_dq)
+    first, _ = meeting(places, for_dq)
     head, whole, row = _specs(for_dq.queries, keys, width, group)
     dq = pl.pallas_call(
-        partial(_dq_kernel, scale=scale, tiles=for_dq),
+        partial(_dq_kernel, scores=scores, tiles=for_dq),
         grid=(length // for_dq.queries, batch, heads),
-        in_specs=[head, whole, whole, *_places_of(length, keys), _row_of(first.shape[1]), head, row, row],
+        in_specs=[head, whole, whole, _places_of(places), _row_of(first.shape[1]), head, row, row],
         out_specs=head,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=triton.CompilerParams(num_warps=for_dq.warps, num_stages=for_dq.stages),
         interpret=interpret,
         name="attention_dq",
-    )(q, k, v, *places, first, dy, lse, delta)
+    )(q, k, v, places, first, dy, lse, delta)
 
-    _, last = _meeting(places, for_dkv)
+    _, last = meeting(places, for_dkv)
     tile = pl.BlockSpec((None, for_dkv.keys, None, width), lambda j, b, h: (b, j, h, 0))
     of_group = pl.BlockSpec((None, length, group, width), lambda j, b, h: (b, 0, h, 0))
     rows_of_group = pl.BlockSpec((None, group, length), lambda j, b, h: (b, h, 0))
     dk, dv = pl.pallas_call(
-        partial(_dkv_kernel, scale=scale, tiles=for_dkv, group=group),
+        partial(_dkv_kernel, scores=scores, tiles=for_dkv, group=group),
         grid=(keys // for_dkv.keys, batch, kv_heads),
         in_specs=[
-            *(of_group, tile, tile, *_places_of(length, keys), _row_of(last.shape[1])),
+            *(of_group, tile, tile, _places_of(places), _row_of(last.shape[1])),
             *(of_group, rows_of_group, rows_of_group),
         ],
         out_specs=[tile, tile],
@@ -157,8 +196,12 @@ def _backward(scale: float, interpret: bool, saved: tuple[Any, ...], dy: jax.Arr
         compiler_params=triton.CompilerParams(num_warps=for_dkv.warps, num_stages=for_dkv.stages),
         interpret=interpret,
         name="attention_dkv",
-    )(q, k, v, *places, last, dy, lse, delta)
-    return dq, dk, dv, None
+    )(q, k, v, places, last, dy, lse, delta)
+    if sinks is None:
+        return dq, dk, dv, None, None
+    # The score of a sink has a weight and no value.
+    weights = jnp.exp2(sinks[:, None] * LOG2E - lse)
+    return dq, dk, dv, None, -jnp.sum(weights * delta, axis=(0, 2))
 
 
 _attention.defvjp(_forward, _backward)
@@ -178,16 +221,20 @@ def _row_of(size: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, size), lambda i, b, h: (b, 0))
 
 
-def _places_of(length: int, keys: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+def _places_of(places: Places) -> Any:
     """`Places` of sequence b."""
-    return pl.BlockSpec((1,), lambda i, b, h: (0,)), _row_of(length), _row_of(keys)
+    scalar = pl.BlockSpec((1,), lambda i, b, h: (0,))
+    of_window = None if places.window is None else scalar
+    return Places(scalar, _row_of(places.queries.shape[1]), _row_of(places.keys.shape[1]), of_window)  # pyright: ignore
 
 
-def _meeting(places: Places, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+def meeting(places: Places, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
     """The first tile of keys that each tile of queries must visit, and the last tile of queries that each tile of
-    keys must: `[B, T / tile]` and `[B, S / tile]` int32; one past the end, and −1, where there is none.
+    keys must: `[B, T / tile]` and `[B, S / tile]` int32; where there is none, a first that is past the end, or past
+    the last that causal order leaves, and a last that is before the first.
 
-    Two tiles meet if the ranges of their segment numbers do, which every two tokens of one segment see to.
+    Two tiles meet if the ranges of their segment numbers do, which every two tokens of one segment see to, and if the
+    window of the first query reaches the last key.
     """
 
     def ranges(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -199,7 +246,18 @@ def _meeting(places: Places, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
     queries, keys = meet.shape[1:]
     first = jnp.where(meet.any(2), jnp.argmax(meet, axis=2), keys)
     last = jnp.where(meet.any(1), queries - 1 - jnp.argmax(meet[:, ::-1], axis=1), -1)
+    if places.window is not None:
+        earliest = places.first + jnp.arange(queries) * tiles.queries - places.window + 1
+        first = jnp.maximum(first, earliest // tiles.keys)
+        latest = jnp.arange(1, keys + 1) * tiles.keys - 1 + places.window - 1 - places.first
+        last = jnp.minimum(last, latest // tiles.queries)
     return first.astype(jnp.int32), last.astype(jnp.int32)
+
+
+def past_last(number: Any, start: Any, tiles: Tiles) -> Any:
+    """The tile of keys behind the last that causal order lets the tile `number` of queries see. start: the key of the
+    first query of all."""
+    return pl.cdiv(start + (number + 1) * tiles.queries, tiles.keys)
 
 
 def _tile(number: Any, size: int, first: Any = 0) -> tuple[Any, jax.Array]:
@@ -207,31 +265,36 @@ def _tile(number: Any, size: int, first: Any = 0) -> tuple[Any, jax.Array]:
     return pl.ds(number * size, size), first + number * size + jnp.arange(size, dtype=jnp.int32)
 
 
+def _window_of(places: Places) -> jax.Array | None:
+    return None if places.window is None else places.window[0]
+
+
 def _forward_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    start_ref: Any,
-    q_segments_ref: Any,
-    k_segments_ref: Any,
+    places: Places,
     first_ref: Any,
+    sink_ref: Any,
     y_ref: Any,
     lse_ref: Any,
     *,
-    scale: float,
+    scores_of: Callable[[jax.Array], tuple[jax.Array, jax.Array | None]],
     tiles: Tiles,
 ) -> None:
     """One tile of queries of one head: over the tiles of keys, the maximum m, the sum of the weights and y run."""
     i = pl.program_id(0)
-    start = start_ref[0]
+    start, window = places.first[0], _window_of(places)
     here, at = _tile(i, tiles.queries, start)
-    q, q_segments = q_ref[...], q_segments_ref[here]
+    q, q_segments = q_ref[...], places.queries[here]
 
     def visit(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         y, m, total = carry
         there, key_at = _tile(j, tiles.keys)
-        sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == k_segments_ref[there][None, :])
-        scores = jnp.where(sees, triton.dot(q, k_ref[there, :], trans_b=True) * scale, MASKED)
+        sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == places.keys[there][None, :])
+        if window is not None:
+            sees &= at[:, None] - key_at[None, :] < window
+        scores = jnp.where(sees, scores_of(triton.dot(q, k_ref[there, :], trans_b=True))[0], MASKED)
         new_m = jnp.maximum(m, jnp.max(scores, axis=1))
         # A row that has seen no key yet has m = MASKED, from which a masked score is no different.
         p = jnp.where(sees, jnp.exp2(scores - new_m[:, None]), 0.0)
@@ -240,12 +303,13 @@ def _forward_kernel(
         y = y * shrink[:, None] + triton.dot(p.astype(v.dtype), v)
         return y, new_m, total * shrink + jnp.sum(p, axis=1)
 
+    # A sink has been seen before any key: its weight is 1, and its value 0.
     nothing = (
         jnp.zeros(q.shape, jnp.float32),
-        jnp.full(tiles.queries, MASKED, jnp.float32),
-        jnp.zeros(tiles.queries, jnp.float32),
+        jnp.full(tiles.queries, MASKED if sink_ref is None else sink_ref[0] * LOG2E, jnp.float32),
+        jnp.full(tiles.queries, 0.0 if sink_ref is None else 1.0, jnp.float32),
     )
-    past = jnp.minimum(pl.cdiv(start + (i + 1) * tiles.queries, tiles.keys), k_ref.shape[0] // tiles.keys)
+    past = jnp.minimum(past_last(i, start, tiles), k_ref.shape[0] // tiles.keys)
     y, m, total = jax.lax.fori_loop(first_ref[i], past, visit, nothing)
     # The largest weight is 1. A query of padding may have seen no key at all.
     total = jnp.maximum(total, 1.0)
@@ -257,46 +321,46 @@ def _dq_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    start_ref: Any,
-    q_segments_ref: Any,
-    k_segments_ref: Any,
+    places: Places,
     first_ref: Any,
     dy_ref: Any,
     lse_ref: Any,
     delta_ref: Any,
     dq_ref: Any,
     *,
-    scale: float,
+    scores: Scores,
     tiles: Tiles,
 ) -> None:
     """One tile of queries of one head: with p the weights, `dq = Σ p ∘ (dy vᵀ − Σ y dy) k · scale` over the keys."""
     i = pl.program_id(0)
-    start = start_ref[0]
+    start, window = places.first[0], _window_of(places)
     here, at = _tile(i, tiles.queries, start)
-    q, dy, q_segments = q_ref[...], dy_ref[...], q_segments_ref[here]
+    q, dy, q_segments = q_ref[...], dy_ref[...], places.queries[here]
     lse, delta = lse_ref[...], delta_ref[...]
 
     def visit(j: Any, dq: jax.Array) -> jax.Array:
         there, key_at = _tile(j, tiles.keys)
         k = k_ref[there, :]
-        sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == k_segments_ref[there][None, :])
-        scores = triton.dot(q, k, trans_b=True) * (scale * LOG2E)
-        p = jnp.where(sees, jnp.exp2(scores - lse[:, None]), 0.0)
+        sees = (at[:, None] >= key_at[None, :]) & (q_segments[:, None] == places.keys[there][None, :])
+        if window is not None:
+            sees &= at[:, None] - key_at[None, :] < window
+        score, slope = scores.of(triton.dot(q, k, trans_b=True))
+        p = jnp.where(sees, jnp.exp2(score - lse[:, None]), 0.0)
         ds = p * (triton.dot(dy, v_ref[there, :], trans_b=True) - delta[:, None])
+        if slope is not None:
+            ds *= slope
         return dq + triton.dot(ds.astype(k.dtype), k)
 
-    past = jnp.minimum(pl.cdiv(start + (i + 1) * tiles.queries, tiles.keys), k_ref.shape[0] // tiles.keys)
+    past = jnp.minimum(past_last(i, start, tiles), k_ref.shape[0] // tiles.keys)
     dq = jax.lax.fori_loop(first_ref[i], past, visit, jnp.zeros(q.shape, jnp.float32))
-    dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
+    dq_ref[...] = (dq * scores.scale).astype(dq_ref.dtype)
 
 
 def _dkv_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    start_ref: Any,
-    q_segments_ref: Any,
-    k_segments_ref: Any,
+    places: Places,
     last_ref: Any,
     dy_ref: Any,
     lse_ref: Any,
@@ -304,25 +368,29 @@ def _dkv_kernel(
     dk_ref: Any,
     dv_ref: Any,
     *,
-    scale: float,
+    scores: Scores,
     tiles: Tiles,
     group: int,
 ) -> None:
     """One tile of keys of one key head: `dv = Σ pᵀ dy`, `dk = Σ (p ∘ (dy vᵀ − Σ y dy))ᵀ q · scale` over the queries
     of every head of its group. Products are made transposed, `[keys, queries]`, as they are used."""
-    j, start = pl.program_id(0), start_ref[0]
+    j, start, window = pl.program_id(0), places.first[0], _window_of(places)
     here, at = _tile(j, tiles.keys)
-    k, v, k_segments = k_ref[...], v_ref[...], k_segments_ref[here]
+    k, v, k_segments = k_ref[...], v_ref[...], places.keys[here]
 
     def visit(head: Any, i: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dk, dv = carry
         there, query_at = _tile(i, tiles.queries, start)
         q, dy = q_ref[there, head, :], dy_ref[there, head, :]
-        sees = (at[:, None] <= query_at[None, :]) & (k_segments[:, None] == q_segments_ref[there][None, :])
-        scores = triton.dot(k, q, trans_b=True) * (scale * LOG2E)
-        p = jnp.where(sees, jnp.exp2(scores - lse_ref[head, there][None, :]), 0.0)
+        sees = (at[:, None] <= query_at[None, :]) & (k_segments[:, None] == places.queries[there][None, :])
+        if window is not None:
+            sees &= query_at[None, :] - at[:, None] < window
+        score, slope = scores.of(triton.dot(k, q, trans_b=True))
+        p = jnp.where(sees, jnp.exp2(score - lse_ref[head, there][None, :]), 0.0)
         dv = dv + triton.dot(p.astype(dy.dtype), dy)
         ds = p * (triton.dot(v, dy, trans_b=True) - delta_ref[head, there][None, :])
+        if slope is not None:
+            ds *= slope
         return dk + triton.dot(ds.astype(q.dtype), q), dv
 
     def of_head(head: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -331,5 +399,5 @@ def _dkv_kernel(
     earliest = jnp.maximum(j * tiles.keys - start, 0) // tiles.queries
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))
-    dk_ref[...] = (dk * scale).astype(dk_ref.dtype)
+    dk_ref[...] = (dk * scores.scale).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)

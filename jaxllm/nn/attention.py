@@ -6,11 +6,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxllm.kernels.attention import attend, causal_attention
+from jaxllm.kernels.attention_spec import PLAIN, AttentionSpec
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.checkpoint_names import named
 from jaxllm.nn.context import Context
 from jaxllm.nn.linear import Linear
 from jaxllm.nn.norm import RMSNorm
+from jaxllm.nn.parameter import parameter
 from jaxllm.nn.rope import apply_rope
 
 
@@ -20,6 +22,8 @@ class Attention(nn.Module):
     fused: whether queries, keys and values come of one matrix `qkv`, whose columns have beside each key head its query
     heads before it and its value head behind it; else of `q`, `k` and `v`. qk_norm_eps: of the norms of the queries and
     keys of each head before they turn; None = there are none.
+    spec: what it computes, as far as that is the same in every layer; a window of `ctx` takes the place of its own.
+    sinks: whether each query head learns a score that joins the denominator of its softmax.
 
     Of an adapter it applies the leaves that it finds, and makes none: `prefix_k` and `prefix_v`, `[n, kv_heads ·
     head_dim]`, keys (as after their rotation) and values in front of every row, which all of its tokens see.
@@ -34,6 +38,8 @@ class Attention(nn.Module):
     o_bias: bool = False
     fused: bool = False
     qk_norm_eps: float | None = None
+    spec: AttentionSpec = PLAIN
+    sinks: bool = False
 
     @nn.compact
     def __call__(
@@ -68,16 +74,23 @@ class Attention(nn.Module):
         q = named(turned(self.heads, "heads", "q"), "attn_q")
         k = named(turned(self.kv_heads, "kv_heads", "k"), "attn_k")
         v = named(heads(self.kv_heads, "kv_heads", "v"), "attn_v")
+        spec = self.spec._replace(shared=ctx.shared)
+        if ctx.window is not None:
+            spec = spec._replace(window=ctx.window)
+        if self.sinks:
+            sinks = parameter(self, "sinks", nn.initializers.normal(self.stddev), ("heads",), (self.heads,))
+            spec = spec._replace(sinks=sinks)
         if cache is None:
             segments, (k, v) = ctx.segments, self._behind_prefix(k, v, ctx)
-            front = k.shape[1] - length
+            spec = spec._replace(prefix=k.shape[1] - length)
             if segments is not None:
-                segments = jnp.pad(segments, ((0, 0), (front, 0)), constant_values=VIRTUAL)
-            y = causal_attention(ctx.attention, q, k, v, segments, ctx.layout, ctx.shared + front)
+                segments = jnp.pad(segments, ((0, 0), (spec.prefix, 0)), constant_values=VIRTUAL)
+            y = causal_attention(ctx.attention, q, k, v, segments, ctx.layout, spec)
         else:
             cache = cache.write(k, v, ctx)
             k, v = self._behind_prefix(cache.k, cache.v, ctx)
-            y = attend(q, k, v, cache_mask(ctx, length, k.shape[1] - cache.k.shape[1]))
+            spec = spec._replace(prefix=k.shape[1] - cache.k.shape[1])
+            y = attend(q, k, v, cache_mask(ctx, length, spec.prefix), spec, cache_distances(ctx, length, spec))
         y = named(ctx.layout.constrain(y, "batch", "act_inner_length", "act_heads", None), "attn_context")
         y = y.reshape(batch, length, self.heads * self.head_dim)
         return named(linear(width, ("heads", "embed"), "o")(y, ctx), "attn_out"), cache
@@ -113,3 +126,14 @@ def cache_mask(ctx: Context, length: int, front: int = 0) -> jax.Array:
     earlier = query_slots[:, None] >= jnp.arange(segments.shape[1])[None, :]
     mask = (same | (jnp.arange(segments.shape[1]) < ctx.shared)) & earlier
     return jnp.pad(mask, ((0, 0), (0, 0), (front, 0)), constant_values=True)
+
+
+def cache_distances(ctx: Context, length: int, spec: AttentionSpec) -> jax.Array | None:
+    """The distances of `spec` between `length` queries at the cache position of `ctx` and the slots, behind the prefix:
+    `[B or 1, length, prefix + S]`. The tokens of a row stand together in the cache."""
+    assert ctx.cache is not None
+    if not spec.asks_distances:
+        return None
+    segments = jnp.pad(ctx.cache.segments, ((0, 0), (spec.prefix, 0)), constant_values=VIRTUAL)
+    at = spec.prefix + ctx.cache.offset + jnp.arange(length)
+    return spec.distances(at, segments, segments.shape[1])

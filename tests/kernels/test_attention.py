@@ -11,6 +11,7 @@ import torch
 from jaxllm.core.mesh import Layout
 from jaxllm.kernels import attention
 from jaxllm.kernels.attention import attend, attention_from, causal_attention, causal_mask, plain_attention
+from jaxllm.kernels.attention_spec import PLAIN, AttentionSpec
 from jaxllm.kernels.flash_attention import flash_attention
 from tests.support.families import mesh_layout
 
@@ -164,7 +165,7 @@ def test_a_part_of_the_queries(form, keys, first, length):
 
     @jax.jit
     def run(first, q, k, v, dy):
-        y, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, segments, first), q, k, v)
+        y, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, segments, PLAIN, first), q, k, v)
         return y, *pullback(dy)
 
     ours = [np.asarray(a) for a in run(first, q[:, part], k, v, dy[:, part])]
@@ -212,7 +213,7 @@ def test_the_work_is_even(ways, monkeypatch):
     """
     layout, length = mesh_layout(context=ways), 16 * ways
 
-    def cost(q, k, v, segments, first, *, interpret):
+    def cost(q, k, v, segments, spec, first, *, interpret):
         seen = 1 + first + jnp.arange(q.shape[1])
         return jnp.stack([jnp.full_like(seen, jnp.sum(seen)), seen], axis=-1)[None, :, None].astype(q.dtype)
 
@@ -232,7 +233,7 @@ def test_what_cannot_be_where_the_length_is_split():
     with pytest.raises(ValueError, match="no queries that begin behind the first key"):
         causal_attention("cudnn", q, q, q, None, layout)
     with pytest.raises(ValueError, match="splits the length, cannot have keys of virtual tokens in front"):
-        causal_attention("xla", q, jnp.concatenate([q, q], 1), q, None, layout)
+        causal_attention("xla", q, jnp.concatenate([q, q], 1), q, None, layout, AttentionSpec(prefix=16))
 
 
 @pytest.mark.parametrize("width", [64, 80, 128, 256])

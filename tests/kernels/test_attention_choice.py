@@ -44,37 +44,37 @@ def test_every_form_passes_where_the_length_is_split(form):
     assert fault(form, needs(mesh_layout(context=3, data=2))) is None
 
 
-def across_documents(q, k, v, segments, layout):
+def across_documents(q, k, v, segments, layout, spec):
     return plain_attention(q, k, v)
 
 
-def later_tokens(q, k, v, segments, layout):
+def later_tokens(q, k, v, segments, layout, spec):
     return plain_attention(q[:, ::-1], k[:, ::-1], v[:, ::-1], segments)[:, ::-1]
 
 
-def other_rows(q, k, v, segments, layout):
+def other_rows(q, k, v, segments, layout, spec):
     return plain_attention(q, k, v, segments) + 1e-6 * jnp.mean(v, axis=(0, 1, 2))
 
 
-def gradient_of_others(q, k, v, segments, layout):
+def gradient_of_others(q, k, v, segments, layout, spec):
     """The result is right, and its gradient gets something of every token."""
     leak = 1e-6 * jnp.sum(jax.lax.stop_gradient(q))
     return plain_attention(q, k, v, segments) + leak * (v - jax.lax.stop_gradient(v))[:, :, :1]
 
 
-def another_scale(q, k, v, segments, layout):
+def another_scale(q, k, v, segments, layout, spec):
     return plain_attention(1.2 * q, k, v, segments)
 
 
-def other_heads(q, k, v, segments, layout):
+def other_heads(q, k, v, segments, layout, spec):
     return plain_attention(q, k[:, :, ::-1], v[:, :, ::-1], segments)
 
 
-def not_a_number(q, k, v, segments, layout):
+def not_a_number(q, k, v, segments, layout, spec):
     return plain_attention(q, k, v, segments) * jnp.nan
 
 
-def does_not_run(q, k, v, segments, layout):
+def does_not_run(q, k, v, segments, layout, spec):
     raise NotImplementedError("no such kernel\non this card")
 
 
