@@ -17,6 +17,7 @@ from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.runs.config import Config
 from jaxllm.runs.config_changes import rule_of
 from jaxllm.runs.model_config import NewModel
+from jaxllm.train.model import adapted
 from jaxllm.train.program import Program
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ def test_recipe_builds_abstractly_and_shards(recipe: Path, shared: Path) -> None
         lm = LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout))
     else:
         lm = read_model(shared / "models" / "stories3M", layout)
-    program = Program.of(config, lm, config.train.steps or 1000)
+    program = Program.of(config, adapted(config, lm), config.train.steps or 1000)
     state, batch = program.state, program.batch(config.data.seq_len)
     assert micro_batches * micro_batch == config.train.batch_size
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves((state, batch)))

@@ -18,7 +18,7 @@ from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.hf.config import parse_config
 from jaxllm.hf.source import DTYPES, Source, read_source
-from jaxllm.models.fit_layout import fit_layout
+from jaxllm.models.fit_layout import fitted
 from jaxllm.models.lm import LM
 from jaxllm.models.rules import Index, Rule
 
@@ -44,10 +44,7 @@ def read_model(
     """
     source = read_source(folder)
     family, config = parse_config(source.config, source.folder / "config.json")
-    layout = fit_layout(config, layout)
-    if compute_dtype is None:
-        compute_dtype = "bfloat16" if layout.platform == "gpu" else "float32"
-    lm = LM(family, config, layout, compute_dtype=jnp.dtype(compute_dtype), source=source)
+    lm = fitted(family, config, layout, compute_dtype=compute_dtype, source=source)
     check(lm, source)
     stored = stored_dtypes(lm, source)
     return replace(lm, param_dtype=stored if param_dtype is None else jnp.dtype(param_dtype))

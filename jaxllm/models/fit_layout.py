@@ -1,13 +1,34 @@
-"""Fitting a layout to the heads and layers of a model."""
+"""Fitting a model to the devices: its layout, and the dtype that it computes in."""
 
 import logging
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.models.family import FamilyConfig
+from jaxllm.models.family import Family, FamilyConfig
 from jaxllm.models.lm import LM
 
 log = logging.getLogger(__name__)
+
+
+def fitted(
+    family: Family,
+    config: FamilyConfig,
+    layout: Layout,
+    param_dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
+    source: Any = None,
+) -> LM:
+    """The model of `config`, with the layout that `fit_layout` makes of `layout`.
+
+    compute_dtype: None = bfloat16 on GPU, float32 on CPU. Raises UserError as `fit_layout` does.
+    """
+    if compute_dtype is None:
+        compute_dtype = "bfloat16" if layout.platform == "gpu" else "float32"
+    return LM(family, config, fit_layout(config, layout), param_dtype, jnp.dtype(compute_dtype), source=source)
 
 
 def fit_layout(config: FamilyConfig, layout: Layout) -> Layout:

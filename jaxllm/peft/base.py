@@ -82,9 +82,8 @@ class PeftConfig(Section):
 
 
 def describe(method: PeftConfig, lm: LM) -> str:
-    """How much of `lm` trains. Raises UserError where the method does not fit it."""
-    adapted = method.add(lm)
-    count, total = method.trained_at_a_time(adapted), sum(leaf.size for leaf in jax.tree.leaves(adapted.abstract()))
+    """How much of `lm`, a result of `add`, trains. Raises UserError if nothing does."""
+    count, total = method.trained_at_a_time(lm), sum(leaf.size for leaf in jax.tree.leaves(lm.plain.abstract()))
     return f"{method.type}: {count:,} of {total:,} parameters train at a time ({count / total:.3%})"
 
 

@@ -19,7 +19,7 @@ from jaxllm.plan.targets import compile_only_devices
 from jaxllm.runs.config import Config
 from jaxllm.step.batch import check_length
 from jaxllm.step.compile import CompiledStep
-from jaxllm.train.inputs import model_without_weights
+from jaxllm.train.model import model_without_weights
 from jaxllm.train.program import Program
 
 # Memory does not depend on how long a run is; one of epochs alone is taken to be so long, since only data can tell.
@@ -34,16 +34,20 @@ NO_TILING = "find output tile sizes"
 class Plan:
     """A compiled training step.
 
-    lm: the model, without what a PEFT method adds. parts: bytes on each device by what they hold, which add up to the
-    peak. by_cublas: all products of matrices were left to cuBLAS, since XLA had no tiling for one.
+    parts: bytes on each device by what they hold, which add up to the peak. by_cublas: all products of matrices were
+    left to cuBLAS, since XLA had no tiling for one.
     """
 
-    lm: LM
     program: Program
     attention: AttentionChoice
     compiled: CompiledStep
     parts: Mapping[str, int]
     by_cublas: bool
+
+    @property
+    def lm(self) -> LM:
+        """The model that would train."""
+        return self.program.lm
 
 
 def devices_for(config: Config, target: Target | None, count: int | None) -> Sequence[Any]:
@@ -75,9 +79,7 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
     if layout.platform == "cpu":
         config.train.check_memories(devices[0])
     lm = model_without_weights(config, layout)
-    attention = plan_attention(
-        config.train.attention, config.peft.add(lm).attention_needs(config.data.packing in ("best_fit", "concat"))
-    )
+    attention = plan_attention(config.train.attention, lm.attention_needs(config.data.packed))
     lm = replace(lm, attention=attention.form)
     program = Program.of(config, lm, _steps(config))
     widths, options, by_cublas = [config.data.seq_len], program.compiler_options(), False
@@ -87,7 +89,7 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
         if NO_TILING not in str(error):
             raise
         compiled, by_cublas = program.compile(widths, {**options, "xla_gpu_enable_triton_gemm": False}), True
-    return Plan(lm, program, attention, compiled, _parts(program, compiled), by_cublas)
+    return Plan(program, attention, compiled, _parts(program, compiled), by_cublas)
 
 
 def _steps(config: Config) -> int:

@@ -13,6 +13,7 @@ from jaxllm.plan.plan import Plan
 from jaxllm.processes.environment import GPU_MEMORY_SHARE, quiet_libraries
 from jaxllm.runs.config import Config
 from jaxllm.train.memory import Compile, remedies, tried
+from jaxllm.train.model import kind_and_size
 
 # The seconds after which no other remedy is compiled.
 TRY_SECONDS = 120
@@ -33,8 +34,7 @@ def report(console: Console, planned: Plan, target: Target, config: Config) -> N
     say, lm, train = saying(console), planned.lm, config.train
     micro_batches, rows = train.accumulation(lm.layout)
     say("devices", lm.layout)
-    dtypes = f"in {train.param_dtype}, computing in {lm.compute_dtype}"
-    say("model", f"{lm.config.type} with {lm.parameter_count():,} parameters {dtypes}")
+    say("model", f"{kind_and_size(lm)} in {train.param_dtype}, computing in {lm.compute_dtype}")
     if config.peft.type != "full":
         say("peft", describe(config.peft, lm))
     cut = f"{micro_batches} × {rows} sequences of {config.data.seq_len} tokens"

@@ -32,11 +32,12 @@ def _prepare(arguments: list[str]) -> None:
     from jaxllm.core.config import load
     from jaxllm.core.console import saying
     from jaxllm.runs.config import Config
-    from jaxllm.train.inputs import open_tokenizer, read_inputs
+    from jaxllm.train.inputs import read_inputs
+    from jaxllm.train.model import open_tokenizer
 
     config = load(arguments[0], arguments[1:], Config)
     say = saying(Console())
-    inputs = read_inputs(config, open_tokenizer(config), say)
+    inputs = read_inputs(config, open_tokenizer(config.model), say)
     stores = dict.fromkeys(rows.store.folder for rows in (inputs.train, *inputs.held_out.values()))
     say("prepared", ", ".join(map(str, stores)))
 

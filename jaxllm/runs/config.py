@@ -24,7 +24,7 @@ from jaxllm.peft.lora import Lora
 from jaxllm.peft.prefix import PrefixTuning
 from jaxllm.peft.prompt import VirtualTokens
 from jaxllm.processes.watch import DistributedConfig
-from jaxllm.runs.model_config import NEW_MODELS, NewModel, PretrainedModel
+from jaxllm.runs.model_config import NEW_MODELS, ModelConfig, NewModel, PretrainedModel
 from jaxllm.runs.train_config import TrainConfig
 
 
@@ -51,7 +51,7 @@ class Config(Section):
     """the folder that the run writes"""
     seed: int = Field(default=0, ge=0, lt=2**32)  # JAX keeps 32 bits of a seed, and drops the others without a word
     """of new weights, of the order of the data and of what is held out"""
-    model: Annotated[PretrainedModel | NewModel, ByType(NEW_MODELS, otherwise=PretrainedModel)]
+    model: Annotated[ModelConfig, ByType(NEW_MODELS, otherwise=PretrainedModel)]
     data: DataConfig
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()

@@ -45,6 +45,9 @@ class NewModel(Section):
         return FAMILIES[fields["type"]].config(**fields)
 
 
+ModelConfig = PretrainedModel | NewModel
+
+
 def _new_model(family: str) -> Any:
     """The section of a new model of `family`: the fields that follow from others may be left out."""
 

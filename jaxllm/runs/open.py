@@ -32,7 +32,7 @@ from jaxllm.data.text.tokenizer import load_tokenizer
 from jaxllm.files import hub
 from jaxllm.hf import load_params, read_model
 from jaxllm.hf.config import parse_config, read_config
-from jaxllm.models.fit_layout import fit_layout
+from jaxllm.models.fit_layout import fitted
 from jaxllm.models.lm import LM
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.peft.files import AdapterConfig
@@ -157,14 +157,7 @@ def _from_checkpoint(
     stored = raw.get("torch_dtype") or raw.get("dtype")
     if stored not in DTYPES:
         raise UserError(f"{run / MODEL_CONFIG}: dtype is {stored!r}, and must be one of {', '.join(DTYPES)}")
-    on_gpu = layout.platform == "gpu"
-    plain = LM(
-        family,
-        config,
-        fit_layout(config, layout),
-        param_dtype or stored,
-        compute_dtype or ("bfloat16" if on_gpu else "float32"),
-    )
+    plain = fitted(family, config, layout, param_dtype or stored, compute_dtype)
     trained = config_of(run)
     adapted = replace(trained.peft.add(plain), quantization=trained.quantization)
     merges = trained.peft.merges and trained.quantization is None

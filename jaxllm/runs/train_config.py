@@ -162,10 +162,6 @@ class TrainConfig(Section):
                     f"JAX_ENABLE_X64=1, or train.{key} to float32"
                 )
 
-    def computes_in(self, layout: Layout) -> str:
-        """The compute dtype on the devices of `layout`."""
-        return self.compute_dtype or ("bfloat16" if layout.platform == "gpu" else "float32")
-
     def ticks(self, layout: Layout) -> Schedule:
         """When the stages of `layout` work on the micro-batches of a batch."""
         walks = 0 if self.update == "ordinary" else 1 if self.max_grad_norm is None else 2

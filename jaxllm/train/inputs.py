@@ -1,14 +1,13 @@
-"""What a config names to read: its model and tokenizer, the rows to train on, and the held-out sets."""
+"""What a config names to read: the rows to train on, and the held-out sets."""
 
 from __future__ import annotations
 
 import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -25,81 +24,13 @@ from jaxllm.data.rows.loader import Arrays, HeldOutBy, Loader, plans
 from jaxllm.data.rows.pack import PackPlan
 from jaxllm.data.rows.preview import preview, require_ends
 from jaxllm.data.rows.store import Store, Wanted
-from jaxllm.data.text.tokenizer import load_tokenizer
 from jaxllm.files import hub
-from jaxllm.hf import load_params
-from jaxllm.hf.config import parse_config, read_config
-from jaxllm.models import FAMILIES, LM
-from jaxllm.models.family import FamilyConfig
-from jaxllm.models.fit_layout import fit_layout
-from jaxllm.peft.adapter import with_adapter
 from jaxllm.processes.distributed import gather, is_first, require_same
 from jaxllm.runs.config import Config
-from jaxllm.runs.model_config import NewModel
-from jaxllm.runs.open import OpenModel, fitting_tokenizer, model_folder, open_model
 from jaxllm.step.batch import BATCH_AXES, check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
-    """The model of the config, new or from a folder, beside its tokenizer."""
-    chosen = config.model
-    if isinstance(chosen, NewModel):
-        lm = model_without_weights(config, layout)
-        return OpenModel(lm, _tokenizer_folder(config), lambda: lm.init(jax.random.key(config.seed)))
-    model = open_model(chosen.path, layout, config.train.param_dtype, config.train.computes_in(layout))
-    model.check_whole()
-    if chosen.quantization is not None:
-        if model.lm.source is None:
-            raise UserError(
-                f"model.quantize reads a Hugging Face folder layer by layer, and model.path {chosen.path} is a run or "
-                "one of its checkpoints; give the run's export/hf, or what python -m jaxllm.convert to-hf makes of it"
-            )
-        quantized = replace(model.lm, quantization=chosen.quantization)
-        quantized.abstract()  # of a shape that it cannot store
-        model = replace(model, load=lambda: load_params(quantized))
-    for i, adapter in enumerate(chosen.adapters, 1):
-        model.check_lacks(adapter)
-        trains_on = config.peft if i == len(chosen.adapters) else None
-        model = replace(model, load=with_adapter(adapter, model.lm, model.load, trains_on))
-    if chosen.tokenizer is not None:
-        model = replace(model, folder=hub.model_folder(chosen.tokenizer, "tokenizer"))
-
-    def tokenize(text: str) -> list[int]:
-        return list(model.tokenizer()(text)["input_ids"])
-
-    return replace(model, load=config.peft.begun(model.lm, model.load, tokenize))
-
-
-def open_tokenizer(config: Config) -> PreTrainedTokenizerFast:
-    """The tokenizer of the config's model, which needs no weights and no devices for it."""
-    return fitting_tokenizer(_tokenizer_folder(config), _model_config(config).vocab_size)
-
-
-def model_without_weights(config: Config, layout: Layout) -> LM:
-    """The model of the config as its config.json or its section describes it; no weights need be there."""
-    family_config = _model_config(config)
-    dtypes = (config.train.param_dtype, config.train.computes_in(layout))
-    return LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout), *dtypes)
-
-
-def _model_config(config: Config) -> FamilyConfig:
-    """The config of the model. That of a new one needs its tokenizer where it does not say how large it is."""
-    chosen = config.model
-    if not isinstance(chosen, NewModel):
-        folder = model_folder(chosen.path, "config")
-        return parse_config(read_config(folder), folder / "config.json")[1]
-    return chosen.family_config(lambda: 1 + max(load_tokenizer(_tokenizer_folder(config)).get_vocab().values()))
-
-
-def _tokenizer_folder(config: Config) -> Path:
-    chosen = config.model
-    if chosen.tokenizer is not None:
-        return hub.model_folder(chosen.tokenizer, "tokenizer")
-    assert not isinstance(chosen, NewModel)  # its section has a tokenizer
-    return model_folder(chosen.path, "tokenizer")
 
 
 class Rows(NamedTuple):

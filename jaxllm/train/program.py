@@ -1,7 +1,7 @@
 """The program of a run: what each step computes and what it carries, known before any data or weight is read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from jaxllm.core import tree
 from jaxllm.core.host_memory import to_device
 from jaxllm.core.layer_order import rearranged
 from jaxllm.core.tree import Params
-from jaxllm.models.fit_layout import check_chunks
 from jaxllm.models.lm import LM
 from jaxllm.objectives.base import Objective
 from jaxllm.optim.build import at_rate, build
@@ -46,10 +45,8 @@ class Program:
 
     @staticmethod
     def of(config: Config, lm: LM, steps: int) -> "Program":
-        """The program of a run of `steps` steps. Raises UserError for a schedule that does not fit them."""
-        lm = config.peft.add(replace(lm, dropout=config.train.dropout))
-        lm = replace(lm, quantization=config.quantization, virtual_stages=config.train.virtual_stages)
-        check_chunks(lm)
+        """The program of a run of `steps` steps of `lm`, an `adapted` model. Raises UserError for a schedule that does
+        not fit them."""
         tx, schedule = build(config.optim, steps, lm.padded)
         tx = scale_updates(tx, config.peft.rates())
         if isinstance(config.peft, AdaLora):

@@ -32,7 +32,6 @@ from jaxllm.files import hub
 from jaxllm.files.side_files import check_kept
 from jaxllm.hf.export import check_replaceable
 from jaxllm.kernels.attention_choice import choose_attention
-from jaxllm.peft.base import describe
 from jaxllm.peft.files import AdapterConfig
 from jaxllm.processes.distributed import is_first, require_same
 from jaxllm.processes.interrupt import Interrupt
@@ -43,10 +42,11 @@ from jaxllm.runs.model_config import PretrainedModel
 from jaxllm.runs.resume import Facts, find_resume
 from jaxllm.step.batch import check_length
 from jaxllm.step.xla_options import describe_determinism, describe_options
-from jaxllm.train.inputs import evaluation_sets, open_chosen_model, read_inputs, records_of, training_loader
+from jaxllm.train.inputs import evaluation_sets, read_inputs, records_of, training_loader
 from jaxllm.train.loop import loop
 from jaxllm.train.memory import check_fits, device_bytes, out_of_memory, untried_advice
 from jaxllm.train.metrics import flops_per_token
+from jaxllm.train.model import open_chosen_model, say_model
 from jaxllm.train.program import Program
 
 if TYPE_CHECKING:
@@ -82,17 +82,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
 
     model = open_chosen_model(config, layout)
     lm, tokenizer = model.lm, model.tokenizer()
-    say("model", f"{lm.config.type} with {lm.parameter_count():,} parameters, computing in {lm.compute_dtype}")
-    if (name := hub.shown(model.folder)) != str(model.folder):
-        say("", f"from {name}")
-    if config.quantization is not None:
-        say("", f"the matrices of its layers are stored in {config.quantization}")
-    if config.peft.type != "full":
-        say("peft", describe(config.peft, lm))
-    if lm.layout.rules != layout.rules:
-        say("", f"the {lm.config.num_key_value_heads} key-value heads are held by every device of the tensor axis")
-    if config.data.seq_len > (most := lm.config.longest):
-        say("note", f"data.seq_len is longer than the {most} tokens the model is meant for")
+    say_model(model, config, layout, say)
     own_tokenizer = lm.source is not None and model.folder == lm.source.folder
     special_ids = None if own_tokenizer else _special_ids(tokenizer)
     folder = Path(config.output_dir)
@@ -114,9 +104,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         for note in resume.check(config, lm, store.key, tokenizer, steps):
             say("note", note)
 
-    attention = choose_attention(
-        config.train.attention, config.peft.add(lm).attention_needs(config.data.packing in ("best_fit", "concat"))
-    )
+    attention = choose_attention(config.train.attention, lm.attention_needs(config.data.packed))
     lm = replace(lm, attention=attention.form)
     say("attention", attention)
 
@@ -142,7 +130,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     with ExitStack() as open_things:
         open_things.enter_context(_clear_errors(folder, lambda: out_of_memory(compiled, limit, advice())))
         if resume:
-            state, facts = program.arranged(resume.restore(program.state, program.lm.paddable)), resume.facts
+            state, facts = program.arranged(resume.restore(program.state, lm.paddable)), resume.facts
             say("resuming", f"from {resume}, {steps - facts.step} of {steps} steps to go")
         else:
             state = program.start(model.load())
@@ -176,13 +164,9 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
         metrics = open_things.enter_context(closing(MetricsFile(folder / METRICS, resumed_at, chosen)))
         for note in metrics.notes:
             say("note", note)
-        checkpoints = CheckpointWriter(
-            folder / RUN_CHECKPOINTS, config.checkpoint, program.lm.layer_order, program.lm.paddable
-        )
+        checkpoints = CheckpointWriter(folder / RUN_CHECKPOINTS, config.checkpoint, lm.layer_order, lm.paddable)
         save = open_things.enter_context(closing(Save(checkpoints, config.checkpoint, facts_at, metrics)))
-        evaluate = Evaluate(
-            Perplexity(program.lm), program.weights, sets, metrics, console, last=steps, stop=interrupt.stopped
-        )
+        evaluate = Evaluate(Perplexity(lm), program.weights, sets, metrics, console, last=steps, stop=interrupt.stopped)
         evaluate.before(state, start)
         log = Log(
             metrics,
@@ -191,7 +175,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
             start=start,
             norms_every=config.metrics.norms_every,
             tokens_through=tokens_through,
-            flops=flops_per_token(program.lm, config.data.seq_len, config.peft.trained_at_a_time(program.lm)),
+            flops=flops_per_token(lm, config.data.seq_len, config.peft.trained_at_a_time(lm)),
             peak=peak_flops(lm.layout),
             first={"perf/compile_s": compiled.compile_s, "mem/planned_gib": compiled.peak_bytes / 2**30}
             | ticks.metrics,
@@ -226,7 +210,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     _check_trained(done - start, applied_before, int(state.step), folder)
     base = config.model.path if isinstance(config.model, PretrainedModel) else None
     exported = folder / config.peft.exported_to
-    config.peft.export(program.lm.plain, program.exported(state), exported, model_folder=folder / RUN_MODEL, base=base)
+    config.peft.export(lm.plain, program.exported(state), exported, model_folder=folder / RUN_MODEL, base=base)
     for name, results in evaluate.history.items():
         said = ", ".join(f"{result.loss:.4f} at step {at}" for at, result in (results[0], results[-1]))
         say("held out", f"{name}: loss {said}")

@@ -33,7 +33,7 @@ from jaxllm.plan.plan import Plan, devices_for, plan
 from jaxllm.plan.targets import missing_wheels, target_named
 from jaxllm.processes.environment import quiet_libraries
 from jaxllm.runs.config import Config
-from jaxllm.train.inputs import model_without_weights
+from jaxllm.train.model import model_without_weights
 
 jax.config.update("jax_platforms", "cpu")  # of this process: the runs take what there is
 
@@ -107,7 +107,7 @@ def planned(run: Run, model: Mapping[str, Any], changes: Sequence[str] = ()) -> 
 def trained(run: Run, overrides: Sequence[str]) -> int:
     """How many parameters train at a time."""
     config = load(run.recipe, [*overrides, *run.changes, "output_dir=nowhere"], Config)
-    return config.peft.trained_at_a_time(config.peft.add(model_without_weights(config, Layout.single())))
+    return config.peft.trained_at_a_time(model_without_weights(config, Layout.single()))
 
 
 def of_plan(made: Plan) -> dict[str, Any]:

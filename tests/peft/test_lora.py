@@ -26,7 +26,7 @@ from jaxllm.peft.adapter import read_adapter, with_adapter
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.merge import merge
 from jaxllm.runs.config import Config
-from jaxllm.train.inputs import open_chosen_model
+from jaxllm.train.model import open_chosen_model
 from tests.support.adapters import TOKENS, TOLERANCE, dear, logits, model, torch_logits
 from tests.support.families import transformers_model
 from tests.support.whole_runs import train, workplace

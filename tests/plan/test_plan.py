@@ -137,7 +137,8 @@ def test_whether_it_fits(tiny):
             layout = type("Layout", (), {"platform": platform})
 
         compiled = replace(planned.compiled, argument_bytes=int(argument), peak_bytes=int(peak))
-        return verdict(replace(planned, compiled=compiled, lm=Lm), h100)[0]
+        program = replace(planned.program, lm=Lm)
+        return verdict(replace(planned, compiled=compiled, program=program), h100)[0]
 
     assert fits(10 * GIB, limit - MIB, "gpu") == "yes"
     assert fits(10 * GIB, limit + MIB, "gpu") == "no"
@@ -157,7 +158,8 @@ def test_whether_it_fits_with_the_optimizer_on_the_host(tiny):
             layout = type("Layout", (), {"platform": platform})
 
         compiled = replace(planned.compiled, argument_bytes=peak, peak_bytes=peak)
-        return verdict(replace(planned, compiled=compiled, lm=Lm), h100)[0]
+        program = replace(planned.program, lm=Lm)
+        return verdict(replace(planned, compiled=compiled, program=program), h100)[0]
 
     assert fits(limit, "gpu") == "yes"
     assert fits(limit + waits, "gpu") == "unknown"

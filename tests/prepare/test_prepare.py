@@ -17,7 +17,8 @@ from jaxllm.core.errors import UserError
 from jaxllm.data.rows import store
 from jaxllm.prepare.__main__ import main
 from jaxllm.runs.config import Config
-from jaxllm.train.inputs import Inputs, open_tokenizer, read_inputs
+from jaxllm.train.inputs import Inputs, read_inputs
+from jaxllm.train.model import open_tokenizer
 from tests.support.hub_cache import COMMIT, add_repository
 from tests.support.whole_runs import stories, train, workplace, write_jsonl
 
@@ -66,7 +67,8 @@ def test_a_held_out_set_has_nothing_that_is_trained_on(config, shared):
         evals = f"evals=[{{name: file, path: {both}, every: 9}}]"
         chosen = load(config, ["data.eval_fraction=0", evals, *overrides], Config)
         said.clear()
-        return read_inputs(chosen, open_tokenizer(chosen), lambda what, value: said.append(f"{what} {value}"), **began)
+        tokenizer = open_tokenizer(chosen.model)
+        return read_inputs(chosen, tokenizer, lambda what, value: said.append(f"{what} {value}"), **began)
 
     held_out = read().held_out["file"]
     assert sorted({held_out.store.origin(int(i))[1] for i in held_out.plan.piece_sample}) == [*range(4, 11)]

@@ -24,7 +24,7 @@ from jaxllm.core.mesh import Layout, MeshConfig
 from jaxllm.processes.interrupt import Interrupt
 from jaxllm.runs.config import Config
 from jaxllm.runs.open import open_model
-from jaxllm.train.inputs import model_without_weights
+from jaxllm.train.model import model_without_weights
 from jaxllm.train.program import Program
 from jaxllm.train.run import run
 from tests.support.whole_runs import read_metrics, start, stories, tiny_config, train, write_jsonl

@@ -23,6 +23,7 @@ from jaxllm.runs.config import Config
 from jaxllm.runs.open import open_model
 from jaxllm.runs.train_config import TrainConfig
 from jaxllm.step.offload import in_pieces
+from jaxllm.train.model import adapted
 from jaxllm.train.program import Program
 from tests.support.families import mesh_layout
 from tests.support.optimizers import section
@@ -136,7 +137,8 @@ def test_a_run_may_go_on_with_it_and_without(place):
         changed = ran("changed", steps, offload)
         assert "changed, and harmless: train.steps" in changed.said
         assert f"train.offload_optimizer (there: {not offload}, now: {offload})" in changed.said
-        shapes = Program.of(changed.config, open_model(changed.folder, Layout.single()).lm, steps).state
+        lm = adapted(changed.config, open_model(changed.folder, Layout.single()).lm)
+        shapes = Program.of(changed.config, lm, steps).state
         for step in range(3, steps + 1):
             ours, theirs = (Checkpoint(ran.folder / "checkpoints", step).restore(shapes) for ran in (changed, never))
             assert memories(ours) == memories(shapes)
@@ -174,7 +176,7 @@ def test_checkpoints_of_pipelines_with_chunks(place):
     ours, theirs = ran(True), ran(False)
     assert losses(ours) == losses(theirs)
     saved = [Checkpoint(ran.folder / "checkpoints", 4) for ran in (ours, theirs)]
-    lm = open_model(ours.folder, Layout.single()).lm
+    lm = adapted(theirs.config, open_model(ours.folder, Layout.single()).lm)
     shapes = Program.of(theirs.config.model_copy(update={"mesh": Config.model_fields["mesh"].default}), lm, 4).state
     restored = [{path: np.asarray(leaf) for path, leaf in tree.flatten(one.restore(shapes)).items()} for one in saved]
     assert_same_bits(*restored)

@@ -18,7 +18,7 @@ from jaxllm.core import tree
 from jaxllm.core.config import load
 from jaxllm.core.mesh import Layout, MeshConfig
 from jaxllm.runs.config import Config
-from jaxllm.train.inputs import model_without_weights
+from jaxllm.train.model import model_without_weights
 from jaxllm.train.program import Program
 from tests.support.processes import PATIENCE_S, Ended, ends, environment, together, wait_until
 from tests.support.whole_runs import read_metrics, stories, tiny_config, train, write_jsonl
@@ -217,7 +217,7 @@ from jaxllm.processes.launch import find_place
 from jaxllm.core.mesh import Layout
 from jaxllm.processes.watch import DistributedConfig
 from jaxllm.runs.config import Config
-from jaxllm.train.inputs import model_without_weights
+from jaxllm.train.model import model_without_weights
 from jaxllm.train.program import Program
 what, folder, path, *overrides = sys.argv[1:]
 config = load(path, overrides, Config)

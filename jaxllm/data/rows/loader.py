@@ -47,6 +47,11 @@ class DataConfig(Section):
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """the share of records that is held out for evaluation; records that say the same count as one"""
 
+    @property
+    def packed(self) -> bool:
+        """Whether a row may hold several documents."""
+        return self.packing in ("best_fit", "concat")
+
     @model_validator(mode="after")
     def _sound_mixture(self) -> "DataConfig":
         given = [source.weight is not None for source in self.sources]
