@@ -126,7 +126,9 @@ def test_the_comparison_has_teeth(name, reference):
         if field == "num_key_value_heads":
             return lm.logits(interleaved_groups(params, config), tokens)
         changed = small_lm(config.model_copy(update=change))
-        left = {path: leaf for path, leaf in tree.flatten(params).items() if path in tree.flatten(changed.abstract())}
+        wanted, leaves = tree.flatten(changed.abstract()), tree.flatten(params)
+        # A norm of each head is as wide as that is.
+        left = {path: jnp.resize(leaf, wanted[path].shape) for path, leaf in leaves.items() if path in wanted}
         return changed.logits(tree.insert({}, left), tokens)
 
     changes = {field: change for field, change in CHANGES.items() if field in fields}
