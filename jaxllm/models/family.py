@@ -124,7 +124,7 @@ def equal_layers(config: Any) -> LayerData:
 Ignored = tuple[Any, ...] | Callable[[Any, Mapping[str, Any]], bool]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One architecture: its config, the modules of its model, and how Hugging Face writes both.
 

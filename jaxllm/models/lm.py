@@ -2,10 +2,10 @@
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -92,7 +92,7 @@ class LM:
 
     def abstract(self) -> Params:
         """The shape, dtype and sharding of every parameter, without arrays."""
-        shapes, axes = self._shapes_and_axes()
+        shapes, axes = self._shapes_and_axes
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
@@ -101,7 +101,7 @@ class LM:
 
     def axes(self) -> Params:
         """The logical axis names of every parameter."""
-        return self._shapes_and_axes()[1]
+        return self._shapes_and_axes[1]
 
     @property
     def plain(self) -> "LM":
@@ -113,20 +113,21 @@ class LM:
         """`[L]`: which layer is at each place of the leaves of the layers."""
         return order_of_layers(self.config.num_hidden_layers, self.layout.stages, self.virtual_stages)
 
+    @cached_property
     def _shapes_and_axes(self) -> tuple[Params, Params]:
-        boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
+        boxed = self._boxed_shapes(self.family, cast(Hashable, self.config), jnp.dtype(self.compute_dtype))
         names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
         # Under `vmap` a box does not learn of the new leading axis.
         names["layers"] = jax.tree.map(
             lambda leaf: ("layers", *leaf), names["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple)
         )
         names = tree.insert(names, {path: leaf.axes for path, leaf in self.extra.items()})
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        shapes = jax.eval_shape(self._completed, nn.unbox(boxed), jax.random.key(0))
         return (shapes, names) if self.quantization is None else self.quantization.replaced(shapes, names, self.layout)
 
     def shardings(self) -> Params:
         """The sharding of every parameter."""
-        shapes, axes = self._shapes_and_axes()
+        shapes, axes = self._shapes_and_axes
         return self.layout.shardings(axes, shapes)
 
     @property
@@ -160,7 +161,14 @@ class LM:
 
     @cached_property
     def _leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return tree.flatten(self._shapes_and_axes()[0])
+        return tree.flatten(self._shapes_and_axes[0])
+
+    @staticmethod
+    @lru_cache(maxsize=32)
+    def _boxed_shapes(family: Family, config: FamilyConfig, compute_dtype: np.dtype[Any]) -> Params:
+        """Shapes and axis names of the plain model. Tracing a block takes a third of a second, so they are kept."""
+        plain = LM(family, config, Layout.single(), compute_dtype=compute_dtype)
+        return jax.eval_shape(plain._init_boxed, jax.random.key(0))
 
     def _init_boxed(self, key: jax.Array) -> Params:
         c = self.config
@@ -179,12 +187,16 @@ class LM:
         return {name: collection["params"] for name, collection in params.items()}
 
     def _init(self, key: jax.Array) -> Params:
-        params = nn.unbox(self._init_boxed(key))
+        return self._completed(nn.unbox(self._init_boxed(key)), key)
+
+    def _completed(self, params: Params, key: jax.Array) -> Params:
+        """Drawn parameters with the padding, dtypes and extra leaves of this model."""
         # Padding is added to what was drawn for the real vocabulary, so that it cannot change the draw.
         pad = self.vocab_padded - self.config.vocab_size
-        params["embed"]["table"] = jnp.pad(params["embed"]["table"], ((0, pad), (0, 0)))
+        padded = {"embed/table": jnp.pad(params["embed"]["table"], ((0, pad), (0, 0)))}
         if "head" in params:
-            params["head"]["kernel"] = jnp.pad(params["head"]["kernel"], ((0, 0), (0, pad)))
+            padded["head/kernel"] = jnp.pad(params["head"]["kernel"], ((0, 0), (0, pad)))
+        params = tree.insert(params, padded)
         params = tree.map_with_path(lambda path, leaf: leaf.astype(self._dtype_of(path)), params)
         return self.with_extra(params, key)
 
