@@ -38,6 +38,11 @@ class AttentionSpec(NamedTuple):
         """Whether scores or the keys seen depend on how far apart tokens stand."""
         return self.window is not None or self.slopes is not None
 
+    def within(self, keys: int) -> "AttentionSpec":
+        """The same for rows of `keys` in all, which a window may leave whole."""
+        whole = isinstance(self.window, int) and self.window >= keys
+        return self._replace(window=None) if whole else self
+
     def capped(self, scores: jax.Array) -> jax.Array:
         """Scores under the soft cap."""
         return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)

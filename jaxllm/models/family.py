@@ -11,6 +11,7 @@ from pydantic import AfterValidator, PositiveFloat, PositiveInt, model_validator
 
 from jaxllm.core.config import ByType, Section
 from jaxllm.core.registry import Registry
+from jaxllm.kernels.attention_spec import PLAIN, AttentionSpec
 from jaxllm.models.rules import Rule
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import LayerData
@@ -72,13 +73,12 @@ class FamilyConfig(Section):
     @property
     def longest(self) -> int:
         """The tokens of the longest text that the model is meant for."""
-        longest = self.rope.longest(self.rotation)
-        return longest if self.longest_row is None else min(longest, self.longest_row)
+        return self.rope.longest(self.rotation)
 
     @property
-    def longest_row(self) -> int | None:
-        """The tokens of the longest row that is computed as the model means it; None for any."""
-        return None
+    def attention(self) -> AttentionSpec:
+        """What the attention of every layer computes; a window that `layer_data` has takes the place of its own."""
+        return PLAIN
 
     @model_validator(mode="after")
     def _defined_rope(self) -> "FamilyConfig":

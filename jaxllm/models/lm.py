@@ -14,7 +14,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxllm.core import tree
-from jaxllm.core.errors import UserError
 from jaxllm.core.fit import check_fits
 from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
@@ -229,7 +228,9 @@ class LM:
         c = self.config
         heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
         virtual = "prefix" if self.prefix_tokens else "prompt" if self.prompt_tokens else "none"
-        return AttentionNeeds(self.layout, *heads, self.compute_dtype, packed, virtual)
+        of_layers, spec = self.family.layer_data(c).window, c.attention
+        spec = spec if of_layers is None else spec._replace(window=of_layers[0])
+        return AttentionNeeds(self.layout, *heads, self.compute_dtype, packed, virtual, spec)
 
     def context(
         self,
@@ -244,15 +245,7 @@ class LM:
         the `cache`.
         """
         c, front = self.config, self.prompt_tokens if begins else 0
-        row, before = positions.shape[1], self.prompt_tokens + self.prefix_tokens
-        # With a cache the decoder has counted the tokens, of which a row has fewer than it is padded to.
-        if c.longest_row is not None and cache is None and row + before > c.longest_row:
-            behind = f" behind {before} virtual ones" if before else ""
-            raise UserError(
-                f"a row of {row} tokens{behind} is longer than the {c.longest_row} of the model's sliding window, "
-                f"which is not implemented; give rows of {c.longest_row - before} at most, in training by data.seq_len"
-            )
-        positions = positions + before
+        positions = positions + self.prompt_tokens + self.prefix_tokens
         if front:
             virtual = jnp.broadcast_to(jnp.arange(front, dtype=positions.dtype), (len(positions), front))
             positions = jnp.concatenate([virtual, positions], axis=1)

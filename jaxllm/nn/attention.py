@@ -82,14 +82,14 @@ class Attention(nn.Module):
             spec = spec._replace(sinks=sinks)
         if cache is None:
             segments, (k, v) = ctx.segments, self._behind_prefix(k, v, ctx)
-            spec = spec._replace(prefix=k.shape[1] - length)
+            spec = spec._replace(prefix=k.shape[1] - length).within(k.shape[1])
             if segments is not None:
                 segments = jnp.pad(segments, ((0, 0), (spec.prefix, 0)), constant_values=VIRTUAL)
             y = causal_attention(ctx.attention, q, k, v, segments, ctx.layout, spec)
         else:
             cache = cache.write(k, v, ctx)
             k, v = self._behind_prefix(cache.k, cache.v, ctx)
-            spec = spec._replace(prefix=k.shape[1] - cache.k.shape[1])
+            spec = spec._replace(prefix=k.shape[1] - cache.k.shape[1]).within(k.shape[1])
             y = attend(q, k, v, cache_mask(ctx, length, spec.prefix), spec, cache_distances(ctx, length, spec))
         y = named(ctx.layout.constrain(y, "batch", "act_inner_length", "act_heads", None), "attn_context")
         y = y.reshape(batch, length, self.heads * self.head_dim)

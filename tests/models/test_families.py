@@ -99,12 +99,11 @@ CHANGES = {
     "attention_bias": {"attention_bias": False},
     "mlp_bias": {"mlp_bias": False},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
+    "sliding_window": {"sliding_window": 5},
 }
 # A wrong size does not fit the file, and the others are no part of the computation.
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 INERT = {"max_position_embeddings", "initializer_range", "type"}
-# Rows that it would change something of are refused: tests/models/families/test_phi3.py
-INERT |= {"sliding_window"}
 
 
 @pytest.mark.parametrize("name", COMPUTED)

@@ -85,18 +85,13 @@ def test_its_files_load_in_hf_peft_and_come_back(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning"])
 def test_virtual_tokens_are_in_a_sliding_window_too(kind, tmp_path):
-    """Rows that fit into it behind them are peft's; of longer ones the last tokens would not see all of them."""
-    lm, base = model("phi3", sliding_window=TOKENS.shape[1] + N)
+    """The last tokens of a row do not see all of them, as in peft."""
+    lm, base = model("phi3", sliding_window=TOKENS.shape[1] - 3)
     adapted, params = started(lm, base, method_of(kind))
     method_of(kind).export(adapted, params, tmp_path / "adapter", model_folder=tmp_path, base="base")
     module = transformers_model(lm.config, base, tmp_path / "base")
     theirs = torch_logits(peft.PeftModel.from_pretrained(module, tmp_path / "adapter"))
     np.testing.assert_allclose(logits(adapted, params), theirs[:, -TOKENS.shape[1] :], atol=TOLERANCE)
-    lm, _ = model("phi3", sliding_window=TOKENS.shape[1] + N - 1)
-    with pytest.raises(
-        UserError, match=r"a row of 16 tokens behind 5 virtual ones is longer than the 20 .* rows of 15"
-    ):
-        logits(method_of(kind).add(lm), params)
 
 
 @pytest.mark.parametrize(

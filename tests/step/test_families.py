@@ -21,6 +21,7 @@ TOLERANCE = 1e-10
 SIZES = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=4, max_position_embeddings=64)
 TRAITS: dict[str, dict[str, Any]] = {
+    "mistral": dict(sliding_window=5),
     "qwen3": dict(tie_word_embeddings=True, attention_bias=True),
 }
 # A large eps: the first update of a fresh AdamW is the sign of the gradient, whatever its last bits are.

@@ -16,7 +16,8 @@ from jaxllm.models import FAMILIES, LM
 from jaxllm.models.family import FamilyConfig
 from jaxllm.nn.quantized import STORED, dequantized
 
-# A Llama's code computes a Mistral too, and need not be tested twice: its logits are in tests/hf/test_published.py.
+# A Llama's code computes a Mistral too, and need not be tested twice: its logits are in tests/hf/test_published.py,
+# and its window in tests/models/families/test_windows.py.
 COMPUTED = [name for name in FAMILIES if name != "mistral"]
 
 

@@ -95,6 +95,7 @@ class LlamaBlock(nn.Module):
             self.o_bias,
             self.fused,
             c.rms_norm_eps if self.qk_norm else None,
+            c.attention,
             name="attn",
         )
         mlp = GatedMLP(

@@ -1,9 +1,10 @@
-"""Mistral (Jiang et al., arXiv 2310.06825): a Llama without biases, with a window that rows must fit into."""
+"""Mistral (Jiang et al., arXiv 2310.06825): a Llama without biases, whose tokens see a window of those before."""
 
 from typing import Literal
 
 from pydantic import PositiveInt
 
+from jaxllm.kernels.attention_spec import AttentionSpec
 from jaxllm.models.families.llama import GatedConfig, LlamaBlock, unfused_rules
 from jaxllm.models.family import FAMILIES, Family
 
@@ -13,11 +14,11 @@ class MistralConfig(GatedConfig):
 
     type: Literal["mistral"] = "mistral"
     sliding_window: PositiveInt | None = None
-    """tokens that a token sees, itself one of them; longer rows are refused, for which the window is not implemented"""
+    """tokens that a token sees, itself one of them; all earlier ones where it is absent"""
 
     @property
-    def longest_row(self) -> int | None:
-        return self.sliding_window
+    def attention(self) -> AttentionSpec:
+        return AttentionSpec(window=self.sliding_window)
 
 
 FAMILIES.add(

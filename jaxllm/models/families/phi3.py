@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from jaxllm.kernels.attention_spec import AttentionSpec
 from jaxllm.models.families.llama import LAYER, GatedConfig, LlamaBlock, outer_rules
 from jaxllm.models.family import FAMILIES, Family
 from jaxllm.models.rules import Interleaved, Rule, T
@@ -16,7 +17,7 @@ class Phi3Config(GatedConfig):
 
     type: Literal["phi3"] = "phi3"
     sliding_window: PositiveInt | None = None
-    """tokens that a token sees, itself one of them; longer rows are refused, for which the window is not implemented"""
+    """tokens that a token sees, itself one of them; all earlier ones where it is absent"""
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
     """the share of a head that turns, its first part"""
 
@@ -25,8 +26,8 @@ class Phi3Config(GatedConfig):
         return super().rotation._replace(width=int(self.head_dim * self.partial_rotary_factor))
 
     @property
-    def longest_row(self) -> int | None:
-        return self.sliding_window
+    def attention(self) -> AttentionSpec:
+        return AttentionSpec(window=self.sliding_window)
 
     @model_validator(mode="after")
     def _turns_pairs(self) -> "Phi3Config":
