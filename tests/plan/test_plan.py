@@ -260,7 +260,7 @@ def test_fused_stages_have_the_gradients_of_one_layer(tmp_path):
     assert ordinary.temp - fused.temp >= 2 * 3 * layer - (4 + 3) * kept
 
 
-@pytest.mark.full
+@pytest.mark.tables
 @needs_compiler
 def test_the_readme_says_what_each_mesh_takes():
     """Its command, with the last three settings of each row of the table under it."""

@@ -53,7 +53,17 @@ def shapes_on(name: str, layout: Layout) -> TrainState:
 PLAIN = ("adalomo", "sophia_g")
 
 
-@pytest.mark.parametrize("name", [n if n in PLAIN else pytest.param(n, marks=pytest.mark.full) for n in OPTIMIZERS])
+# And the other kinds of state: none, averages, a projection, a distance, two moments of one matrix.
+IN_FULL = ("lomo", "adamw", "schedule_free_adamw", "galore", "prodigy", "muon", "adafactor")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in PLAIN else pytest.param(n, marks=pytest.mark.full if n in IN_FULL else pytest.mark.tables)
+        for n in OPTIMIZERS
+    ],
+)
 def test_an_optimizer_goes_on_with_its_state(name, tmp_path):
     made = small_program(name)
     state = go_on(made, made.start(), 0, SAVED)

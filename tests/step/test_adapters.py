@@ -19,6 +19,7 @@ from jaxllm.peft.prefix import PrefixTuning
 from jaxllm.peft.prompt import PromptTuning, PTuning
 from tests.support.families import mesh_layout
 from tests.support.small_runs import Trained, assert_trained_alike, llama, program, ragged_batch, train
+from tests.support.tiers import representatives
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10
@@ -117,7 +118,18 @@ TABLE = [
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "optimizer", "how"), TABLE)
+@pytest.mark.parametrize(
+    ("name", "optimizer", "how"),
+    representatives(
+        TABLE,
+        [
+            *("lora-adamw-ordinary", "lora-adalomo-fused", "dora-adamw-fused", "pissa-adamw-ordinary"),
+            *("adalora-adamw-ordinary", "token rows-adamw-fused", "ia3-adamw-fused", "prompt_tuning-adamw-fused"),
+            *("p_tuning-adamw-ordinary", "prefix_tuning-adamw-fused", "prefix_projection-adamw-ordinary"),
+            "bitfit-adamw-ordinary",
+        ],
+    ),
+)
 def test_every_method_on_a_mixed_mesh(name, optimizer, how):
     check(name, optimizer, dict(data=2, fsdp=2, tensor=2), 2, **how)
 

@@ -17,7 +17,7 @@ def test_every_pair_of_traits(one: Combination) -> None:
     assert one.difference() <= TOLERANCE
 
 
-@pytest.mark.full
+@pytest.mark.tables
 @pytest.mark.parametrize("one", of_each_mesh(COVERING), ids=str)
 def test_every_other_mesh(one: Combination) -> None:
     assert one.difference() <= TOLERANCE

@@ -39,6 +39,7 @@ from tests.support.small_runs import (
     ragged_batch,
     train,
 )
+from tests.support.tiers import representatives
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10
@@ -80,9 +81,15 @@ def test_equals_the_ordinary_step(name, model, sizes, micro_batches, how):
 MIXED = dict(data=2, fsdp=2, tensor=2)
 
 
+CLIPS = {"norm": {}, "not": NO_CLIP, "value": dict(max_grad_value=1e-2)}
+EXPORTED = list(dict.fromkeys(name for name, *_ in PAIRS))
+CLIPPED = [pytest.param(name, how, id=f"{name}-{clip}") for name in EXPORTED for clip, how in CLIPS.items()]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("how", [{}, NO_CLIP, dict(max_grad_value=1e-2)], ids=str)
-@pytest.mark.parametrize("name", [name for name, *_ in PAIRS])
+@pytest.mark.parametrize(
+    ("name", "how"), representatives(CLIPPED, ["lomo-norm", "adamw-value", "adan-not", "adalomo-norm", "lion-norm"])
+)
 def test_every_way_to_clip_on_a_mixed_mesh(name, how):
     check(name, TIED if name in ("lomo", "adan") else {}, MIXED, 4, **how)
 
@@ -92,7 +99,7 @@ WRAPPED = [name for name in FUSED if name not in {name for name, *_ in PAIRS}]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", representatives(WRAPPED, ["adafactor", "muon", "galore", "schedule_free_adamw"]))
 def test_every_other_optimizer_on_a_mixed_mesh(name):
     # No mesh pads this vocabulary: where Adagrad's sum is of padding it is what it began with, and not 0.
     check(name, {**TIED, "vocab_size": 104}, MIXED, 2)

@@ -24,6 +24,7 @@ from jaxllm.runs.config import Config
 from jaxllm.step.sampled_layers import Draws
 from tests.support.families import mesh_layout
 from tests.support.small_runs import MAX_GRAD_NORM, assert_trained_alike, llama, program, ragged_batch, train
+from tests.support.tiers import representatives
 from tests.support.whole_runs import train as run
 from tests.support.whole_runs import workplace
 
@@ -106,7 +107,7 @@ def test_is_what_its_definition_says(state):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", SEPARATE)
+@pytest.mark.parametrize("name", representatives(SEPARATE, ["adamw", "lomo", "adalomo", "galore", "ademamix"]))
 def test_every_optimizer(name):
     lisa = Draws(active=2, interval=3, seed=1)
     with jax.enable_x64(True):

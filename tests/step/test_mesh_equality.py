@@ -12,6 +12,7 @@ from jaxllm.core import tree
 from tests.support.families import mesh_layout
 from tests.support.optimizers import section
 from tests.support.small_runs import MAX_GRAD_NORM, Trained, assert_trained_alike, llama, program, train
+from tests.support.tiers import representatives
 
 # "grouped": fewer key-value heads than tensor shards from tensor=4 on, so that every device holds them all.
 MODELS = {
@@ -65,9 +66,17 @@ def test_pairs_of_axes(model, sizes, micro_batches):
 SIZES = [(d, f, 8 // d // f) for d, f in product((1, 2, 4, 8), repeat=2) if d * f <= 8]
 
 
+FACTORISED = [
+    pytest.param(sizes, micro_batches, id="{}×{}×{} in {}".format(*sizes, micro_batches))
+    for sizes in SIZES
+    for micro_batches in (1, 4)
+]
+# Each size of each axis once, the models and both accumulations in turn.
+CHOSEN = ["1×1×8 in 1", "1×8×1 in 4", "8×1×1 in 1", "1×2×4 in 4", "2×4×1 in 1", "4×1×2 in 4"]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("micro_batches", [1, 4])
-@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "data={} fsdp={} tensor={}".format(*sizes))
+@pytest.mark.parametrize(("sizes", "micro_batches"), representatives(FACTORISED, CHOSEN))
 def test_every_factorisation_of_eight(sizes, micro_batches):
     """The models in turn: each meets both accumulations and most sizes of each axis."""
     model = list(MODELS)[(SIZES.index(sizes) + micro_batches // 4) % 4]
