@@ -28,15 +28,15 @@ RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_recipe_builds_abstractly_and_shards(recipe: Path, shared: Path) -> None:
     config = load(recipe, [], Config)
     layout = Layout.of(config.mesh)
-    micro_batches, micro_batch = config.train.accumulation(layout)
+    accumulation = config.train.accumulation(layout)
     if isinstance(config.model, NewModel):
         family_config = config.model.family_config(lambda: 32000)
         lm = LM(FAMILIES[family_config.type], family_config, fit_layout(family_config, layout))
     else:
         lm = read_model(shared / "models" / "stories3M", layout)
     program = Program.of(config, adapted(config, lm), config.train.steps or 1000)
-    state, batch = program.state, program.batch(config.data.seq_len)
-    assert micro_batches * micro_batch == config.train.batch_size
+    state, batch = program.state, program.batch(accumulation, config.data.seq_len)
+    assert accumulation.micro_batches * accumulation.rows == config.train.batch_size
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves((state, batch)))
     assert 0 < float(program.schedule(0)) <= config.optim.learning_rate
     largest = max(jax.tree.leaves((state.params, state.frozen)), key=lambda leaf: leaf.size)

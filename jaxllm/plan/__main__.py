@@ -60,18 +60,18 @@ def _plan(options: argparse.Namespace) -> None:
 
         config = load(options.config, options.changes, Config)
         missing = missing_wheels()
-        devices = devices_for(config, None if missing else target, options.devices)
+        devices = devices_for(config.mesh, None if missing else target, options.devices)
     console = Console()
     report_devices(console, target, missing)
     with console.status("compiling the training step"), quiet_libraries():
         planned = plan(config, devices)
-    report(console, planned, target, config)
+    report(console, planned, target)
 
     def compile_peak(changed: Config) -> int:
         count = options.devices if changed.mesh == config.mesh else None
-        return plan(changed, devices_for(changed, None if missing else target, count)).compiled.peak_bytes
+        return plan(changed, devices_for(changed.mesh, None if missing else target, count)).compiled.peak_bytes
 
-    report_remedies(console, planned, target, config, compile_peak)
+    report_remedies(console, planned, target, compile_peak)
 
 
 if __name__ == "__main__":

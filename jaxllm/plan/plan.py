@@ -11,12 +11,13 @@ import jax
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.core.hardware import Target
-from jaxllm.core.mesh import Layout
+from jaxllm.core.mesh import Layout, MeshConfig
 from jaxllm.kernels.attention_choice import AttentionChoice, plan_attention
 from jaxllm.models import LM
 from jaxllm.nn.quantized import STORED
 from jaxllm.plan.targets import compile_only_devices
 from jaxllm.runs.config import Config
+from jaxllm.runs.train_config import Accumulation
 from jaxllm.step.batch import check_length
 from jaxllm.step.compile import CompiledStep
 from jaxllm.train.model import model_without_weights
@@ -39,6 +40,7 @@ class Plan:
     """
 
     program: Program
+    accumulation: Accumulation
     attention: AttentionChoice
     compiled: CompiledStep
     parts: Mapping[str, int]
@@ -50,12 +52,12 @@ class Plan:
         return self.program.lm
 
 
-def devices_for(config: Config, target: Target | None, count: int | None) -> Sequence[Any]:
+def devices_for(mesh: MeshConfig, target: Target | None, count: int | None) -> Sequence[Any]:
     """Devices to compile for: `target`s, or simulated CPU devices where it is None.
 
-    count: how many; by default as many as the mesh of `config` names. Raises UserError if there are not so many.
+    count: how many; by default as many as `mesh` names. Raises UserError if there are not so many.
     """
-    count = count or math.prod(size for size in config.mesh.sizes.values() if size != -1)
+    count = count or math.prod(size for size in mesh.sizes.values() if size != -1)
     if target is not None:
         return compile_only_devices(target, count)
     with suppress(RuntimeError):  # they are there already, and stay as many
@@ -74,26 +76,24 @@ def plan(config: Config, devices: Sequence[Any]) -> Plan:
     """
     config.train.check_dtypes()
     layout = Layout.of(config.mesh, devices)
-    config.train.accumulation(layout)
+    accumulation = config.train.accumulation(layout)
     check_length(config.data.seq_len, layout)
     if layout.platform == "cpu":
         config.train.check_memories(devices[0])
     lm = model_without_weights(config, layout)
     attention = plan_attention(config.train.attention, lm.attention_needs(config.data.packed))
     lm = replace(lm, attention=attention.form)
-    program = Program.of(config, lm, _steps(config))
+    steps = config.train.steps or config.optim.schedule.steps or ASSUMED_STEPS
+    program = Program.of(config, lm, steps)
     widths, options, by_cublas = [config.data.seq_len], program.compiler_options(), False
     try:
-        compiled = program.compile(widths, options)
+        compiled = program.compile(accumulation, widths, options)
     except jax.errors.JaxRuntimeError as error:
         if NO_TILING not in str(error):
             raise
-        compiled, by_cublas = program.compile(widths, {**options, "xla_gpu_enable_triton_gemm": False}), True
-    return Plan(program, attention, compiled, _parts(program, compiled), by_cublas)
-
-
-def _steps(config: Config) -> int:
-    return config.train.steps or config.optim.schedule.steps or ASSUMED_STEPS
+        by_cublas = True
+        compiled = program.compile(accumulation, widths, {**options, "xla_gpu_enable_triton_gemm": False})
+    return Plan(program, accumulation, attention, compiled, _parts(program, compiled), by_cublas)
 
 
 def _parts(program: Program, compiled: CompiledStep) -> dict[str, int]:

@@ -11,7 +11,6 @@ from jaxllm.core.hardware import GIB, Target
 from jaxllm.peft.base import describe
 from jaxllm.plan.plan import Plan
 from jaxllm.processes.environment import GPU_MEMORY_SHARE, quiet_libraries
-from jaxllm.runs.config import Config
 from jaxllm.train.memory import Compile, remedies, tried
 from jaxllm.train.model import kind_and_size
 
@@ -29,10 +28,11 @@ def report_devices(console: Console, target: Target, missing: Sequence[str]) -> 
         say("card", f"{target.name}, {_gib(target.memory_bytes)}, by its description; none is used here")
 
 
-def report(console: Console, planned: Plan, target: Target, config: Config) -> None:
+def report(console: Console, planned: Plan, target: Target) -> None:
     """What was compiled, what each device holds of it, and whether that fits `target`."""
-    say, lm, train = saying(console), planned.lm, config.train
-    micro_batches, rows = train.accumulation(lm.layout)
+    say, lm, config = saying(console), planned.lm, planned.program.config
+    train = config.train
+    micro_batches, rows = planned.accumulation
     say("devices", lm.layout)
     say("model", f"{kind_and_size(lm)} in {train.param_dtype}, computing in {lm.compute_dtype}")
     if config.peft.type != "full":
@@ -54,14 +54,13 @@ def report(console: Console, planned: Plan, target: Target, config: Config) -> N
     say("fits", f"{fits}: {why}")
 
 
-def report_remedies(console: Console, planned: Plan, target: Target, config: Config, compile_peak: Compile) -> None:
+def report_remedies(console: Console, planned: Plan, target: Target, compile_peak: Compile) -> None:
     """What would lower the peak of a plan that does not fit, each compiled with `compile_peak`, the best first."""
-    say, layout = saying(console), planned.lm.layout
+    say, layout, config = saying(console), planned.lm.layout, planned.program.config
     if verdict(planned, target)[0] != "no":
         return
     limit = target.memory_bytes * GPU_MEMORY_SHARE
-    _, rows = config.train.accumulation(layout)
-    candidates = remedies(config, rows // layout.size("batch"), layout.mesh.shape)
+    candidates = remedies(config, planned.accumulation.rows // layout.size("batch"), layout.mesh.shape)
     with console.status("looking for what would help") as status, quiet_libraries():
         peak = planned.compiled.peak_bytes
         found, left = tried(candidates, config, peak, compile_peak, TRY_SECONDS, status.update)

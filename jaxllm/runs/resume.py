@@ -31,8 +31,10 @@ from jaxllm.core.fit import Paddable
 from jaxllm.data.rows.loader import HeldOutBy
 from jaxllm.data.rows.old_store import old_key
 from jaxllm.hf.config import parse_config, read_config
-from jaxllm.models.lm import LM
+from jaxllm.models.family import FamilyConfig
 from jaxllm.optim.build import build
+from jaxllm.optim.config import OptimizerConfig
+from jaxllm.peft import PeftConfig
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.processes.distributed import is_first
 from jaxllm.runs.config import Config
@@ -100,14 +102,16 @@ class Resume:
             damaged.folder.rename(next(path for name in names if not (path := damaged.parent / name).exists()))
         return state
 
-    def check(self, config: Config, lm: LM, data: str, tokenizer: PreTrainedTokenizerFast, steps: int) -> list[str]:
+    def check(
+        self, config: Config, model: FamilyConfig, data: str, tokenizer: PreTrainedTokenizerFast, steps: int
+    ) -> list[str]:
         """What is to be said about going on. Raises UserError if what the config names is no longer what the
         checkpoint was trained with.
 
         data: the key of the token store, which covers the text and the tokenizer.
         """
         before = self.run / MODEL_CONFIG
-        if parse_config(read_config(self.run / RUN_MODEL), before)[1] != lm.config:
+        if parse_config(read_config(self.run / RUN_MODEL), before)[1] != model:
             raise UserError(self._changed(f"the model's config (there: {before})"))
         if self.facts.data != data and self.facts.data != old_key(config.data.sources, tokenizer, self.day):
             raise UserError(self._changed("what data.sources hold, or the tokenizer,"))
@@ -116,16 +120,16 @@ class Resume:
                 f"the run has done {self.facts.step} steps ({self}), and the config asks for {steps}; raise "
                 "train.steps or train.epochs, or choose a new output_dir"
             )
-        return [*self.notes, *self._schedule_note(config, steps)]
+        return [*self.notes, *self._schedule_note(config.optim, config.peft, steps)]
 
-    def _schedule_note(self, config: Config, steps: int) -> list[str]:
+    def _schedule_note(self, optim: OptimizerConfig, method: PeftConfig, steps: int) -> list[str]:
         if steps == self.facts.steps:
             return []
-        schedules = (build(config.optim, count)[1] for count in (self.facts.steps, steps))
+        schedules = (build(optim, count)[1] for count in (self.facts.steps, steps))
         was, now = (float(np.asarray(schedule(self.facts.step))) for schedule in schedules)
         effect = "stays" if was == now else f"is {now:.3g} instead of {was:.3g}"
         ending = "does its learning rate schedule"
-        if isinstance(config.peft, AdaLora):
+        if isinstance(method, AdaLora):
             ending = "do its learning rate schedule and the budget of adalora"
         return [
             f"the run ends at step {steps} instead of {self.facts.steps}, and so {ending}: the rate after step "

@@ -1,6 +1,6 @@
 """How long and how to train: the section `train` of a run's config."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -14,6 +14,13 @@ from jaxllm.core.mesh import Layout
 from jaxllm.kernels.attention_choice import AskedAttention
 from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.models.stack import RematConfig, check_offload
+
+
+class Accumulation(NamedTuple):
+    """How a batch is cut: into `micro_batches` of `rows` rows each, over all devices."""
+
+    micro_batches: int
+    rows: int
 
 
 class TrainConfig(Section):
@@ -99,8 +106,8 @@ class TrainConfig(Section):
             raise ValueError(f"give either steps or epochs; got steps {self.steps} and epochs {self.epochs}")
         return self
 
-    def accumulation(self, layout: Layout) -> tuple[int, int]:
-        """`(micro-batches, sequences in each)` of a batch, over all devices.
+    def accumulation(self, layout: Layout) -> Accumulation:
+        """How the devices of `layout` take a batch.
 
         Raises UserError with the nearest batch sizes that work, or if a pipeline has fewer micro-batches than stages,
         or with virtual ones no multiple of them.
@@ -133,7 +140,7 @@ class TrainConfig(Section):
                 f"sequences, fewer than the {stages} stages of mesh.pipeline, some of which would always wait; set "
                 f"{smaller}train.batch_size to {together * stages} or more"
             )
-        return self.batch_size // together, together
+        return Accumulation(count, together)
 
     def last_step(self, rows: int, step: int, epoch: int, position: int) -> int:
         """The number of the last step: `steps`, or the step after which all `epochs` of `rows` rows were seen.
@@ -162,10 +169,10 @@ class TrainConfig(Section):
                     f"JAX_ENABLE_X64=1, or train.{key} to float32"
                 )
 
-    def ticks(self, layout: Layout) -> Schedule:
-        """When the stages of `layout` work on the micro-batches of a batch."""
+    def ticks(self, stages: int, micro_batches: int) -> Schedule:
+        """When the stages of a pipeline work on the micro-batches of a batch."""
         walks = 0 if self.update == "ordinary" else 1 if self.max_grad_norm is None else 2
-        return Schedule(layout.stages, self.accumulation(layout)[0], walks, self.virtual_stages)
+        return Schedule(stages, micro_batches, walks, self.virtual_stages)
 
     def scales_loss(self) -> bool:
         """Whether gradients are of a dtype that cannot hold small ones."""

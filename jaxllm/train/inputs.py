@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -19,14 +19,15 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.data.records.duplicates import refuse_overlaps
 from jaxllm.data.records.left_out import left_out
-from jaxllm.data.records.source import SourceConfig, describe_origin, find_files
+from jaxllm.data.records.source import SourceConfig, find_files
 from jaxllm.data.rows.loader import Arrays, HeldOutBy, Loader, plans
 from jaxllm.data.rows.pack import PackPlan
 from jaxllm.data.rows.preview import preview, require_ends
 from jaxllm.data.rows.store import Store, Wanted
 from jaxllm.files import hub
 from jaxllm.processes.distributed import gather, is_first, require_same
-from jaxllm.runs.config import Config
+from jaxllm.runs.config import Config, EvalConfig
+from jaxllm.runs.train_config import Accumulation
 from jaxllm.step.batch import BATCH_AXES, check_length
 
 if TYPE_CHECKING:
@@ -165,12 +166,14 @@ def training_loader(rows: Rows, layout: Layout, **options: Any) -> Loader[Mappin
     return Loader(*rows, place=partial(_place, layout, BATCH_AXES), row_slice=here, **options)
 
 
-def evaluation_sets(config: Config, held_out: Mapping[str, Rows], layout: Layout) -> list[EvaluationSet]:
-    """The held-out sets of the config, in batches of a micro-batch, or of some for the stages of a pipeline.
+def evaluation_sets(
+    evals: Sequence[EvalConfig], held_out: Mapping[str, Rows], layout: Layout, accumulation: Accumulation
+) -> list[EvaluationSet]:
+    """The held-out sets `evals`, in batches of a micro-batch, or of some for the stages of a pipeline.
 
     Raises UserError for rows that do not divide over the devices that share them.
     """
-    micro_batches, batch_size = config.train.accumulation(layout)
+    micro_batches, batch_size = accumulation
     if layout.stages > 1:  # no more than wait for their backward pass in training
         batch_size *= min(micro_batches, 2 * layout.stages - 1)
     for rows in held_out.values():
@@ -178,7 +181,7 @@ def evaluation_sets(config: Config, held_out: Mapping[str, Rows], layout: Layout
             check_length(width, layout)
     return [
         EvaluationSet(chosen.name, partial(_batches, held_out[chosen.name], layout, batch_size), chosen.every)
-        for chosen in config.evals
+        for chosen in evals
     ]
 
 
@@ -203,9 +206,3 @@ def _place(layout: Layout, axes: tuple[str, ...], arrays: Arrays) -> Mapping[str
         return jax.make_array_from_process_local_data(sharding, array[..., layout.local(axes[-1], array.shape[-1])])
 
     return {name: place(array) for name, array in arrays.items()}
-
-
-def records_of(loader: Loader[Any], batch: int) -> list[str]:
-    """Where the records of a batch come from, each once."""
-    origins = [origin for row in loader.origins(loader.rows_of(batch)) for origin in row]
-    return [describe_origin(*origin) for origin in dict.fromkeys(origins)]

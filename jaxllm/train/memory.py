@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -77,6 +78,17 @@ def out_of_memory(compiled: CompiledStep, limit: int, advice: str) -> str:
         f"({compiled.argument_bytes / GIB:.2f} parameters, optimizer state and batch, "
         f"{compiled.temp_bytes / GIB:.2f} activations and gradients), and {limit / GIB:.2f} GiB are there. {advice}"
     )
+
+
+@contextmanager
+def memory_errors(message: Callable[[], str]) -> Iterator[None]:
+    """Raises UserError with `message` in place of JAX's error when a device is full."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(message()) from error
 
 
 def untried_advice(config: Config, micro_batch_size: int) -> str:

@@ -21,6 +21,7 @@ from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.peft.reallocation import reallocating
 from jaxllm.runs.config import Config
+from jaxllm.runs.train_config import Accumulation
 from jaxllm.step.batch import batch_shapes
 from jaxllm.step.build import build_step
 from jaxllm.step.compile import CompiledStep, compile_steps
@@ -61,9 +62,9 @@ class Program:
         state = abstract_state(params, trainable, tx, lm.layout, scale_loss=train.scales_loss(), **how)
         return Program(config, lm, tx, schedule, trainable, state)
 
-    def batch(self, width: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch(self, accumulation: Accumulation, width: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of a batch whose rows have `width` places, abstractly."""
-        return batch_shapes((*self.config.train.accumulation(self.lm.layout), width), self.lm.layout)
+        return batch_shapes((accumulation.micro_batches, accumulation.rows, width), self.lm.layout)
 
     def compiler_options(self, autotuned: Path | None = None) -> Options:
         """XLA's options for the step. autotuned: the folder that keeps the kernels of a deterministic run."""
@@ -72,8 +73,10 @@ class Program:
             self.lm, update=train.update, xla=train.xla, deterministic=train.deterministic, autotuned=autotuned
         )
 
-    def compile(self, widths: Sequence[int], options: Mapping[str, Any] | None = None) -> CompiledStep:
-        """The compiled step for rows of any of `widths`. options: the compiler's."""
+    def compile(
+        self, accumulation: Accumulation, widths: Sequence[int], options: Mapping[str, Any] | None = None
+    ) -> CompiledStep:
+        """The compiled step for batches cut by `accumulation`, of rows of any of `widths`. options: the compiler's."""
         config, train = self.config, self.config.train
         step = build_step(
             self.lm,
@@ -95,7 +98,9 @@ class Program:
             # AdaLoRA weighs the triplets of all layers against each other.
             by_layer=config.optim.needs_whole_matrices and not isinstance(config.peft, AdaLora),
         )
-        return compile_steps(step, self.state, [self.batch(width) for width in widths], self.lm.layout, options)
+        return compile_steps(
+            step, self.state, [self.batch(accumulation, width) for width in widths], self.lm.layout, options
+        )
 
     def weights(self, state: TrainState) -> Params:
         """The parameters to evaluate and export: those that train, or what the optimizer makes of them."""

@@ -101,7 +101,7 @@ def planned(run: Run, model: Mapping[str, Any], changes: Sequence[str] = ()) -> 
         where = [f"model.path={folder}", "data.sources.0.path=nowhere", "output_dir=nowhere"]
         config = load(run.recipe, [*where, *PLANNED, *run.changes, *changes], Config)
         target = None if missing_wheels() else target_named("h100")
-        return plan(config, devices_for(config, target, None))
+        return plan(config, devices_for(config.mesh, target, None))
 
 
 def trained(run: Run, overrides: Sequence[str]) -> int:

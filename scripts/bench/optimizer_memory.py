@@ -79,7 +79,7 @@ def measure(folder: Path, optimizers: Sequence[str], gpu: str, layers: int) -> I
             try:
                 chosen = load(config, changes, Config)
                 with quiet_libraries():
-                    devices = devices_for(chosen, target, 1)
+                    devices = devices_for(chosen.mesh, target, 1)
                     planned = plan(chosen, devices)
             except UserError as error:
                 print(f"{optimizer}, {form}: {error}", file=sys.stderr)

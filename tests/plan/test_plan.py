@@ -118,7 +118,7 @@ def test_wrong_input_is_one_message(tiny, on_cpu, capsys, arguments, message):
 
 def test_as_many_devices_as_the_mesh_names(tiny):
     def count(*changes: str) -> int:
-        return len(devices_for(load(tiny, changes, Config), None, None))
+        return len(devices_for(load(tiny, changes, Config).mesh, None, None))
 
     assert count() == 1
     assert count("mesh.tensor=2") == 2

@@ -27,7 +27,7 @@ from jaxllm.runs.config import Config
 
 for changes in json.loads(sys.argv[2]):
     config = load(sys.argv[1], changes, Config)
-    planned = plan(config, devices_for(config, target_named("h100"), None))
+    planned = plan(config, devices_for(config.mesh, target_named("h100"), None))
     step = planned.compiled
     sizes = [step.argument_bytes, step.temp_bytes, step.peak_bytes, step.in_place_bytes]
     print(json.dumps([dict(planned.parts), *sizes, planned.attention.form]))

@@ -71,7 +71,8 @@ def test_the_average_is_evaluated(run):
     lm, params = load_hf(run.folder / "export/hf", layout=Layout.single())
     tokenizer = open_model(run.folder, Layout.single()).tokenizer()
     inputs = read_inputs(run.config, tokenizer, saying(Console(quiet=True)))
-    held_out = evaluation_sets(run.config, inputs.held_out, lm.layout)[0]
+    accumulation = run.config.train.accumulation(lm.layout)
+    held_out = evaluation_sets(run.config.evals, inputs.held_out, lm.layout, accumulation)[0]
     logged = [line["eval/held_out/loss"] for line in run.metrics() if "eval/held_out/loss" in line]
     total = tokens = 0.0
     for batch in held_out.batches():
