@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxllm.callbacks.base import CALLBACKS, Callback, CallbackConfig
-
-FOLDER = "tensorboard"
+from jaxllm.checkpoint.run_files import TENSORBOARD
 
 
 class TensorBoardConfig(CallbackConfig):
@@ -17,7 +16,7 @@ class TensorBoardConfig(CallbackConfig):
 
     def open(self, folder: Path, resumed_at: int | None) -> "TensorBoard":
         """Writes below `folder`."""
-        return TensorBoard(folder / FOLDER, resumed_at)
+        return TensorBoard(folder / TENSORBOARD, resumed_at)
 
 
 class TensorBoard(Callback):

@@ -1,7 +1,7 @@
-"""The files that describe a run, in its folder, and the seal over them.
+"""The files of a run, by name in its folder, and the seal over those that describe it.
 
-These are its config, the machine, and its model's config and tokenizer. The seal is the `SHA256SUMS` of the folder. It
-does not cover what changes at every step, and checkpoints have their own.
+The run is described by its config, the machine, and its model's config and tokenizer. The seal is the `SHA256SUMS` of
+the folder. It does not cover what changes at every step, and checkpoints have their own.
 """
 
 import os
@@ -18,6 +18,11 @@ ENVIRONMENT = "env.json"
 RUN_MODEL = "model"  # config.json and the tokenizer: an HF folder without weights
 MODEL_CONFIG = f"{RUN_MODEL}/config.json"
 RUN_CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+EXPORT = "export"
+LOCK = "run.lock"
+AUTOTUNED = "autotune"  # which kernels were timed to be the fastest, so that a resumed run takes the same ones
 
 # What each resolved config has had from the beginning.
 SECTIONS = (
@@ -68,7 +73,7 @@ def check_described(run: Path) -> None:
             what = "is a folder" if (run / name).is_dir() else "is missing"
             raise UserError(
                 f"the run {run} is damaged: {name} {what}. Put the file back from a copy of the run, or load what the "
-                f"run exported ({run / 'export'})"
+                f"run exported ({run / EXPORT})"
             )
     check_sections(run)
 

@@ -9,7 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.checkpoint.run_files import ENVIRONMENT, RESOLVED, RUN_MODEL, begin_run, unfinished, update_run
+from jaxllm.checkpoint.run_files import (
+    AUTOTUNED,
+    ENVIRONMENT,
+    EXPORT,
+    LOCK,
+    RESOLVED,
+    RUN_MODEL,
+    begin_run,
+    unfinished,
+    update_run,
+)
 from jaxllm.core.config import dump, load
 from jaxllm.core.errors import UserError
 from jaxllm.core.versions import environment
@@ -20,14 +30,9 @@ from jaxllm.hf.config import write_config
 from jaxllm.models.lm import LM
 from jaxllm.processes.distributed import is_first
 from jaxllm.runs.config import Config, EvalConfig
-from jaxllm.runs.lock import LOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-METRICS = "metrics.jsonl"
-# Which kernels were timed to be the fastest, so that a resumed run takes the same ones.
-AUTOTUNED = "autotune"
 
 
 def first_of(folder: Path) -> str | None:
@@ -45,7 +50,7 @@ def config_of(run: Path) -> Config:
     except UserError as error:
         raise UserError(
             f"{run} holds a run of another version of jaxllm, whose config this one does not know: {error}. Use that "
-            f"version, or load what the run exported ({run / 'export'})"
+            f"version, or load what the run exported ({run / EXPORT})"
         ) from error
 
 

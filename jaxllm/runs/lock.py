@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from jaxllm.checkpoint.run_files import LOCK
 from jaxllm.core.errors import UserError
 from jaxllm.processes.distributed import gather, is_first
 
 SHOWN_AFTER_S = 30.0  # in which a network disk shows a new file to other hosts
-LOCK = "run.lock"
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Resume:
         """What chat templates are told that the date is, since the run began."""
         if self.facts.day is not None:
             return date.fromisoformat(self.facts.day)
-        return date.fromtimestamp((self.run / RUN_MODEL / "config.json").stat().st_mtime)  # written when it began
+        return date.fromtimestamp((self.run / MODEL_CONFIG).stat().st_mtime)  # written when it began
 
     def restore(self, shapes: Any, paddable: Paddable) -> Any:
         """The training state, with the shapes, dtypes and shardings of `shapes`; its files have been verified.

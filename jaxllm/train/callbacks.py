@@ -10,13 +10,12 @@ from jaxllm.callbacks.base import Callback, Event
 from jaxllm.callbacks.evaluate import Evaluate, EvaluationSet
 from jaxllm.callbacks.log import Log, MetricsFile
 from jaxllm.callbacks.save import Save
-from jaxllm.checkpoint.run_files import RUN_CHECKPOINTS
+from jaxllm.checkpoint.run_files import METRICS, RUN_CHECKPOINTS
 from jaxllm.checkpoint.writer import CheckpointWriter
 from jaxllm.core.console import saying
 from jaxllm.core.hardware import peak_flops
 from jaxllm.evaluate.perplexity import HeldOut, Perplexity
 from jaxllm.processes.distributed import is_first
-from jaxllm.runs.folder import METRICS
 from jaxllm.step.state import TrainState
 from jaxllm.train.metrics import flops_per_token
 from jaxllm.train.program import Program

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jaxllm.checkpoint.run_files import RUN_MODEL
+from jaxllm.checkpoint.run_files import METRICS, RUN_MODEL
 from jaxllm.core.console import Say
 from jaxllm.core.errors import UserError
 from jaxllm.evaluate.perplexity import HeldOut
-from jaxllm.runs.folder import METRICS
 from jaxllm.runs.model_config import PretrainedModel
 from jaxllm.step.state import TrainState
 from jaxllm.train.program import Program

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxllm.checkpoint.run_files import RUN_CHECKPOINTS, check_seal
+from jaxllm.checkpoint.run_files import AUTOTUNED, RUN_CHECKPOINTS, check_seal
 from jaxllm.core import tree
 from jaxllm.core.compilation_cache import programs_read
 from jaxllm.core.console import saying
@@ -26,7 +26,7 @@ from jaxllm.peft.files import AdapterConfig
 from jaxllm.processes.distributed import require_same
 from jaxllm.processes.interrupt import Interrupt
 from jaxllm.runs.config import Config
-from jaxllm.runs.folder import AUTOTUNED, disk_errors, prepare
+from jaxllm.runs.folder import disk_errors, prepare
 from jaxllm.runs.lock import owned
 from jaxllm.runs.resume import Facts, find_resume
 from jaxllm.step.batch import check_length

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.checkpoint.run_files import LOCK
 from jaxllm.core.errors import UserError
-from jaxllm.runs.lock import LOCK, owned
+from jaxllm.runs.lock import owned
 
 HOLDER = """
 import sys, time

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.checkpoint.run_files import AUTOTUNED
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.runs.folder import AUTOTUNED
 from jaxllm.runs.train_config import TrainConfig
 from jaxllm.step import xla_options
 from jaxllm.step.compile import compile_step
