@@ -99,11 +99,17 @@ CHANGES = {
     "attention_bias": {"attention_bias": False},
     "mlp_bias": {"mlp_bias": False},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
-    "sliding_window": {"sliding_window": 5},
+    "sliding_window": {"sliding_window": 6},
+    "layer_types": {"layer_types": ("full_attention", "full_attention")},
+    "query_pre_attn_scalar": {"query_pre_attn_scalar": 121},
+    "attn_logit_softcapping": {"attn_logit_softcapping": None},
+    "final_logit_softcapping": {"final_logit_softcapping": None},
 }
 # A wrong size does not fit the file, and the others are no part of the computation.
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 INERT = {"max_position_embeddings", "initializer_range", "type"}
+# layer_types follows from them.
+INERT |= {"use_sliding_window", "max_window_layers"}
 
 
 @pytest.mark.parametrize("name", COMPUTED)
@@ -113,7 +119,9 @@ def test_the_comparison_has_teeth(name, reference):
     fields = set(FAMILIES[name].config.model_fields)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
     numbers = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-    fixed = {k: v for k, v in {**switches, **sizes, **numbers}.items() if k in fields}
+    windows = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
+    caps = {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}
+    fixed = {k: v for k, v in {**switches, **sizes, **numbers, **windows, **caps}.items() if k in fields}
     config = draw_config(name, 0, **fixed)
     lm = small_lm(config)
     params = draw_params(lm, 1)

@@ -20,6 +20,16 @@ from jaxllm.nn.quantized import STORED, dequantized
 # and its window in tests/models/families/test_windows.py.
 COMPUTED = [name for name in FAMILIES if name != "mistral"]
 
+# Values of fields that only some families have; windows within the rows of the tests.
+NUMBERS: dict[str, list[Any]] = {
+    "partial_rotary_factor": [0.5, 1.0],
+    "sliding_window": [3, 7],
+    "max_window_layers": [0, 1],
+    "query_pre_attn_scalar": [64, 144],
+    "attn_logit_softcapping": [5.0, 50.0, None],
+    "final_logit_softcapping": [5.0, 30.0, None],
+}
+
 
 def draw_config(name: str, seed: int, **fixed: Any) -> FamilyConfig:
     """A small config: sizes of every kind, and for each switch or choice of the family some value."""
@@ -43,8 +53,9 @@ def draw_config(name: str, seed: int, **fixed: Any) -> FamilyConfig:
             values[field] = draw.random() < 0.5
         elif field != "type" and get_origin(info.annotation) is Literal:
             values[field] = draw.choice(get_args(info.annotation))
-    if "partial_rotary_factor" in schema.model_fields:
-        values["partial_rotary_factor"] = draw.choice([0.5, 1.0])
+    for field, choices in NUMBERS.items():
+        if field in schema.model_fields:
+            values[field] = draw.choice(choices)
     return schema(**{**values, **fixed})
 
 

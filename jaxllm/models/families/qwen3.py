@@ -1,19 +1,38 @@
 """Qwen3 (Qwen Team, arXiv 2505.09388): a Llama that normalises the queries and keys of each head before they turn."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
-from jaxllm.models.families.llama import LAYER, GatedConfig, LlamaBlock, unfused_rules
+from pydantic import NonNegativeInt, model_validator
+
+from jaxllm.models.families.llama import LAYER, LlamaBlock, unfused_rules
 from jaxllm.models.family import FAMILIES, Family
+from jaxllm.models.layer_types import LayerTypesConfig, windows
 from jaxllm.models.rules import Rule
 
 
-class Qwen3Config(GatedConfig):
-    """The shape of a Qwen3."""
+class Qwen3Config(LayerTypesConfig):
+    """The shape of a Qwen3. `layer_types` defaults to a window from layer `max_window_layers` on, where it is used."""
 
     type: Literal["qwen3"] = "qwen3"
     attention_bias: bool = False
     """whether the attention's projections have biases"""
+    use_sliding_window: bool = False
+    """whether sliding_window is used"""
+    max_window_layers: NonNegativeInt = 28
+    """the first layers, which have no window"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _last_layers(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        window = values.get("sliding_window") if values.get("use_sliding_window") else None
+        values, layers = {**values, "sliding_window": window}, values.get("num_hidden_layers")
+        if type(layers) is int and 0 < layers <= 2**16 and values.get("layer_types") is None:
+            first = layers if window is None else values.get("max_window_layers", 28)
+            kinds = ("full_attention", "sliding_attention")
+            values["layer_types"] = tuple(kinds[type(first) is int and i >= first] for i in range(layers))
+        return values
 
 
 def rules(config: Qwen3Config) -> tuple[Rule, ...]:
@@ -22,18 +41,13 @@ def rules(config: Qwen3Config) -> tuple[Rule, ...]:
     return (*unfused_rules(config, config.attention_bias, config.attention_bias), *norms)
 
 
-def no_window(value: Any, raw: Mapping[str, Any]) -> bool:
-    """A window and where it begins mean nothing where it is switched off, as by default."""
-    del value
-    return not raw.get("use_sliding_window")
-
-
 FAMILIES.add(
     "qwen3",
     Family(
         config=Qwen3Config,
         block=lambda c, dtype: LlamaBlock(c, dtype, c.attention_bias, c.attention_bias, qk_norm=True),
         rules=rules,
+        layer_data=windows,
         model_type="qwen3",
         architectures=("Qwen3ForCausalLM",),
         # Those of transformers' Qwen3Config.
@@ -52,12 +66,10 @@ FAMILIES.add(
             "tie_word_embeddings": False,
             "rope_theta": 10000.0,
             "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
         },
-        ignored={
-            "attention_dropout": (0.0,),
-            "sliding_window": no_window,
-            "max_window_layers": no_window,
-            "layer_types": lambda value, raw: isinstance(value, list) and {*value} <= {"full_attention"},
-        },
+        ignored={"attention_dropout": (0.0,)},
     ),
 )
