@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.core.errors import UserError
-from jaxllm.hf.fields import CODE, QUANTIZED, sort_fields
+from jaxllm.hf.fields import CODE, QUANTIZED, names_of, sort_fields
 from jaxllm.hf.rope import shown
 from jaxllm.models import FAMILIES
 from jaxllm.models.family import Family
@@ -61,16 +61,22 @@ def _named(raw: Mapping[str, Any], file: str | Path) -> Family:
 
 
 def _nearest(raw: Mapping[str, Any], families: list[Family]) -> str:
-    """Which of the families lacks the fewest fields of `raw`, and which those are."""
+    """Which of the families lacks the fewest fields of `raw`, and which those are; of equals, the one that does the
+    fewest things by default which `raw` does not ask for."""
     lacking = [name for name in _SIZES if raw.get(name) is None]
     if len(lacking) > 1:
         return f"None of them is near: its config has no {' and no '.join(lacking)}."
-    refused = {family.architectures[0]: sort_fields(raw, family).refused for family in families}
-    name, fields = min(refused.items(), key=lambda item: len(item[1]))
+
+    def unasked(family: Family) -> int:
+        absent = (ours for theirs, ours in names_of(family).items() if theirs not in raw)
+        return sum(bool(family.defaults.get(ours)) for ours in absent)
+
+    refused = [(family, sort_fields(raw, family).refused) for family in families]
+    family, fields = min(refused, key=lambda each: (len(each[1]), unasked(each[0])))
     few = [f"{field} = {shown(value)}" for field, value in fields.items()]
     more = [f"{len(few) - 4} more"] if len(few) > 4 else []
     lacks = f", which lacks {' and '.join([', '.join(few[:4]), *more])}" if few else ""
-    return f"The nearest by its fields is {name}{lacks}; what its fields do not tell may differ too."
+    return f"The nearest by its fields is {family.architectures[0]}{lacks}; what its fields do not tell may differ too."
 
 
 def _check_code(raw: Mapping[str, Any], family: Family, file: str | Path) -> None:

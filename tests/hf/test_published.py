@@ -17,13 +17,13 @@ from jaxllm.core.errors import UserError
 from jaxllm.hf import load_hf, save_hf
 from jaxllm.hf.config import _log_once, parse_config
 from jaxllm.models import FAMILIES
-from jaxllm.nn.context import Context
 from jaxllm.nn.rope import DefaultRope
 
 # Logits of standard deviation 1 to 3 in float32 (DESIGN, section 5).
 TOLERANCE = 1e-4
 HEAD_DIM, ORIGINAL = 16, 32
 WITHIN, BEYOND = 24, 48
+WINDOW = 20
 
 # Fields that other publications of the same models have.
 VARIANTS = {
@@ -80,12 +80,14 @@ def small(raw):
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(raw.get(name), int):
             raw[name] %= 61
+    if raw.get("sliding_window"):
+        raw |= {name: WINDOW for name in ("sliding_window", "sliding_window_size") if name in raw}
     table = raw.get("rope_scaling") or {}
     places = [place for place in (raw, table) if place.get("original_max_position_embeddings")]
     if places and table:
         scale = places[0]["original_max_position_embeddings"] / ORIGINAL
         for place in (raw, table):
-            for name in ("max_position_embeddings", "original_max_position_embeddings", "sliding_window"):
+            for name in ("max_position_embeddings", "original_max_position_embeddings"):
                 if place.get(name):
                     place[name] = int(place[name] / scale)
     pairs = int(HEAD_DIM * raw.get("partial_rotary_factor", 1.0)) // 2
@@ -119,15 +121,11 @@ def logits():
     programs = {}
 
     def run(lm, params, tokens):
-        plain = lm.config.model_copy(
-            update={"rope": DefaultRope(), "rope_theta": 1e4, "max_position_embeddings": 64, "sliding_window": None}
-        )
+        plain = lm.config.model_copy(update={"rope": DefaultRope(), "rope_theta": 1e4, "max_position_embeddings": 64})
+        ctx = lm.context(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
         if plain not in programs:
-            programs[plain] = jax.jit(
-                lambda params, tokens, tables: lm.head(params, lm.hidden(params, tokens, Context(lm.layout, tables))[0])
-            )
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return np.asarray(programs[plain](params, tokens, lm.context(positions).rope))
+            programs[plain] = jax.jit(lambda params, tokens, ctx: lm.head(params, lm.hidden(params, tokens, ctx)[0]))
+        return np.asarray(programs[plain](params, tokens, ctx))
 
     return run
 
@@ -159,7 +157,7 @@ def test_all_of_ours_load_and_are_transformers(shared, tmp_path, logits):
                 theirs = model(torch.tensor(row).long()).logits.numpy()
             assert theirs.std() >= 1, name
             compared[name, row.shape[1]] = float(np.abs(mine - theirs).max())
-    assert len(compared) >= 2 * 31
+    assert len(compared) >= 2 * 34
     assert {key: miss for key, miss in compared.items() if miss > TOLERANCE} == {}
 
 

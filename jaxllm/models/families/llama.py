@@ -1,5 +1,6 @@
 """Llama (Touvron et al., arXiv 2302.13971 and 2307.09288) and every model of its shape."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -110,23 +111,29 @@ class LlamaBlock(nn.Module):
 LAYER = "model.layers.{i}."
 
 
-def outer_rules(config: GatedConfig) -> list[Rule]:
+# Ours → those of the file.
+NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+def outer_rules(config: GatedConfig, norms: Mapping[str, str] = NORMS) -> list[Rule]:
     """The weight table of Hugging Face's LlamaForCausalLM but for attention and feed-forward layers."""
     tied = config.tie_word_embeddings
     table = Rule("embed/table", "model.embed_tokens.weight", alias="lm_head.weight" if tied else None, vocab_axis=0)
     rules = [table, Rule("norm/scale", "model.norm.weight")]
     if not tied:
         rules.append(Rule("head/kernel", "lm_head.weight", T, vocab_axis=1))
-    rules.append(Rule("layers/attn_norm/scale", LAYER + "input_layernorm.weight"))
-    rules.append(Rule("layers/mlp_norm/scale", LAYER + "post_attention_layernorm.weight"))
-    return rules
+    return rules + [Rule(f"layers/{ours}/scale", f"{LAYER}{theirs}.weight") for ours, theirs in norms.items()]
 
 
 def unfused_rules(
-    config: GatedConfig, qkv_bias: bool = False, o_bias: bool = False, mlp_bias: bool = False
+    config: GatedConfig,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    norms: Mapping[str, str] = NORMS,
 ) -> tuple[Rule, ...]:
     """The weight table of a model with a matrix for each projection, and biases where they are asked for."""
-    rules = outer_rules(config)
+    rules = outer_rules(config, norms)
     groups = (
         ("attn", "self_attn", ("q", "k", "v"), qkv_bias),
         ("attn", "self_attn", ("o",), o_bias),
