@@ -30,8 +30,24 @@ from tests.support.families import (
 # Logits of standard deviation 1 to 3 in float32 (DESIGN, section 5).
 TOLERANCE = 1e-4
 
-QUICK, ALL = range(6), range(6, 36)
+SEEDS = range(36)
 LENGTH = 24
+# Between them these have every trait: biases, plain and tied heads; windows, caps, norms around 1.
+TRAITS = ("llama", "gemma2")
+
+
+def cells(values, everywhere=1, others=pytest.mark.full):
+    """Every family with the first values; the other values, which are about what all families share, with those of
+    different traits in the tier `others`, and with the rest in the tables."""
+
+    def tier(family, place):
+        return () if place < everywhere else others if family in TRAITS else pytest.mark.tables
+
+    return [
+        pytest.param(family, value, marks=tier(family, place), id=f"{family}-{value}")
+        for family in COMPUTED
+        for place, value in enumerate(values)
+    ]
 
 
 def tokens_of(config, batch=2, length=LENGTH, seed=0):
@@ -63,10 +79,9 @@ def entropy(weights):
     return (bits / np.log(rows + 1)).mean()
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-@pytest.mark.parametrize("seed", [*QUICK, *(pytest.param(seed, marks=pytest.mark.full) for seed in ALL)])
-def test_logits_are_those_of_transformers(name, seed, reference):
-    config = draw_config(name, seed)
+@pytest.mark.parametrize(("family", "seed"), cells(SEEDS, everywhere=4, others=pytest.mark.tables))
+def test_logits_are_those_of_transformers(family, seed, reference):
+    config = draw_config(family, seed)
     lm = small_lm(config)
     params = draw_params(lm, seed)
     tokens = tokens_of(config, seed=seed)
@@ -112,17 +127,17 @@ INERT = {"max_position_embeddings", "initializer_range", "type"}
 INERT |= {"use_sliding_window", "max_window_layers"}
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-def test_the_comparison_has_teeth(name, reference):
+@pytest.mark.parametrize("family", COMPUTED)
+def test_the_comparison_has_teeth(family, reference):
     """A wrong value of any field misses transformers' logits by at least 100 times the tolerance."""
     switches = {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "hidden_act": "silu"}
-    fields = set(FAMILIES[name].config.model_fields)
+    fields = set(FAMILIES[family].config.model_fields)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
     numbers = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
     windows = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
     caps = {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}
     fixed = {k: v for k, v in {**switches, **sizes, **numbers, **windows, **caps}.items() if k in fields}
-    config = draw_config(name, 0, **fixed)
+    config = draw_config(family, 0, **fixed)
     lm = small_lm(config)
     params = draw_params(lm, 1)
     tokens = tokens_of(config)
@@ -145,10 +160,10 @@ def test_the_comparison_has_teeth(name, reference):
     np.testing.assert_allclose(logits_of(lm, params, tokens), theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-def test_axes_and_weight_table_cover_every_parameter(name):
-    for seed in QUICK:
-        lm = small_lm(draw_config(name, seed))
+@pytest.mark.parametrize("family", COMPUTED)
+def test_axes_and_weight_table_cover_every_parameter(family):
+    for seed in SEEDS[:6]:
+        lm = small_lm(draw_config(family, seed))
         leaves = tree.flatten(lm.abstract())
         names = jax.tree.flatten_with_path(lm.axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))[0]
         axes = {tree.path_string(path): leaf for path, leaf in names}
@@ -159,12 +174,11 @@ def test_axes_and_weight_table_cover_every_parameter(name):
         assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_checkpoint_comes_back_bit_for_bit(name, dtype, tmp_path):
+@pytest.mark.parametrize(("family", "dtype"), cells(["bfloat16", "float32", "float16"]))
+def test_a_checkpoint_comes_back_bit_for_bit(family, dtype, tmp_path):
     """params → files → params. (files → params → files: tests/hf/test_weights.py)"""
     for seed in (0, 1):
-        lm = small_lm(draw_config(name, seed), dtype=dtype)
+        lm = small_lm(draw_config(family, seed), dtype=dtype)
         params = draw_params(lm)
         save(lm, params, tmp_path / str(seed))
         again, loaded = load_hf(tmp_path / str(seed))
@@ -184,8 +198,8 @@ def double():
         yield
 
 
-def double_lm(name, seed, **fixed):
-    config = draw_config(name, seed, **fixed)
+def double_lm(family, seed, **fixed):
+    config = draw_config(family, seed, **fixed)
     lm = small_lm(config, dtype="float64")
     return lm, draw_params(lm, seed)
 
@@ -208,13 +222,11 @@ def loss_of(lm, stack):
     return loss
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-@pytest.mark.parametrize(
-    "stack", [scan("full"), pytest.param(scan("dots", unroll=2), marks=pytest.mark.full)], ids=["full", "dots"]
-)
-def test_scan_is_the_loop_in_value_and_gradient(name, stack, double):
-    lm, params = double_lm(name, 0)
+@pytest.mark.parametrize(("family", "remat"), cells(["full", "dots"]))
+def test_scan_is_the_loop_in_value_and_gradient(family, remat, double):
+    lm, params = double_lm(family, 0)
     tokens = tokens_of(lm.config)
+    stack = {"full": scan("full"), "dots": scan("dots", unroll=2)}[remat]
     scanned = jax.jit(jax.value_and_grad(loss_of(lm, stack)))(params, tokens)
     looped = jax.jit(jax.value_and_grad(loss_of(lm, loop())))(params, tokens)
     assert_same(scanned, looped)
@@ -223,13 +235,10 @@ def test_scan_is_the_loop_in_value_and_gradient(name, stack, double):
 STAGES = [dict(pipeline=2, data=2, tensor=2), dict(pipeline=4, fsdp=2), dict(pipeline=2, fsdp=4), dict(pipeline=4)]
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-@pytest.mark.parametrize(
-    "sizes", [STAGES[0], *(pytest.param(sizes, marks=pytest.mark.full) for sizes in STAGES[1:])], ids=str
-)
-def test_a_pipeline_is_the_loop_in_value_and_gradient(name, sizes, double):
+@pytest.mark.parametrize(("family", "sizes"), cells(STAGES))
+def test_a_pipeline_is_the_loop_in_value_and_gradient(family, sizes, double):
     """Of a vocabulary that its stages pad; also the logits, which need no stack to be named."""
-    lm, params = double_lm(name, 0, num_hidden_layers=4, vocab_size=61, num_attention_heads=4, num_key_value_heads=2)
+    lm, params = double_lm(family, 0, num_hidden_layers=4, vocab_size=61, num_attention_heads=4, num_key_value_heads=2)
     tokens = tokens_of(lm.config, batch=8, length=6)
     staged, placed = on_layout(lm, mesh_layout(**sizes), params)
 
@@ -249,13 +258,10 @@ def test_a_pipeline_is_the_loop_in_value_and_gradient(name, sizes, double):
     assert_same(jax.tree.map(lambda g, w: g[tuple(map(slice, w.shape))], grads, wanted_grads), wanted_grads)
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-@pytest.mark.parametrize(
-    "sizes", [dict(), pytest.param(dict(pipeline=2, tensor=2), marks=pytest.mark.full)], ids=["alone", "pipeline"]
-)
-def test_prefill_and_decode_are_the_full_forward_pass(name, sizes, double):
+@pytest.mark.parametrize(("family", "sizes"), cells([dict(), dict(pipeline=2, tensor=2)]))
+def test_prefill_and_decode_are_the_full_forward_pass(family, sizes, double):
     """Two rows of different lengths, padded in front, prefilled at once and decoded token by token."""
-    lm, params = double_lm(name, 1)
+    lm, params = double_lm(family, 1)
     if sizes:
         lm, params = on_layout(lm, mesh_layout(**sizes), params)
     tokens = tokens_of(lm.config, length=8)
@@ -282,11 +288,10 @@ def test_prefill_and_decode_are_the_full_forward_pass(name, sizes, double):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("attention", ["xla", "flash"])
-@pytest.mark.parametrize("name", COMPUTED)
-def test_packed_documents_do_not_see_each_other(name, attention):
+@pytest.mark.parametrize(("family", "attention"), cells(["flash", "xla"]))
+def test_packed_documents_do_not_see_each_other(family, attention):
     """Interpreted, the GPU's kernel."""
-    lm = replace(small_lm(draw_config(name, 2)), attention=attention)
+    lm = replace(small_lm(draw_config(family, 2)), attention=attention)
     params = draw_params(lm)
     tokens = tokens_of(lm.config, batch=1)
     first = 10  # tokens of the first document; the second has the rest but for two of padding
@@ -302,12 +307,12 @@ def test_packed_documents_do_not_see_each_other(name, attention):
     np.testing.assert_allclose(packed[0, first:-2], alone[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-def test_the_loss_is_the_same_in_every_form_of_attention(name):
+@pytest.mark.parametrize("family", COMPUTED)
+def test_the_loss_is_the_same_in_every_form_of_attention(family):
     """Value and gradients, sharded and rematerialised: flash on packed rows, and in float32, so that sums in another
     order remain."""
     layout = mesh_layout(data=2, tensor=2)
-    lm = small_lm(draw_config(name, 3, num_attention_heads=4, num_key_value_heads=2))
+    lm = small_lm(draw_config(family, 3, num_attention_heads=4, num_key_value_heads=2))
     lm, params = on_layout(lm, layout, draw_params(lm))
     tokens = tokens_of(lm.config)
     segments = np.array([[1] * 10 + [2] * 12 + [0] * 2, [1] * 24], np.int32)
@@ -340,11 +345,8 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-@pytest.mark.parametrize(
-    "sizes", [*MESHES[:2], *(pytest.param(sizes, marks=pytest.mark.full) for sizes in MESHES[2:])], ids=str
-)
-def test_sharded_is_unsharded(name, sizes, double):
+@pytest.mark.parametrize(("family", "sizes"), cells(MESHES))
+def test_sharded_is_unsharded(family, sizes, double):
     """The same logits on any mesh, of a vocabulary that does not divide and fewer KV heads than tensor shards."""
     size = {
         "num_attention_heads": 8,
@@ -353,7 +355,7 @@ def test_sharded_is_unsharded(name, sizes, double):
         "hidden_size": 32,
         "intermediate_size": 40,
     }
-    lm, params = double_lm(name, 3, **size)
+    lm, params = double_lm(family, 3, **size)
     tokens = tokens_of(lm.config, batch=8, length=6)
     layout = fit_layout(lm.config, mesh_layout(**sizes))
     sharded, placed = on_layout(lm, layout, params)
@@ -361,12 +363,9 @@ def test_sharded_is_unsharded(name, sizes, double):
     assert_same(logits_of(sharded, placed, tokens), logits_of(lm, params, tokens))
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-@pytest.mark.parametrize(
-    "sizes", [MESHES[0], *(pytest.param(sizes, marks=pytest.mark.full) for sizes in MESHES[1:])], ids=str
-)
-def test_init_has_the_same_bits_on_any_mesh(name, sizes):
-    lm = small_lm(draw_config(name, 3, num_attention_heads=8, num_key_value_heads=2, vocab_size=61))
+@pytest.mark.parametrize(("family", "sizes"), cells(MESHES))
+def test_init_has_the_same_bits_on_any_mesh(family, sizes):
+    lm = small_lm(draw_config(family, 3, num_attention_heads=8, num_key_value_heads=2, vocab_size=61))
     layout = fit_layout(lm.config, mesh_layout(**sizes))
     sharded, expected = on_layout(lm, layout, lm.init(jax.random.key(5)))
     drawn = sharded.init(jax.random.key(5))
