@@ -27,6 +27,7 @@ from jaxllm.core.mesh import Layout
 from jaxllm.core.versions import environment
 from jaxllm.kernels.attention import AttentionForm, causal_attention
 from jaxllm.kernels.attention_choice import BY_SPEED, AttentionNeeds, fault, obstacle
+from jaxllm.kernels.attention_spec import AttentionSpec
 from jaxllm.processes.environment import prepare_backends
 
 RESULTS = Path(__file__).parent / "results" / "attention"
@@ -39,13 +40,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="tokens in a batch, of every length")
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], metavar=("HEADS", "KV_HEADS", "HEAD_DIM"))
     parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 elsewhere")
+    parser.add_argument("--window", type=int, help="keys that a query sees, as a model with a sliding window has it")
+    parser.add_argument("--soft-cap", type=float, help="cap of scores, as Gemma 2 has it")
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each program")
     asked = parser.parse_args()
     dtype = asked.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
     rows: list[dict[str, Any]] = []
     for packed in (False, True):
         heads, kv_heads, head_dim = asked.heads
-        needs = AttentionNeeds(Layout.single(), heads, kv_heads, head_dim, jnp.dtype(dtype), packed)
+        spec = AttentionSpec(window=asked.window, soft_cap=asked.soft_cap)
+        needs = AttentionNeeds(Layout.single(), heads, kv_heads, head_dim, jnp.dtype(dtype), packed, spec=spec)
         forms = able(needs)
         for length in asked.lengths:
             rows += measure(needs, forms, length, max(1, asked.tokens // length), asked.rounds)
@@ -72,7 +76,7 @@ def able(needs: AttentionNeeds) -> list[AttentionForm]:
 def measure(
     needs: AttentionNeeds, forms: Sequence[AttentionForm], length: int, batch: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row a form and direction: milliseconds, and TFLOP/s of the products that causal order leaves."""
+    """One row a form and direction: milliseconds, and TFLOP/s of the products that order and window leave."""
     programs: dict[tuple[str, str], Callable[[], Any]] = {}
     temporary: dict[tuple[str, str], float] = {}
     rng = np.random.default_rng(0)
@@ -87,7 +91,7 @@ def measure(
         attention = partial(causal_attention, form)
 
         def forward(q: jax.Array, k: jax.Array, v: jax.Array, attention: Callable[..., jax.Array] = attention) -> Any:
-            return attention(q, k, v, segments, needs.layout)
+            return attention(q, k, v, segments, needs.layout, needs.spec.within(length))
 
         def both(q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, f: Callable[..., Any] = forward) -> Any:
             return jax.vjp(f, q, k, v)[1](dy)
@@ -108,10 +112,12 @@ def measure(
     for (form, direction), seconds in times.items():
         # Two products of 2·d operations for each pair of tokens forward, and five backward; half the pairs.
         products = 2 if direction == "forward" else 7
-        flops = products * batch * needs.heads * length**2 * needs.head_dim
+        window = min(length, needs.spec.window or length)
+        flops = products * batch * needs.heads * window * (2 * length - window) * needs.head_dim
         median = float(np.median(seconds))
         row = dict(form=form, direction=direction, packed=needs.packed, batch=batch, length=length)
         shape = dict(heads=needs.heads, kv_heads=needs.kv_heads, head_dim=needs.head_dim)
+        shape |= dict(window=needs.spec.window, soft_cap=needs.spec.soft_cap)
         timing = dict(median_ms=median * 1e3, fastest_ms=min(seconds) * 1e3, slowest_ms=max(seconds) * 1e3)
         rows.append({**row, **shape, **timing, "temp_mib": temporary[form, direction]})
         # What documents leave out of it depends on their lengths, so that only whole rows have a rate.
