@@ -13,7 +13,7 @@ from jaxllm.core.mesh import Layout
 from jaxllm.kernels.attention import attention_from, causal_attention, lacks, plain_attention
 from jaxllm.kernels.attention_choice import AttentionNeeds, fault, obstacle
 from jaxllm.kernels.attention_spec import PLAIN, AttentionSpec
-from jaxllm.kernels.flash_attention import Places, flash_attention, meeting, past_last, tiles_of
+from jaxllm.kernels.flash_attention import Places, Tiles, flash_attention, meeting, past_last, tiles_of
 from tests.kernels.test_attention import REORDERED, documents, draw
 from tests.kernels.test_attention_choice import on_card
 from tests.support.families import mesh_layout
@@ -90,8 +90,8 @@ def with_gradients(attention, spec: AttentionSpec, segments, q, k, v, dy):
         y, pullback = jax.vjp(f, q, k, v, sinks)
         return y, *pullback(dy)
 
-    window = None if spec.window is None else jnp.int32(spec.window)
-    sinks = None if spec.sinks is None else jnp.asarray(spec.sinks, q.dtype)
+    window = None if spec.window is None else np.int32(spec.window)
+    sinks = None if spec.sinks is None else spec.sinks.astype(q.dtype)
     return [np.asarray(a) for a in run(q, k, v, dy, window, sinks) if a is not None]
 
 
@@ -102,26 +102,19 @@ def assert_same(ours, theirs):
 
 
 FLASH = partial(flash_attention, interpret=True)
-PACKED = jnp.asarray(np.stack([documents(300, 140, 100, 30), documents(300, 300)]))
+PACKED = np.stack([documents(300, 140, 100, 30), documents(300, 300)])
 FLASH_CASES: dict[str, tuple[Any, Any]] = {
     "window": (dict(window=70), None),
     "window of two": (dict(window=2), PACKED),
-    "window longer than the row, of packed documents": (dict(window=2**31 - 1), PACKED),
-    "soft cap and scale": (dict(soft_cap=1.5, scale=0.7), None),
-    "sinks": (dict(sinks=SINKS), PACKED),
-    "all, of packed documents": (dict(window=70, soft_cap=1.5, scale=0.7, sinks=SINKS), PACKED),
+    "window longer than the row": (dict(window=2**31 - 1), PACKED),
+    "no window": (dict(soft_cap=1.5, scale=0.7, sinks=SINKS), PACKED),
+    "all": (dict(window=70, soft_cap=1.5, scale=0.7, sinks=SINKS), PACKED),
 }
+QUICK = ("window", "all")
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "window",
-        "all, of packed documents",
-        *(pytest.param(name, marks=pytest.mark.full) for name in FLASH_CASES if not name.startswith(("window", "all"))),
-        pytest.param("window of two", marks=pytest.mark.full),
-        pytest.param("window longer than the row, of packed documents", marks=pytest.mark.full),
-    ],
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in FLASH_CASES if name not in QUICK)]
 )
 def test_flash_is_plain_in_value_and_gradients(name):
     numbers, segments = FLASH_CASES[name]
@@ -136,7 +129,7 @@ def test_flash_is_plain_in_value_and_gradients(name):
 def test_a_mesh_that_splits_the_length_and_the_heads(form):
     layout = mesh_layout(context=2, tensor=2, data=2)
     arrays = [a.astype(np.float32) for a in draw(2, 260, HEADS, KV_HEADS, 16)]
-    segments = jnp.asarray(np.stack([documents(260, 150, 110), documents(260, 260)]))
+    segments = np.stack([documents(260, 150, 110), documents(260, 260)])
     spec = AttentionSpec(window=70, soft_cap=1.5, sinks=SINKS)
 
     def on_mesh(q, k, v, segments, spec):
@@ -148,33 +141,37 @@ def test_a_mesh_that_splits_the_length_and_the_heads(form):
 
 
 def test_slopes_of_a_part_of_the_queries():
-    q, k, v, _ = (jnp.asarray(a, jnp.float32) for a in draw(1, 200, HEADS, KV_HEADS, 8))
-    spec = AttentionSpec(slopes=jnp.asarray(SLOPES, jnp.float32), window=jnp.int32(50))
+    q, k, v, _ = (a.astype(np.float32) for a in draw(1, 200, HEADS, KV_HEADS, 8))
+    spec = AttentionSpec(slopes=SLOPES.astype(np.float32), window=50)  # pyright: ignore
     whole, part = jax.jit(
         lambda q, k, v, first: (
             plain_attention(q, k, v, None, spec),
             attention_from(q[:, 120:], k, v, None, spec, first),
         )
-    )(q, k, v, jnp.int32(120))
+    )(q, k, v, np.int32(120))
     np.testing.assert_allclose(part, whole[:, 120:], rtol=0, atol=REORDERED)
 
 
-@pytest.mark.parametrize("window", [None, 1, 200, 1024, 4096])
+@partial(jax.jit, static_argnums=1)
+def bounds(places: Places, tiles: Tiles):
+    past = past_last(jnp.arange(places.queries.shape[1] // tiles.queries), 0, tiles)
+    return *(a[0] for a in meeting(places, tiles)), past
+
+
+@pytest.mark.parametrize("window", [1, 200, 1024, 4096])
 def test_tiles_outside_a_window_are_not_visited(window):
     """Of a row of 4096 keys the forward kernel visits as many tiles as hold a key that a query of the tile sees, and
     so do both backward kernels."""
     length = 4096
-    segments = jnp.ones((1, length), jnp.int32)
-    of_window = None if window is None else jnp.asarray([window], jnp.int32)
-    places = Places(jnp.zeros(1, jnp.int32), segments, segments, of_window)
+    segments: Any = np.ones((1, length), np.int32)
+    first_key: Any = np.zeros(1, np.int32)
+    of_window: Any = np.array([window], np.int32)
+    places = Places(first_key, segments, segments, of_window)
     at = np.arange(length)
-    sees = at[:, None] >= at[None, :]
-    if window is not None:
-        sees &= at[:, None] - at[None, :] < window
+    sees = (at[:, None] >= at[None, :]) & (at[:, None] - at[None, :] < window)
     for tiles in tiles_of(128):
         needed = sees.reshape(length // tiles.queries, tiles.queries, -1, tiles.keys).any((1, 3)).sum()
-        first, last = (np.asarray(a)[0] for a in meeting(places, tiles))
-        past = np.array([past_last(i, 0, tiles) for i in range(length // tiles.queries)])
+        first, last, past = (np.asarray(a) for a in bounds(places, tiles))
         assert np.maximum(past - first, 0).sum() == needed
         earliest = np.arange(length // tiles.keys) * tiles.keys // tiles.queries
         assert np.maximum(last + 1 - earliest, 0).sum() == needed
@@ -220,7 +217,7 @@ def test_what_a_form_lacks(form, spec, said):
         return
     assert reason == f"has {said}, as the model's attention needs"
     assert lacks(form, spec) == f"has {said}"
-    q = jnp.zeros((1, 8, 4, 8))
+    q: Any = np.zeros((1, 8, 4, 8))
     with pytest.raises(ValueError, match=re.escape(f"the attention '{form}' has {said}")):
         causal_attention(form, q, q, q, None, Layout.single(), spec)
 
@@ -240,10 +237,24 @@ def ignores_the_sinks(q, k, v, segments, layout, spec):
 @pytest.mark.full
 @pytest.mark.optimized
 def test_the_test_before_a_run_has_the_spec():
-    """A window of 4096 and a cap of 50 show in its 256 tokens."""
-    spec = AttentionSpec(soft_cap=50.0, window=jnp.int32(4096), sinks=ANY)
+    """A window of any size and a cap of 50 show in its 256 tokens."""
+    spec = AttentionSpec(soft_cap=50.0, window=WINDOW, sinks=ANY)
     needs = AttentionNeeds(Layout.single(), HEADS, KV_HEADS, 16, np.float32, packed=True, spec=spec)
     assert fault(partial(causal_attention, "flash"), needs) is None
     for wrong in (ignores_the_window, ignores_the_cap, ignores_the_sinks):
         assert (fault(wrong, needs) or "").startswith("is wrong: result misses"), wrong.__name__
     assert needs.test_spec._replace(window=None, soft_cap=None, sinks=None) == PLAIN
+
+
+@pytest.mark.gpu
+@pytest.mark.optimized
+@pytest.mark.parametrize("window", [4096, WINDOW], ids=["static", "traced"])
+@pytest.mark.parametrize("others", [dict(), dict(soft_cap=50.0), dict(sinks=ANY)], ids=["alone", "cap", "sinks"])
+@pytest.mark.parametrize("form", ["flash", "cudnn"])
+def test_every_form_has_its_spec_on_a_card(form, others, window):
+    spec = AttentionSpec(window=window, **others)
+    for shape in ((4, 2, 64), (4, 1, 128), (4, 2, 256)):
+        for packed in (True, False):
+            case = AttentionNeeds(Layout.single(), *shape, "bfloat16", packed, spec=spec)
+            if obstacle(form, case) is None:
+                assert fault(partial(causal_attention, form), case) is None

@@ -9,10 +9,10 @@ from jaxllm.nn.context import Context, LayerData
 
 
 def test_a_layer_sees_its_own_data_in_every_part_of_a_batch():
-    rope = (jnp.zeros((4, 3, 2)), jnp.zeros((4, 3, 2)))
-    layers = LayerData(window=jnp.asarray([8, 2], jnp.int32), rope=jnp.asarray([0, 1], jnp.int32))
+    rope = (np.zeros((4, 3, 2)), np.zeros((4, 3, 2)))
+    layers = LayerData(window=np.array([8, 2]), rope=np.array([0, 1]))
     ctx = Context(Layout.single(), rope, layers=layers)
-    own = ctx.of_layer(jnp.asarray(1))
+    own = ctx.of_layer(1)
     assert (own.window, own.rope_index, own.layers) == (2, 1, None)
 
     parts = ctx.in_parts(2, lambda a: a.reshape(2, -1, *a.shape[1:]))
@@ -22,6 +22,6 @@ def test_a_layer_sees_its_own_data_in_every_part_of_a_batch():
 
 
 def test_a_model_of_equal_layers_carries_no_data_of_layers():
-    ctx = Context(Layout.single(), (jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1))))
-    own = ctx.of_layer(jnp.asarray(0))
+    ctx = Context(Layout.single(), (np.zeros((1, 1, 1)), np.zeros((1, 1, 1))))
+    own = ctx.of_layer(0)
     assert jax.tree.structure(own) == jax.tree.structure(ctx)

@@ -6,21 +6,27 @@ import pytest
 import torch
 
 from jaxllm.generate.decode import Decoder
+from jaxllm.kernels.attention_spec import AttentionSpec
 from tests.support.families import draw_config, draw_params, small_lm, transformers_model
 
 WINDOW, LENGTH = 5, 16
 
 
-@pytest.fixture(scope="module", params=["mistral", "phi3"])
-def windowed(request):
-    config = draw_config(request.param, 0, sliding_window=WINDOW, num_attention_heads=4, num_key_value_heads=2)
+def made(family):
+    config = draw_config(family, 0, sliding_window=WINDOW, num_attention_heads=4, num_key_value_heads=2)
     lm = small_lm(config)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, LENGTH))
     return lm, draw_params(lm), tokens, jax.jit(lm.logits)
 
 
-def test_logits_are_those_of_transformers(windowed, tmp_path):
-    lm, params, tokens, logits = windowed
+@pytest.fixture(scope="module")
+def windowed():
+    return made("mistral")
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_logits_are_those_of_transformers(family, windowed, tmp_path):
+    lm, params, tokens, logits = windowed if family == "mistral" else made(family)
     module = transformers_model(lm.config, params, tmp_path / "model")
     with torch.no_grad():
         theirs = module(torch.tensor(tokens)).logits.numpy()
@@ -28,13 +34,17 @@ def test_logits_are_those_of_transformers(windowed, tmp_path):
     np.testing.assert_allclose(logits(params, tokens), theirs, rtol=0, atol=1e-4)
 
 
+def test_the_form_of_attention_is_chosen_for_the_window(windowed):
+    assert windowed[0].attention_needs(packed=False).spec == AttentionSpec(window=WINDOW)
+
+
 def test_documents_of_a_row_have_windows_of_their_own(windowed):
     lm, params, tokens, logits = windowed
     packed = np.where(np.arange(LENGTH) < 7, tokens[:1], np.roll(tokens[1:], 7, axis=1))
     positions = np.where(np.arange(LENGTH) < 7, np.arange(LENGTH), np.arange(LENGTH) - 7)[None].astype(np.int32)
     segments = np.where(np.arange(LENGTH) < 7, 1, 2)[None].astype(np.int32)
-    together = jax.jit(lm.logits)(params, packed, positions=positions, segments=segments)
-    alone = logits(params, tokens)
+    together = np.asarray(jax.jit(lm.logits)(params, packed, positions=positions, segments=segments))
+    alone = np.asarray(logits(params, tokens))
     np.testing.assert_allclose(together[0, :7], alone[0, :7], rtol=0, atol=1e-4)
     np.testing.assert_allclose(together[0, 7:], alone[1, : LENGTH - 7], rtol=0, atol=1e-4)
 
@@ -46,7 +56,7 @@ def test_decoding_goes_beyond_the_window(windowed):
     for prompt, new in zip(prompts, Decoder(lm)(params, prompts, max_new_tokens=6), strict=True):
         row = np.zeros((2, LENGTH), np.int64)
         row[0, : len(prompt) + 6] = prompt + new
-        greedy = np.argmax(logits(params, row)[0], axis=-1)
+        greedy = np.asarray(logits(params, row))[0].argmax(axis=-1)
         assert new == greedy[len(prompt) - 1 : len(prompt) + 5].tolist()
 
 
