@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedd
 from jaxllm.core.mesh import Layout
 from jaxllm.kernels.attention import attend, causal_mask
 from jaxllm.nn.context import Context
+from jaxllm.nn.head import Head
 from jaxllm.nn.mlp import ACTIVATIONS, GatedMLP
 from jaxllm.nn.norm import LayerNorm, RMSNorm
 from jaxllm.nn.rope import Rotation, apply_rope, document_lengths, rope_tables
@@ -54,6 +55,15 @@ def test_layer_norm_is_that_of_torch(double, use_bias):
     given = torch.tensor(bias) if use_bias else None
     theirs = torch.nn.functional.layer_norm(torch.tensor(x), (16,), torch.tensor(scale), given, 1e-4)
     np.testing.assert_allclose(ours, theirs.numpy(), **DOUBLE)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_scaled_and_then_capped(double, tied):
+    x, table = normal(0, 3, 5, 16), normal(1, 40, 16)
+    head = Head(40, 0.02, tied, scale=0.5, soft_cap=3.0)
+    params = {} if tied else {"kernel": table.T}
+    z = head.apply({"params": params}, x, {"table": table})
+    np.testing.assert_allclose(z, 3 * np.tanh(x @ table.T / 2 / 3), **DOUBLE)
 
 
 def test_rms_norm_of_bfloat16_is_rounded_once():
