@@ -245,7 +245,7 @@ class LM:
         the `cache`.
         """
         c, front = self.config, self.prompt_tokens if begins else 0
-        positions = positions + self.prompt_tokens + self.prefix_tokens
+        positions = positions + (self.prompt_tokens + self.prefix_tokens)
         if front:
             virtual = jnp.broadcast_to(jnp.arange(front, dtype=positions.dtype), (len(positions), front))
             positions = jnp.concatenate([virtual, positions], axis=1)
