@@ -178,6 +178,8 @@ def _store_tables(stats: dict[str, list[Any]]) -> None:
     outcomes = {
         report.nodeid.split("@")[0]: outcome for outcome in ("passed", "failed") for report in stats.get(outcome, [])
     }
+    if not outcomes:  # collected only
+        return
     result = {"date": datetime.now(UTC).date().isoformat(), **environment(), "outcomes": outcomes}
     TABLES.write_text(json.dumps({name: value for name, value in result.items() if name != "command"}, indent=2) + "\n")
 
