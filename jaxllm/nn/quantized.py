@@ -1,4 +1,4 @@
-"""Matrices in 4 or 8 bits, with the bits of bitsandbytes.
+"""Matrices in 4 or 8 bits, with the bits of bitsandbytes (of its double quantisation the mean, to one rounding).
 
 A matrix `[in, out]` is stored in other leaves in place of its `kernel`:
 
@@ -63,7 +63,7 @@ def quantize_scales(scales: np.ndarray) -> dict[str, np.ndarray]:
     On the host: they are few, and the same bits are wanted of every device and mesh.
     """
     flat = scales.T.reshape(-1)
-    offset = _mean(flat)
+    offset = np.asarray(flat.mean(dtype=np.float64), np.float32)
     flat = flat - offset
     starts = np.arange(0, flat.size, NESTED_BLOCK)
     nested = np.maximum.reduceat(np.abs(flat), starts)
@@ -157,35 +157,3 @@ def _place_codes() -> np.ndarray:
 
 
 _PLACE_CODES = _place_codes()
-
-
-def _mean(x: np.ndarray) -> np.ndarray:
-    """The mean of x `[n]` float32, summed in the order of torch on one thread of a CPU with AVX2 or more.
-
-    Four rows of vectors of 8 are summed apart, in a cascade of four levels.
-    """
-    lanes, rows, levels = 8 if x.size >= 8 else 1, 4, 4
-    vectors = x[: x.size // lanes * lanes].reshape(-1, lanes)
-    steps = len(vectors) // rows
-    power = max(4, max(steps - 1, 0).bit_length() // levels)
-    sums = np.zeros((levels, rows, lanes), np.float32)
-    done = steps >> power << power
-    groups = vectors[: done * rows].reshape(-1, 1 << power, rows, lanes)
-    of_groups = np.add.reduce(groups, axis=1) if done else groups[:, 0]
-    for i, group in enumerate(of_groups, 1):
-        sums[1] += group
-        for level in range(1, levels - 1):
-            if i % (1 << (power * level)):
-                break
-            sums[level + 1] += sums[level]
-            sums[level] = 0
-    for row in vectors[done * rows : steps * rows].reshape(-1, rows, lanes):
-        sums[0] += row
-    total = sums[0] + sums[1] + sums[2] + sums[3]
-    for vector in vectors[steps * rows :]:
-        total[0] += vector
-    vector = total[0] + total[1] + total[2] + total[3]
-    rest = np.float32(0)
-    for value in (*x[len(vectors) * lanes :], *vector):
-        rest += value
-    return np.asarray(rest / np.float32(x.size))
