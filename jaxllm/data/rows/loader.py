@@ -1,14 +1,13 @@
 """Batches: rows of a packing plan in the order of training, read ahead and placed on the devices."""
 
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import grain
 import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset
 from pydantic import Field, model_validator
 
 from jaxllm.core.config import Section
@@ -229,8 +228,8 @@ class Loader(Generic[T]):
 
     def __iter__(self) -> Iterator[Batch[T]]:
         """The batches from the start on. Closing the iterator, or dropping it, ends its threads."""
-        dataset = grain.MapDataset.range(len(self)).map(self._assemble).to_iter_dataset(READ)
-        ahead = _Ahead(iter(dataset), self._placed, PLACED_AHEAD)
+        dataset = grain.MapDataset.range(len(self)).map(self._assemble).to_iter_dataset(READ).map(self._placed)
+        ahead = iter(ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PLACED_AHEAD))
         try:
             yield from ahead
         finally:
@@ -281,52 +280,3 @@ class Loader(Generic[T]):
     def _placed(self, item: tuple[Arrays, np.ndarray, State]) -> Batch[T]:
         arrays, rows, state = item
         return Batch(self._place(arrays), rows, state)
-
-
-class _Ahead(Generic[T]):
-    """Iterates over `work(item)` for each of `items`, done on a thread up to `depth` results ahead.
-
-    An exception on the thread is raised from `next`, after the results before it.
-    """
-
-    def __init__(self, items: grain.DatasetIterator[Any], work: Callable[..., T], depth: int) -> None:
-        self._items = items
-        self._work = work
-        self._queue: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue(depth)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="place-batches", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[T]:
-        while True:
-            result, error = self._queue.get()
-            if error is not None:
-                raise error
-            if result is None:
-                return
-            yield result
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._closing.set()
-        self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        try:
-            for item in self._items:
-                if not self._put(self._work(item), None):
-                    return
-            self._put(None, None)
-        except Exception as error:
-            self._put(None, error)
-        finally:
-            self._items.close()
-
-    def _put(self, result: T | None, error: Exception | None) -> bool:
-        while not self._closing.is_set():
-            try:
-                self._queue.put((result, error), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
