@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import Field, PositiveInt, model_validator
 
 from jaxllm.core.config import ByType, Section, dump, load
-from jaxllm.core.config.messages import FOREIGN_NAMES
+from jaxllm.core.config.messages import foreign_names
 from jaxllm.core.config.yaml_file import ConfigFile
 from jaxllm.core.errors import UserError
 from jaxllm.core.registry import Registry
@@ -422,11 +422,12 @@ def test_a_hint_never_names_a_key_that_does_not_exist(problems):
         *("train.steps", "train.compute_dtype", "train.max_grad_norm", "checkpoint.every", "checkpoint.keep"),
         *("evals.0.every",),
     }
-    absent = {name: targets for name, targets in FOREIGN_NAMES.items() if not set(targets) <= known}
-    assert 5 < len(absent) < len(FOREIGN_NAMES) - 5
-    lines = problems("\n".join([GOOD, *(f"{name}: 1" for name in FOREIGN_NAMES)]))
-    answers = dict(zip(FOREIGN_NAMES, lines, strict=True))
-    for name, targets in FOREIGN_NAMES.items():
+    names = foreign_names()
+    absent = {name: targets for name, targets in names.items() if not set(targets) <= known}
+    assert 5 < len(absent) < len(names) - 5
+    lines = problems("\n".join([GOOD, *(f"{name}: 1" for name in names)]))
+    answers = dict(zip(names, lines, strict=True))
+    for name, targets in names.items():
         assert all((repr(target) in answers[name]) == (name not in absent) for target in targets), answers[name]
 
 

@@ -1,7 +1,9 @@
 """What is wrong with a config: pydantic's problems as lines that name place, key and remedy."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
@@ -13,130 +15,12 @@ from jaxllm.core.errors import did_you_mean, nearest
 
 Node = dict[str, Any]  # a node of pydantic's core schema
 
-# What other trainers call things. A name is explained only where every key that it points to exists.
-FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
-    "adam_beta1": ("optim.b1",),
-    "adam_beta2": ("optim.b2",),
-    "adam_epsilon": ("optim.eps",),
-    "additional_target": ("peft.modules_to_save",),
-    "assistant_only_loss": ("data.sources.0.train_on",),
-    "attn_implementation": ("train.attention",),
-    "base_model": ("model.path",),
-    "bnb_4bit_quant_type": ("model.quantize",),
-    "bnb_4bit_use_double_quant": ("model.double_quant",),
-    "beta1": ("optim.b1",),
-    "beta2": ("optim.b2",),
-    "bf16": ("train.compute_dtype",),
-    "block_size": ("data.seq_len",),
-    "clip_grad_norm": ("train.max_grad_norm",),
-    "completion_only_loss": ("data.sources.0.train_on",),
-    "cutoff_len": ("data.seq_len",),
-    "data_files": ("data.sources.0.path",),
-    "data_path": ("data.sources.0.path",),
-    "dataset": ("data.sources",),
-    "dataset_config_name": ("data.sources.0.subset",),
-    "dataset_name": ("data.sources.0.path",),
-    "dataset_path": ("data.sources.0.path",),
-    "dataset_split": ("data.sources.0.split",),
-    "dataset_text_field": ("data.sources.0.fields",),
-    "dataset_train_split": ("data.sources.0.split",),
-    "datasets": ("data.sources",),
-    "double_quantization": ("model.double_quant",),
-    "dtype": ("train.compute_dtype",),
-    "eval_steps": ("evals.0.every",),
-    "excess_length_strategy": ("data.long_samples",),
-    "finetuning_type": ("peft.type",),
-    "flash_attention": ("train.attention",),
-    "flash_attn": ("train.attention",),
-    "fp16": ("train.compute_dtype",),
-    "global_batch_size": ("train.batch_size",),
-    "gradient_accumulation_steps": ("train.batch_size", "train.micro_batch_size"),
-    "gradient_checkpointing": ("train.remat",),
-    "gradient_clipping": ("train.max_grad_norm",),
-    "greater_is_better": ("checkpoint.best_mode",),
-    "group_by_length": ("data.packing",),
-    "hess_interval": ("optim.hessian_every",),
-    "interleave_probs": ("data.sources.0.weight",),
-    "label_smoothing_factor": ("train.label_smoothing",),
-    "length_grouped_sampling": ("data.packing",),
-    "lisa_activated_layers": ("peft.active_layers",),
-    "lisa_interval_steps": ("peft.interval",),
-    "lisa_n_layers": ("peft.active_layers",),
-    "lisa_step_interval": ("peft.interval",),
-    "load_in_4bit": ("model.quantize",),
-    "load_in_8bit": ("model.quantize",),
-    "load_best_model_at_end": ("checkpoint.best",),
-    "lora_modules_to_save": ("peft.modules_to_save",),
-    "lora_r": ("peft.r",),
-    "lora_rank": ("peft.r",),
-    "lora_target": ("peft.target_modules",),
-    "lora_target_modules": ("peft.target_modules",),
-    "loraplus_ratio": ("peft.loraplus_lr_ratio",),
-    "lr": ("optim.learning_rate",),
-    "lr_decay_iters": ("optim.schedule.steps",),
-    "lr_scheduler": ("optim.schedule.type",),
-    "lr_scheduler_type": ("optim.schedule.type",),
-    "max_length": ("data.seq_len",),
-    "max_seq_len": ("data.seq_len",),
-    "max_seq_length": ("data.seq_len",),
-    "max_steps": ("train.steps",),
-    "metric_for_best_model": ("checkpoint.best",),
-    "min_lr_ratio": ("optim.schedule.final",),
-    "mixed_precision": ("train.compute_dtype",),
-    "model_name_or_path": ("model.path",),
-    "num_epochs": ("train.epochs",),
-    "num_train_epochs": ("train.epochs",),
-    "num_warmup_steps": ("optim.schedule.warmup",),
-    "optimizer": ("optim.type",),
-    "peft_type": ("peft.type",),
-    "per_device_train_batch_size": ("train.micro_batch_size",),
-    "pipeline_parallel_size": ("mesh.pipeline",),
-    "pissa_init": ("peft.init_lora_weights",),
-    "precision": ("train.compute_dtype",),
-    "probabilities": ("data.sources.0.weight",),
-    "quantization": ("model.quantize",),
-    "quantization_bit": ("model.quantize",),
-    "quantization_config": ("model.quantize",),
-    "recompute": ("train.remat",),
-    "remat_policy": ("train.remat",),
-    "report_to": ("callbacks.0.type",),
-    "resume_from_checkpoint": ("checkpoint.resume",),
-    "roles_to_train": ("data.sources.0.train_on",),
-    "rope_parameters": ("model.rope",),
-    "rope_scaling": ("model.rope",),
-    "rope_type": ("model.rope.type",),
-    "sample_packing": ("data.packing",),
-    "sampling_weight": ("data.sources.0.weight",),
-    "save_every": ("checkpoint.every",),
-    "save_steps": ("checkpoint.every",),
-    "save_total_limit": ("checkpoint.keep",),
-    "scan_unroll": ("train.unroll",),
-    "sequence_len": ("data.seq_len",),
-    "sequence_parallel": ("mesh.rules",),
-    "sync_each_batch": ("train.reduce",),
-    "tensor_parallel_size": ("mesh.tensor",),
-    "text_column": ("data.sources.0.fields",),
-    "text_field": ("data.sources.0.fields",),
-    "tokenizer_name": ("model.tokenizer",),
-    "tokenizer_name_or_path": ("model.tokenizer",),
-    "torch_dtype": ("train.compute_dtype",),
-    "total_step": ("train.steps",),
-    "train_batch_size": ("train.batch_size",),
-    "train_file": ("data.sources.0.path",),
-    "train_on_inputs": ("data.sources.0.train_on",),
-    "train_on_prompt": ("data.sources.0.train_on",),
-    "train_split": ("data.sources.0.split",),
-    "truncation": ("data.long_samples",),
-    "truncation_strategy": ("data.long_samples",),
-    "use_peft": ("peft.type",),
-    "val_set_size": ("data.eval_fraction",),
-    "validation_file": ("evals.0.path",),
-    "virtual_pipeline_model_parallel_size": ("train.virtual_stages",),
-    "warmup_ratio": ("optim.schedule.warmup",),
-    "warmup_steps": ("optim.schedule.warmup",),
-    "z_loss_multiplier": ("train.z_loss",),
-    "z_loss_weight": ("train.z_loss",),
-}
+
+@functools.cache
+def foreign_names() -> dict[str, list[str]]:
+    """What other trainers call things → our keys for it."""
+    return ConfigFile.read(Path(__file__).with_name("foreign_names.yaml")).data
+
 
 _KINDS = {  # of pydantic's schema nodes; an error of type `int_type` means that an `int` was wanted
     "bool": "true or false",
@@ -230,7 +114,7 @@ def _unknown_key(loc: Loc, section: Node, known: "_Schema", data: Any) -> str:
     keys = list(dict.fromkeys(known.keys(data)))
     last = {key: key.rpartition(".")[2] for key in keys}
 
-    targets = FOREIGN_NAMES.get(name, ())
+    targets = foreign_names().get(name, ())
     if targets and set(targets) <= set(keys):
         if len(targets) > 1:
             return f"{what}; it follows from {' and '.join(repr(target) for target in targets)}"
