@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxllm.core.config import load
-from jaxllm.core.config.reference import keys
+from jaxllm.core.config.reference import settings
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.hf import read_model
@@ -56,14 +56,14 @@ def test_a_misspelt_optimizer_is_answered_with_the_one_that_begins_alike() -> No
 def test_every_key_is_read() -> None:
     """A key that is validated, documented and read by nothing would be a lie."""
     source = "\n".join(path.read_text() for path in (ROOT / "jaxllm").rglob("*.py"))
-    names = {key.name.rpartition(".")[2] for key in keys(Config)}
+    names = {key.name.rpartition(".")[2] for key in settings(Config)}
     unread = [name for name in names if name != "type" and not re.search(rf"\.{name}\b", source)]
     assert not unread
 
 
 def test_every_key_has_a_meaning() -> None:
     plain = {"b1", "b2", "b3", "eps"}  # the optimizers' own symbols; their docstrings have the equations
-    unexplained = [key.name for key in keys(Config) if not key.meaning and key.name.rpartition(".")[2] not in plain]
+    unexplained = [key.name for key in settings(Config) if not key.meaning and key.name.rpartition(".")[2] not in plain]
     assert not unexplained
 
 
@@ -72,7 +72,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"  {key.name} " in out for key in keys(Config))
+    assert all(f"  {key.name} " in out for key in settings(Config))
     assert re.search(r"optim\.b3 +0\.99 +\[adan\]", out)
     assert re.search(r"optim\.learning_rate +required", out)
 
@@ -85,5 +85,5 @@ def test_every_key_says_whether_it_may_change_on_resume() -> None:
             return True
         return False
 
-    forgotten = [key.name for key in keys(Config) if has_no_rule(key.name)]
+    forgotten = [key.name for key in settings(Config) if has_no_rule(key.name)]
     assert not forgotten, "add them to RULES in jaxllm/runs/config_changes.py"

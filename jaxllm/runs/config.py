@@ -60,6 +60,7 @@ class Config(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evals: list[EvalConfig] = Field(default_factory=list)
+    """held-out sets, on which the model is measured as it trains"""
     metrics: MetricsConfig = MetricsConfig()
     callbacks: list[Annotated[CallbackConfig, ByType(CALLBACKS)]] = Field(default_factory=lambda: [TensorBoardConfig()])
     """what else sees the run; [] for nothing"""

@@ -1,5 +1,6 @@
 """Typed configuration: sections, components chosen by `type:`, reading and writing YAML."""
 
-from jaxllm.core.config.section import ByType, Section, dump, load
+from jaxllm.core.config.section import ByType, Section
+from jaxllm.core.config.text import dump, load
 
 __all__ = ["ByType", "Section", "dump", "load"]
