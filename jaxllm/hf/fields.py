@@ -38,6 +38,13 @@ use_flash_attention use_flash_attn
 # Fields that never change what a causal language model computes.
 INERT = frozenset((_BOOKKEEPING + _GENERATION + _OTHER_TASKS + _LIMITS).split())
 
+
+def _of_one_kind(value: Any, raw: Mapping[str, Any]) -> bool:
+    """Whether `layer_types` says of every layer what the whole model is without it."""
+    kind = "sliding_attention" if raw.get("sliding_window") else "full_attention"
+    return isinstance(value, list) and all(one == kind for one in value)
+
+
 # Fields of every family that change nothing at these values alone.
 IGNORED: Mapping[str, Ignored] = {
     "add_cross_attention": (False,),
@@ -48,6 +55,7 @@ IGNORED: Mapping[str, Ignored] = {
     # What other architectures have, switched off.
     **dict.fromkeys(("attention_bias", "bias", "lm_head_bias", "mlp_bias", "qkv_bias", "use_bias"), (False,)),
     **dict.fromkeys(("qk_layernorm", "qk_norm", "use_qk_norm", "use_sliding_window"), (False,)),
+    "layer_types": _of_one_kind,
     "sliding_window": (),
 }
 
