@@ -26,12 +26,15 @@ class Qwen3Config(LayerTypesConfig):
     def _last_layers(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        window = values.get("sliding_window") if values.get("use_sliding_window") else None
+        kinds, used = values.get("layer_types"), values.get("use_sliding_window")
+        if isinstance(kinds, list | tuple) and "sliding_attention" in kinds and not used:
+            raise ValueError("layer_types has sliding_attention and use_sliding_window is false; set it to true")
+        window = values.get("sliding_window") if used else None
         values, layers = {**values, "sliding_window": window}, values.get("num_hidden_layers")
-        if type(layers) is int and 0 < layers <= 2**16 and values.get("layer_types") is None:
+        if type(layers) is int and 0 < layers <= 2**16 and kinds is None:
             first = layers if window is None else values.get("max_window_layers", 28)
-            kinds = ("full_attention", "sliding_attention")
-            values["layer_types"] = tuple(kinds[type(first) is int and i >= first] for i in range(layers))
+            names = ("full_attention", "sliding_attention")
+            values["layer_types"] = tuple(names[type(first) is int and i >= first] for i in range(layers))
         return values
 
 
