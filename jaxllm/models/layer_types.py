@@ -38,4 +38,5 @@ def windows(config: LayerTypesConfig) -> LayerData:
     sliding = [kind == "sliding_attention" for kind in config.layer_types]
     if not any(sliding):
         return LayerData()
-    return LayerData(window=jnp.asarray([config.sliding_window if own else ALL for own in sliding], jnp.int32))
+    window = min(config.sliding_window or ALL, ALL)
+    return LayerData(window=jnp.asarray([window if own else ALL for own in sliding], jnp.int32))
