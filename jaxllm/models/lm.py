@@ -29,10 +29,10 @@ from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import CachePosition, Context
 from jaxllm.nn.dropout import Dropout
 from jaxllm.nn.embed import BESIDE
-from jaxllm.nn.loss import loss_chunks, token_losses
+from jaxllm.nn.loss import loss_chunks, token_scores
 from jaxllm.nn.prefix import FOLDER, projected_prefix
 from jaxllm.nn.rope import rope_tables
-from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective, reads_mean_logit
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ class LM:
 
         batch: `tokens`, `targets`, `positions`, `segments` int32 and `loss_mask` float32, `[B, T]` each; also
         `dropout_keys`, `[B]` random keys, where something is dropped. Keys as `targets` draw them from the model (see
-        `token_losses`).
+        `token_scores`).
         """
         x, _ = self.hidden(params, batch["tokens"], self.batch_context(batch), stack)
         return self.head_losses(params, x, batch, objective)
@@ -368,16 +368,16 @@ class LM:
         x = _behind_prompt(x, batch["targets"])
         batch_size, length, _ = x.shape
         chunks = loss_chunks(batch_size, length, self.vocab_padded, self.layout)
-        return token_losses(
+        scores = token_scores(
             lambda x: self.head(params, x),
             x,
             batch["targets"],
-            batch["loss_mask"],
             self.layout,
             vocab_size=self.config.vocab_size,
             chunks=chunks,
-            objective=objective,
+            mean=reads_mean_logit(objective),
         )
+        return objective(scores, batch, None)
 
     def new_cache(self, batch: int, slots: int) -> LayerCache:
         """An empty key-value cache for `batch` sequences of up to `slots` tokens."""

@@ -1,4 +1,4 @@
-"""The loss of next-token prediction, without ever holding all logits."""
+"""The scores of next-token prediction, without ever holding all logits."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core.mesh import Layout
-from jaxllm.nn.chunks import chunks_of, in_chunks
-from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
+from jaxllm.nn.chunks import chunks_of, in_chunks, joined
+from jaxllm.objectives.base import TokenScores
 
 
 def loss_chunks(batch: int, length: int, vocab_size: int, layout: Layout) -> int:
@@ -17,54 +17,44 @@ def loss_chunks(batch: int, length: int, vocab_size: int, layout: Layout) -> int
     return chunks_of(length, 4 * batch * length * vocab_size / share, layout)
 
 
-def token_losses(
+def token_scores(
     logits: Callable[[jax.Array], jax.Array],
     x: jax.Array,
     targets: jax.Array,
-    mask: jax.Array,
     layout: Layout,
     *,
     vocab_size: int,
     chunks: int,
-    objective: Objective = CROSS_ENTROPY,
-) -> Losses:
-    """The losses of `[B, T]` tokens, summed over those that are trained.
+    mean: bool = True,
+) -> TokenScores:
+    """The scores of `[B, T]` tokens.
 
     x: `[B, T, D]`, the input of `logits`, which gives `[b, t, V]`, of which the first `vocab_size` are tokens and the
     others −inf. targets: `[B, T]` int32; or keys, by each of which its token's target is drawn from the softmax of the
-    logits: the draw depends on neither chunks nor layout. mask: `[B, T]`, 1 where the target is trained. chunks: those
-    of `loss_chunks`. One chunk's logits exist at a time; where there are several, they are computed again in the
-    backward pass.
+    logits: the draw depends on neither chunks nor layout. chunks: those of `loss_chunks`. mean: whether `mean_logit` is
+    wanted. One chunk's logits exist at a time; where there are several, they are computed again in the backward pass.
     """
 
-    def chunk_sums(x: jax.Array, targets: jax.Array, mask: jax.Array) -> Losses:
+    def chunk_scores(x: jax.Array, targets: jax.Array) -> TokenScores:
         # The tokens are gathered over the axes that split the vocabulary, which is much less than the matrix.
         x = _gathered(x, layout)
         z = layout.constrain(logits(x), "act_vocab_batch", None, "act_vocab")
-        mask = mask.astype(z.dtype)
         vocabulary = jnp.arange(z.shape[-1])
         if jnp.issubdtype(targets.dtype, jax.dtypes.prng_key):
             targets = _drawn(targets, jax.lax.stop_gradient(z), layout)
         # A comparison keeps the vocabulary split; an index would gather it.
         target_logit = jnp.sum(jnp.where(targets[..., None] == vocabulary, z, 0), axis=-1)
         log_z = jax.nn.logsumexp(z, axis=-1)
-        cross_entropy = jnp.sum((log_z - target_logit) * mask)
-        total, z_loss = cross_entropy, jnp.zeros_like(cross_entropy)
-        if share := objective.label_smoothing:
-            mean_logit = jnp.sum(jnp.where(vocabulary < vocab_size, z, 0), axis=-1) / vocab_size
-            total = (1 - share) * cross_entropy + share * jnp.sum((log_z - mean_logit) * mask)
-        if objective.z_loss:
-            z_loss = objective.z_loss * jnp.sum(jnp.square(log_z) * mask)
-            total += z_loss
-        return Losses(total, cross_entropy, z_loss)
+        mean_logit = jnp.sum(jnp.where(vocabulary < vocab_size, z, 0), axis=-1) / vocab_size if mean else None
+        return TokenScores(target_logit - log_z, log_z, mean_logit)
 
     if chunks == 1:
-        return chunk_sums(x, targets, mask)
+        return chunk_scores(x, targets)
 
-    recomputed = jax.checkpoint(chunk_sums)
-    split = tuple(in_chunks(a, chunks, layout) for a in (x, targets, mask))
+    recomputed = jax.checkpoint(chunk_scores)
+    split = tuple(in_chunks(a, chunks, layout) for a in (x, targets))
     parts = jax.lax.map(lambda chunk: recomputed(*chunk), split)
-    return jax.tree.map(jnp.sum, parts)
+    return jax.tree.map(lambda part: joined(part, layout), parts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

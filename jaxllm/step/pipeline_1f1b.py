@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
@@ -25,7 +26,7 @@ from jaxllm.models.gpipe import STAGE_AXES, in_stages, of_pass, of_stage, on_sta
 from jaxllm.models.lm import LM
 from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.nn.context import Context
-from jaxllm.objectives.base import Losses, Objective
+from jaxllm.objectives.base import Losses, Objective, TokenScores
 from jaxllm.step.batch import BATCH_AXES, Batch, trained_tokens
 from jaxllm.step.gradient import Gradient
 from jaxllm.step.state import TrainState
@@ -323,12 +324,17 @@ class _Pipeline:
             return jnp.roll(dx, -1, 0), ring, totals, noted
 
         x, ring = jax.lax.fori_loop(0, ticks.warm_up, warm_up, (x, ring))
-        zero = jnp.zeros((), at_least_float32(first.dtype))
-        carry = (x, jnp.zeros_like(x), ring, totals, noted, Losses(zero, zero, zero))
+        carry = (x, jnp.zeros_like(x), ring, totals, noted, self.no_losses(at_least_float32(first.dtype)))
         start, end = ticks.warm_up, ticks.warm_up + ticks.steady
         _, *carry, losses = jax.lax.fori_loop(start, end, steady, carry)
         _, ring, totals, noted = jax.lax.fori_loop(end, end + ticks.cool_down, cool_down, tuple(carry))
         return Passed(losses, totals, ring, noted[:, 0])
+
+    def no_losses(self, dtype: DTypeLike) -> Losses:
+        """What the losses are added to."""
+        micro = take(self.batch, jnp.zeros((), jnp.int32))
+        scores = TokenScores(*(jnp.zeros(micro["tokens"].shape, dtype) for _ in TokenScores._fields))
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: self.objective(scores, micro, None)))
 
     def zeros(self) -> Params:
         """What the gradients are added to."""

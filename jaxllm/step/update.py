@@ -69,9 +69,9 @@ def make_step(
 
     Metrics: `loss` (the mean cross entropy, whatever is minimised), `grad_norm` (before clipping), `learning_rate`,
     `trained_tokens`, `bad` (1 for a step that was not applied); `grad_norm/<group>` and `param_norm/<group>` (before
-    the update) of the trainable half, see `norms.norms`; `objective` where it is not the loss, `z_loss` and `penalty`
-    where they are parts of it; `loss_scale` (the one used) and `overflow` (1 for such a step) where there is one;
-    `sophia_win_rate` with `curvature`: the share of entries that were not clipped.
+    the update) of the trainable half, see `norms.norms`; `objective` where it is not the loss, and its
+    parts, such as `z_loss` and `penalty`; `loss_scale` (the one used) and `overflow` (1 for such a step) where there is
+    one; `sophia_win_rate` with `curvature`: the share of entries that were not clipped.
     """
 
     def unscaled_gradient(state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
@@ -202,6 +202,4 @@ def step_metrics(
     }
     if objective != CROSS_ENTROPY:
         metrics["objective"] = losses.objective
-    if objective.z_loss:
-        metrics["z_loss"] = losses.z_loss
-    return metrics
+    return {**metrics, **losses.parts}

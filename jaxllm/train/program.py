@@ -15,7 +15,7 @@ from jaxllm.core.host_memory import to_device
 from jaxllm.core.layer_order import rearranged
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
-from jaxllm.objectives.base import Objective
+from jaxllm.objectives.base import CrossEntropy
 from jaxllm.optim.build import at_rate, build
 from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft.adalora import AdaLora
@@ -88,7 +88,7 @@ class Program:
             reduce=train.reduce,
             reduce_dtype=train.reduce_dtype,
             shard_optimizer=train.shard_optimizer,
-            objective=Objective(train.label_smoothing, train.z_loss),
+            objective=CrossEntropy(train.label_smoothing, train.z_loss),
             max_grad_norm=train.max_grad_norm,
             max_grad_value=train.max_grad_value,
             stochastic_rounding=train.stochastic_rounding,

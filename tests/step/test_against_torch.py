@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from transformers import LlamaForCausalLM
 
 from jaxllm.hf import save_hf
-from jaxllm.objectives.base import CROSS_ENTROPY, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, CrossEntropy
 from jaxllm.optim.build import build
 from jaxllm.optim.schedule_config import Linear
 from tests.support.families import draw_params, small_lm
@@ -25,7 +25,7 @@ OPTIM = OPTIMIZER.model_copy(
 )
 # A second recipe: a straight line down, and an objective that is more than the cross entropy.
 LINEAR = OPTIM.model_copy(update={"schedule": Linear(type="linear", warmup=WARMUP, final=FINAL)})
-SMOOTHED = Objective(label_smoothing=0.1, z_loss=1e-2)
+SMOOTHED = CrossEntropy(label_smoothing=0.1, z_loss=1e-2)
 
 
 def padded_batch(seed: int) -> dict[str, np.ndarray]:

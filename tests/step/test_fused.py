@@ -16,7 +16,7 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.models import FAMILIES, LM
 from jaxllm.models.stack import scan
-from jaxllm.objectives.base import Objective
+from jaxllm.objectives.base import CrossEntropy
 from jaxllm.optim.build import OPTIMIZERS, build
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.runs.config import Config
@@ -145,7 +145,7 @@ def test_every_other_optimizer_leaf_by_leaf(name):
 
 @pytest.mark.full
 def test_the_objective_and_frozen_leaves():
-    how = dict(objective=Objective(label_smoothing=0.1, z_loss=1e-2), frozen=("embed/*", "*/q/kernel"))
+    how = dict(objective=CrossEntropy(label_smoothing=0.1, z_loss=1e-2), frozen=("embed/*", "*/q/kernel"))
     check("adamw", {}, dict(fsdp=2), 4, **how)
 
 

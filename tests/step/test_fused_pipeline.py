@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from jaxllm.core import tree
 from jaxllm.models.pipeline_schedule import Schedule
-from jaxllm.objectives.base import Objective
+from jaxllm.objectives.base import CrossEntropy
 from jaxllm.optim.build import OPTIMIZERS
 from jaxllm.peft.lora import Lora
 from tests.support import whole_runs
@@ -79,7 +79,7 @@ KINDS = {
     "adapters": ("adamw", dict(method=DORA)),
     "the objective, clamped values and frozen leaves": (
         "lomo",
-        dict(objective=Objective(0.1, 1e-2), frozen=("embed/*", "*/q/kernel"), max_grad_value=1e-2),
+        dict(objective=CrossEntropy(0.1, 1e-2), frozen=("embed/*", "*/q/kernel"), max_grad_value=1e-2),
     ),
     "only the layers train": ("adamw", dict(frozen=("embed/*", "head/*", "norm/*"))),
 }

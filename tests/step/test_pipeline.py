@@ -15,7 +15,7 @@ from jaxllm.generate.__main__ import main as generate
 from jaxllm.hf import load_hf
 from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.nn import chunks
-from jaxllm.objectives.base import CROSS_ENTROPY, Objective
+from jaxllm.objectives.base import CROSS_ENTROPY, CrossEntropy
 from jaxllm.optim.build import SophiaG
 from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant
@@ -94,7 +94,7 @@ SOPHIA = SophiaG(type="sophia_g", learning_rate=2e-3, hessian_every=2, schedule=
 KINDS = {
     "adapters": dict(method=DORA),
     "the objective and frozen leaves": dict(
-        objective=Objective(label_smoothing=0.1, z_loss=1e-2), frozen=("embed/*", "*/q/kernel")
+        objective=CrossEntropy(label_smoothing=0.1, z_loss=1e-2), frozen=("embed/*", "*/q/kernel")
     ),
     "only the layers train": dict(frozen=("embed/*", "head/*", "norm/*")),
     "drawn targets": dict(optimizer=SOPHIA, curvature=Curvature(2, SOPHIA.rho), seed=5),

@@ -218,7 +218,7 @@ class OneLine(NamedTuple):
     def losses(self, params: Any, batch: Any, stack: Any, objective: Objective) -> Losses:
         assert objective == CROSS_ENTROPY
         loss = self.loss(params, batch)
-        return Losses(loss, loss, jnp.zeros_like(loss))
+        return Losses(loss, loss)
 
 
 def one_line(
