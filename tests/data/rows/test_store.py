@@ -258,7 +258,7 @@ def test_a_killed_build_leaves_no_store(write_lines, tmp_path: Path, byte_tokeni
 import os, signal
 from pathlib import Path
 from transformers import AutoTokenizer
-from jaxllm.data import store
+from jaxllm.data.rows import store
 from jaxllm.data.records.source import SourceConfig
 from jaxllm.data.text.tokenize import Encoder
 store.BATCH_RECORDS = 1
