@@ -1,13 +1,13 @@
 """What the `optim:` section of every optimizer has."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 import optax
 from pydantic import Field
 
-from jaxllm.core.config import ByType, Section
+from jaxllm.core.config import ByType, Conflict, Section
 from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import SCHEDULES, Cosine, NotNegative, ScheduleConfig
 
@@ -38,6 +38,14 @@ class OptimizerConfig(Section):
 
     averages: ClassVar[str] = ""
     """The tree of the state that `evaluation_params` needs; empty where the trained parameters are evaluated."""
+
+    def conflicts(self, rates: Mapping[str, float]) -> Iterator[Conflict]:
+        """What contradicts the rates that the method of fine-tuning multiplies updates by, `PeftConfig.rates`."""
+        if self.averages and rates:
+            yield Conflict(
+                f"peft.loraplus_lr_ratio scales updates, and the averages of optim {self.type} would not follow",
+                "set loraplus_lr_ratio to 1, or choose another optimizer",
+            )
 
     def evaluation_params(self, params: Any, averaged: Any) -> Any:
         """What is evaluated and exported, of trained parameters and the tree `averages` of the optimizer's state."""

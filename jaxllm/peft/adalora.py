@@ -6,7 +6,7 @@ those that are worth least are set to 0 in training (`peft/reallocation.py`): th
 needed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from jaxllm.core import tree
+from jaxllm.core.config import Conflict
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
@@ -24,6 +25,7 @@ from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, AdapterConfig, Part
 from jaxllm.peft.low_rank import LowRank, Positive, Rank
 from jaxllm.peft.modules import Module
+from jaxllm.peft.sections import OptimSection, TrainSection
 
 STDDEV = 0.02  # of the singular vectors at the start, as in HF PEFT
 
@@ -64,6 +66,28 @@ class AdaLora(LowRank):
         *("megatron_core", "qalora_group_size"),
         *("r", "use_rslora", "alpha_pattern"),  # of LoRA, which HF PEFT's AdaLoRA does not look at
     )
+
+    def conflicts(self, optim: OptimSection, train: TrainSection) -> Iterator[Conflict]:
+        if train.update == "fused":
+            yield Conflict(
+                "peft.type is adalora, which compares what it has in all layers, and train.update is fused, which "
+                "updates one layer at a time",
+                "set update to ordinary (the gradients of the triplets are small), or choose another method, such as "
+                "lora",
+            )
+        if optim.averages:
+            yield Conflict(
+                f"peft.type is adalora, which sets values to 0, and optim.type {optim.type} evaluates an average that "
+                "would keep them",
+                "choose another optimizer, such as adamw",
+            )
+        if self.lisa is not None:
+            yield Conflict(
+                "peft.type is adalora, which compares what it has in all layers after each update, and peft.lisa "
+                "trains a few at a time",
+                "remove lisa, or choose another method, such as lora",
+            )
+        yield from super().conflicts(optim, train)
 
     def add(self, lm: LM) -> LM:
         extra = dict[str, ExtraLeaf]()

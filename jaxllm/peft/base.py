@@ -4,19 +4,29 @@ The leaves that a method adds are found by the layer that they stand beside (`nn
 is the same model with more leaves. What trains gets gradients and optimizer state; what does not has neither.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 
 from jaxllm.core import tree
-from jaxllm.core.config import Section
+from jaxllm.core.config import Conflict, Section
+from jaxllm.core.mesh import MeshConfig
 from jaxllm.core.registry import Registry
 from jaxllm.core.tree import Params
 from jaxllm.hf.export import save
 from jaxllm.models.lm import LM
-from jaxllm.peft.layer_sampling import LayerDraws
+from jaxllm.models.quantized import Quantization
+from jaxllm.peft.layer_sampling import LayerDraws, drawing_conflicts
+from jaxllm.peft.sections import OptimSection, TrainSection
+
+
+class SharedPart(NamedTuple):
+    """A part of a method that all layers of the model share. without: the setting that removes it."""
+
+    description: str
+    without: str
 
 
 class PeftConfig(Section):
@@ -32,6 +42,36 @@ class PeftConfig(Section):
 
     merges: ClassVar[bool] = True
     """Whether what it adds can be merged into the model's own parameters."""
+
+    draws_because: ClassVar[str] = "peft.lisa is set"
+    """The setting that `draws` comes from, in messages."""
+
+    def conflicts_with_new_model(self) -> Iterator[Conflict]:
+        """What contradicts a model that is new."""
+        yield from ()
+
+    def conflicts_with_quantization(self, quantization: Quantization) -> Iterator[Conflict]:
+        """What contradicts a model whose matrices are stored in `quantization`."""
+        yield Conflict(
+            f"model.quantize is {quantization}, whose matrices do not train, and peft.type is {self.type}, whose "
+            "result is the whole model",
+            "choose an adapter, such as peft: {type: lora}, or remove quantize",
+        )
+
+    def conflicts(self, optim: OptimSection, train: TrainSection) -> Iterator[Conflict]:
+        """What contradicts the optimizer or the way to train."""
+        if self.draws is not None:
+            yield from drawing_conflicts(self.draws_because, optim, train)
+
+    def conflicts_with_mesh(self, mesh: MeshConfig) -> Iterator[Conflict]:
+        """What contradicts the mesh."""
+        del mesh
+        yield from ()
+
+    @property
+    def shared_part(self) -> SharedPart | None:
+        """The part that all layers share, which no step can train that sees one layer at a time; None for none."""
+        return None
 
     def add(self, lm: LM) -> LM:
         """`lm` with the leaves that the method adds. Raises UserError where it does not fit the model."""

@@ -1,7 +1,7 @@
 """Methods whose result is an adapter in the files of HF PEFT: which tensor is which part of their leaves."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxllm.core import tree
+from jaxllm.core.config import Conflict
 from jaxllm.core.errors import UserError
 from jaxllm.core.finite import check_finite
 from jaxllm.core.registry import Registry
@@ -18,6 +19,7 @@ from jaxllm.hf.export import gather, replacing, write_json, write_tensors
 from jaxllm.hf.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from jaxllm.hf.weights import weight_table
 from jaxllm.models.lm import LM
+from jaxllm.models.quantized import Quantization
 from jaxllm.peft.base import PeftConfig
 
 # What HF PEFT puts before a module's name.
@@ -102,6 +104,16 @@ class AdapterConfig(PeftConfig):
         """Whether it changes an embedding that is the head too."""
         del lm
         return False
+
+    def conflicts_with_new_model(self) -> Iterator[Conflict]:
+        yield Conflict(
+            f"peft.type is {self.type}, whose result is the adapter of a pretrained model, and model is new",
+            "give model.path, or remove the peft section",
+        )
+
+    def conflicts_with_quantization(self, quantization: Quantization) -> Iterator[Conflict]:
+        del quantization
+        yield from ()
 
     def mask(self, lm: LM) -> Any:
         chosen = self.whole(lm)

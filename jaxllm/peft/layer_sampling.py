@@ -1,12 +1,14 @@
 """Which layers train at a time, as LISA draws them (Pan et al., arXiv 2403.17919)."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import PositiveInt
 
-from jaxllm.core.config import Section
+from jaxllm.core.config import Conflict, Section
 from jaxllm.core.errors import UserError
 from jaxllm.models.lm import LM
+from jaxllm.peft.sections import OptimSection, TrainSection
 
 LisaPolicy = Literal["reset_body", "reset_all", "keep"]
 
@@ -30,3 +32,22 @@ class LayerDraws(Section):
                 f"{key}.active_layers is {self.active_layers} and the model has {layers} layers; set it to {layers} at "
                 "the most"
             )
+
+
+def drawing_conflicts(because: str, optim: OptimSection, train: TrainSection) -> Iterator[Conflict]:
+    """What contradicts drawing the layers that train. because: the setting that asks for it, as a message names it."""
+    if train.remat != "none" or train.unroll != "auto":
+        yield Conflict(
+            f"{because}, which computes each layer again in its own way, and train.remat or unroll is set",
+            "remove them",
+        )
+    if train.compute_dtype == "float16":
+        yield Conflict(
+            f"{because}, which does not scale the loss, and train.compute_dtype is float16",
+            "set compute_dtype to bfloat16",
+        )
+    if alone := optim.needs_whole_model or (optim.averages and "evaluates an average of what it trains"):
+        yield Conflict(
+            f"{because}, which gives each layer an optimizer of its own, and optim.type {optim.type} {alone}",
+            "choose another optimizer, such as adamw",
+        )

@@ -2,7 +2,7 @@
 2403.17919): it adds nothing, and trains other layers every so many steps.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxllm.core import tree
 from jaxllm.models.lm import LM
@@ -20,6 +20,8 @@ class Lisa(LayerDraws, PeftConfig):
     """whether the last norm trains"""
     train_head: bool = True
     """whether the head trains; one that is tied to the embedding trains with it"""
+
+    draws_because: ClassVar[str] = "peft.type is lisa"
 
     @property
     def draws(self) -> LayerDraws:

@@ -1,7 +1,7 @@
 """LoRA (Hu et al., arXiv 2106.09685), and what has grown from it: rsLoRA, LoRA+, DoRA and PiSSA."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import Any, ClassVar, Literal, TypeVar
@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator
 
+from jaxllm.core.config import Conflict
 from jaxllm.core.errors import UserError
 from jaxllm.models.lm import LM
+from jaxllm.models.quantized import Quantization
 from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, Part
 from jaxllm.peft.low_rank import START, LowRank, Positive, Rank, Target
@@ -107,6 +109,15 @@ class Lora(LowRank):
         if ids := raw.get("trainable_token_indices"):
             values["trainable_token_indices"] = ids  # in the order of the rows in the file
         return values
+
+    def conflicts_with_quantization(self, quantization: Quantization) -> Iterator[Conflict]:
+        del quantization
+        if self.init_lora_weights == "pissa":
+            yield Conflict(
+                "model.quantize stores the matrices, and peft.init_lora_weights is pissa, which takes a part of them "
+                "away",
+                "set init_lora_weights to true, or remove quantize",
+            )
 
     def saved(self, lm: LM) -> tuple[str, ...]:
         saved = super().saved(lm)

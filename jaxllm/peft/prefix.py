@@ -13,7 +13,7 @@ from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.nn.prefix import FOLDER, projected_prefix
-from jaxllm.peft.base import METHODS
+from jaxllm.peft.base import METHODS, SharedPart
 from jaxllm.peft.files import ADAPTERS, StoredAdapter, Take
 from jaxllm.peft.prompt import TENSOR, VirtualTokens, uniform
 
@@ -36,6 +36,14 @@ class PrefixTuning(VirtualTokens, StoredAdapter):
         if self.encoder_hidden_size is not None and not self.prefix_projection:
             raise ValueError("encoder_hidden_size is of the encoder, and prefix_projection is false; set it to true")
         return self
+
+    @property
+    def shared_part(self) -> SharedPart | None:
+        if not self.prefix_projection:
+            return None
+        return SharedPart(
+            "peft.prefix_projection has an encoder that all layers share", without="prefix_projection to false"
+        )
 
     def add(self, lm: LM) -> LM:
         lm = super().add(lm)

@@ -4,7 +4,7 @@ arXiv 2103.10385).
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -13,8 +13,10 @@ import numpy as np
 from pydantic import PositiveInt, model_validator
 
 from jaxllm.core import tree
+from jaxllm.core.config import Conflict
 from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
+from jaxllm.core.mesh import MeshConfig
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.nn.prompt import virtual_tokens
@@ -39,6 +41,14 @@ class VirtualTokens(AdapterConfig):
         *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
         *("prefix_projection", "init_weights"),
     )
+
+    def conflicts_with_mesh(self, mesh: MeshConfig) -> Iterator[Conflict]:
+        if mesh.context != 1:
+            yield Conflict(
+                f"mesh.context is {mesh.context}, whose devices have equal parts of each row, and peft.type is "
+                f"{self.type}, which puts virtual tokens in front of it",
+                "set context to 1, or choose another method, such as lora",
+            )
 
     def add(self, lm: LM) -> LM:
         if lm.config.rope.by_length:

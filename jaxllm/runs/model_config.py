@@ -1,11 +1,11 @@
 """The model of a run's config: one to continue from, or a new one."""
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, create_model
 
-from jaxllm.core.config import Section
+from jaxllm.core.config import Conflict, Section
 from jaxllm.core.registry import Registry
 from jaxllm.models import FAMILIES
 from jaxllm.models.family import FamilyConfig, Heads, HeadWidth, Tokens
@@ -25,10 +25,22 @@ class PretrainedModel(Quantizable):
     same adapter it trains on; else it is merged into the model first. Of a list all are merged, one after the other,
     but for a last one that trains on"""
 
+    is_new: ClassVar[bool] = False
+    """Whether the run draws the model's weights."""
+
     @property
     def adapters(self) -> Sequence[str]:
         """`adapter` as a list."""
         return [self.adapter] if isinstance(self.adapter, str) else self.adapter or []
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """What in the section contradicts itself."""
+        if self.quantization is not None and len(self.adapters) > 1:
+            yield Conflict(
+                f"model.quantize is {self.quantization}, into which no adapter is merged, and model.adapter has "
+                "several",
+                "merge them first (python -m jaxllm.convert merge), or remove quantize",
+            )
 
 
 class NewModel(Section):
@@ -36,6 +48,15 @@ class NewModel(Section):
 
     tokenizer: str
     """a tokenizer folder, as written by transformers, or a name of the Hub"""
+
+    is_new: ClassVar[bool] = True
+    """Whether the run draws the model's weights."""
+    quantization: ClassVar[None] = None
+    """How the matrices of the layers are stored: as they are."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """What in the section contradicts itself."""
+        yield from ()
 
     def family_config(self, vocab_size: Callable[[], int]) -> FamilyConfig:
         """The family's own config, with what `vocab_size` gives where the run's config does not set one."""
