@@ -1,6 +1,6 @@
 """Small training runs: a tiny Llama, ragged batches, and some steps on any mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -207,17 +207,28 @@ def train(
 ) -> Trained:
     """`steps` steps on four batches in turn. packed: see `ragged_batch`."""
     made = program(config, layout, **how)
-    batches = [made.place(ragged_batch(seed, packed=packed), how.get("micro_batches", 1)) for seed in range(4)]
-    state, metrics = made.start(), []
-    for step in range(steps):
+    how = dict(micro_batches=how.get("micro_batches", 1), packed=packed)
+    state, metrics = run(made, made.start(), range(steps), **how)
+    return Trained(metrics, on_host(made, state))
+
+
+def run(
+    made: Program, state: TrainState, steps: Iterable[int], *, micro_batches: int = 1, packed: bool = True
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """The state after `steps`, by their numbers, on four batches in turn; and each metric of every step."""
+    batches = [made.place(ragged_batch(seed, packed=packed), micro_batches) for seed in range(4)]
+    metrics = []
+    for step in steps:
         state, values = made.compiled.run(state, batches[step % 4])
         metrics.append(jax.tree.map(float, values))
+    return state, {name: np.array([values[name] for values in metrics]) for name in metrics[0]}
+
+
+def on_host(made: Program, state: TrainState) -> dict[str, np.ndarray]:
+    """The parameters and moments of a state by path, their layers in the order of the model."""
     state = rearranged(state, np.argsort(made.lm.layer_order))
     leaves = tree.flatten({"params": state.params, "opt_state": state.opt_state})
-    return Trained(
-        {name: np.array([values[name] for values in metrics]) for name in metrics[0]},
-        {path: np.asarray(leaf) for path, leaf in leaves.items()},
-    )
+    return {path: np.asarray(leaf) for path, leaf in leaves.items()}
 
 
 def assert_trained_alike(ours: Trained, theirs: Trained, tolerance: float) -> None:
