@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from jaxllm.core.config import Section
+from jaxllm.core.config.requirement import first_problem
 from jaxllm.core.errors import UserError
 from jaxllm.generate.sample import Sampling
 
@@ -157,9 +158,8 @@ def read_defaults(raw: Mapping[str, Any], file: str | Path) -> tuple[Defaults, l
     try:
         defaults = Defaults(**raw)
     except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in detail["loc"])
-        raise UserError(f"{file}: {name} = {detail['input']!r}: {detail['msg']}") from error
+        place, value, why = first_problem(error)
+        raise UserError(f"{file}: {'.'.join(map(str, place))} = {value!r}: {why}") from error
     understood = INERT | Defaults.model_fields.keys()
     missing = [
         f"{name} = {value!r:.60}"

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
+from jaxllm.core.config.requirement import requirement
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.hf.architecture import family_of
 from jaxllm.hf.fields import CODE, ignored_of, names_of, sort_fields
@@ -73,11 +75,7 @@ def parse_config(raw: RawConfig, file: str | Path = "config.json") -> tuple[Fami
         config = family.config(**values)
         config = family.config(**{**values, **read_rope(raw, file, family, config.max_position_embeddings)})
     except ValidationError as error:
-        problems = "; ".join(
-            "".join(f"{family.name(str(part))} = {shown(detail['input'])}: " for part in detail["loc"])
-            + detail["msg"].removeprefix("Value error, ")
-            for detail in error.errors(include_url=False)
-        )
+        problems = "; ".join(_problem(detail, family) for detail in error.errors(include_url=False))
         raise UserError(f"{file}: {problems}") from error
     if fields.notes:
         notes = ", ".join(shown(name) for name in fields.notes)
@@ -85,6 +83,11 @@ def parse_config(raw: RawConfig, file: str | Path = "config.json") -> tuple[Fami
     if raw.get(CODE):
         _log_once(f"config.json: {CODE} is not followed: {family.architectures[0]} is computed by jaxllm's own code")
     return family, config
+
+
+def _problem(detail: ErrorDetails, family: Family) -> str:
+    name = ".".join(family.name(str(part)) for part in detail["loc"])
+    return f"{name} = {shown(detail['input'])}: {requirement(detail)}" if name else requirement(detail)
 
 
 @functools.cache

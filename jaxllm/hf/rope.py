@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from jaxllm.core.config.requirement import requirement
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.models.family import Family, FamilyConfig
 from jaxllm.nn.rope import ROPES, Rope
@@ -135,7 +136,7 @@ def _refuse(error: ValidationError, kind: str, name: str, file: str | Path) -> N
                 f"{did_you_mean(key, known)} {keys}"
             )
         else:
-            problems.append(f"{name}.{key} = {shown(detail['input'])}: {detail['msg']}")
+            problems.append(f"{name}.{key} = {shown(detail['input'])}: {requirement(detail)}")
     raise UserError(f"{file}: {'; '.join(problems)}") from error
 
 

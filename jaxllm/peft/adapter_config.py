@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from jaxllm.core.config.requirement import first_problem
 from jaxllm.core.errors import UserError
 from jaxllm.hf.config import read_json
 from jaxllm.hf.rope import shown
@@ -109,11 +110,10 @@ def read_adapter_config(file: Path, **more: Any) -> tuple[StoredAdapter, bool]:
 
 
 def _wrong(file: Path, raw: dict[str, Any], error: ValidationError) -> UserError:
-    problem = error.errors(include_url=False)[0]
-    why = problem["msg"].removeprefix("Value error, ")
-    if not problem["loc"]:
+    place, _, why = first_problem(error)
+    if not place:
         return UserError(f"{file}: {why}")
-    name = str(problem["loc"][0])
+    name = str(place[0])
     return UserError(f"{file}: {name} is {shown(raw.get(name))}: {why}")
 
 

@@ -79,8 +79,8 @@ def test_without_the_file_the_model_s_config_says_it():
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ({"temperature": -1.0}, "file: temperature = -1.0: .*greater than or equal to 0"),
-        ({"temperature": "hot"}, "file: temperature = 'hot'"),
+        ({"temperature": -1.0}, "file: temperature = -1.0: must be greater than or equal to 0"),
+        ({"temperature": "hot"}, "file: temperature = 'hot': must be a number"),
         ({"top_p": 1.5}, "file: top_p = 1.5"),
         ({"min_p": -0.1}, "file: min_p = -0.1"),
         ({"repetition_penalty": 0}, "file: repetition_penalty = 0"),

@@ -180,7 +180,7 @@ REFUSED = {
     "contradiction": ({"model_type": "mistral"}, ["LlamaForCausalLM", "mistral", "contradict"]),
     "too deep": ({"num_hidden_layers": 10**9}, ["num_hidden_layers = 1000000000", "at most 2,000", "slip"]),
     "too wide": ({"intermediate_size": 10**30}, ["intermediate_size = 1000000000000000000000000000000", "2147483647"]),
-    "type": ({"hidden_size": "4096"}, ['hidden_size = "4096"', "integer"]),
+    "type": ({"hidden_size": "4096"}, ['hidden_size = "4096": must be a whole number']),
     "half a surrogate pair": ({"a\ud800\n": 7}, [r"a\ud800\n = 7", "is no field"]),
     "value": ({"num_hidden_layers": 0}, ["num_hidden_layers = 0", "greater than 0"]),
     "null": ({"vocab_size": None}, ["vocab_size = null"]),

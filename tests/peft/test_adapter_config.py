@@ -96,8 +96,8 @@ def test_a_wrong_value_of_any_field_is_one_message(method, write):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(r=10**12), "r is 1000000000000: .*less than or equal to 65536"),
-        (dict(r="8"), 'r is "8": .*valid integer'),
+        (dict(r=10**12), "r is 1000000000000: must be at most 65536"),
+        (dict(r="8"), 'r is "8": must be a whole number'),
         (dict(lora_alpha=float("inf")), "lora_alpha is Infinity"),
         (dict(lora_alpha=1e300), "lora_alpha is 1e.300"),
         (dict(lora_alpha=float("nan")), "lora_alpha is NaN"),
