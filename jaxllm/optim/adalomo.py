@@ -98,9 +98,9 @@ def adalomo(
 
     Args:
         learning_rate: η, a number or an optax schedule of the 0-based step (the authors: 5e-4 to 1e-3).
-        decay_rate: how fast the second moment's memory grows.
+        decay_rate: how fast the memory of the second moment grows.
         eps: added to the squared gradient; the least scale of a parameter.
-        clip_threshold: the largest RMS of u.
+        clip_threshold: the largest RMS of a tensor's update, before the rate and the parameter's scale.
         weight_decay: multiplied by the rate and by the parameter's scale.
         clip_grad_norm: the largest norm of all gradients together; None = no limit.
         clip_grad_value: the largest magnitude of a gradient's entry; None = no limit.

@@ -97,7 +97,7 @@ def adan(
         b3: decay of the second moment.
         eps: added outside the root, and to the norm in clipping.
         weight_decay: multiplied by the rate; proximal unless `no_prox`.
-        no_prox: decoupled weight decay as in AdamW instead of the proximal step.
+        no_prox: weight decay as in AdamW instead of the proximal step.
         max_grad_norm: clips the norm of all gradients together; 0 = off.
         mask: tree of booleans (or a function of the parameters that returns one): the leaves that decay;
             None = all.

@@ -108,6 +108,19 @@ def galore(
     of matrices must go through `wrappers.per_layer`.
 
     State in float32: 4·(2·l + s)·rank bytes for a matrix, 8 bytes per entry of all else.
+
+    Args:
+        learning_rate: η, a number or an optax schedule of the 0-based step.
+        choose: function of the parameters that returns a tree of booleans: the matrices to project.
+        rank: dimensions of the subspace.
+        update_proj_gap: updates between projections: each is a singular value decomposition of every matrix's gradient.
+        scale: what the update of a matrix is multiplied by, besides the rate.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added outside the root.
+        weight_decay: decoupled, multiplied by the rate.
+        mask: tree of booleans (or a function of the parameters that returns one): the leaves that decay;
+            None = all.
     """
     return in_float32(
         optax.chain(

@@ -82,16 +82,16 @@ def _together(*trees: Any) -> Any:
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     choose: Choose,
-    beta: float = 0.95,
-    ns_steps: int = 5,
-    consistent_rms: float | None = None,
-    rest_rate: float = 1.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    beta: float,
+    ns_steps: int,
+    consistent_rms: float | None,
+    rest_rate: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
     *,
-    mask: Any = None,
+    mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon (Jordan et al., "Muon: An optimizer for hidden layers", 2024), by optax's Newton-Schulz iteration.
 

@@ -11,13 +11,15 @@ from jaxllm.optim.precision import in_float32
 
 
 def prodigy(
-    learning_rate: optax.Schedule,
-    betas: tuple[float, float],
-    eps: float,
-    estim_lr0: float,
-    estim_lr_coef: float,
-    weight_decay: float,
-    safeguard_warmup: bool,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    estim_lr0: float = 1e-6,
+    estim_lr_coef: float = 1.0,
+    weight_decay: float = 0.0,
+    safeguard_warmup: bool = False,
+    *,
     mask: Callable[[optax.Params], Any],
 ) -> optax.GradientTransformationExtraArgs:
     """Prodigy (Mishchenko and Defazio, arXiv 2306.06101), in the form of `optax.contrib.prodigy` and with its state.
@@ -29,10 +31,20 @@ def prodigy(
         m ← b1·m + (1 − b1)·d·g;   v ← b2·v + (1 − b2)·(d·g)²
         θ ← θ − η·d·( m/(√v + d'·eps) + weight_decay·θ );   d ← d'
 
-    safeguard_warmup: η is left out of s. mask: the parameters that decay. While all gradients have been zero (a batch
-    without trained tokens) nothing but decay happens: optax divides zero by zero, and has no estimate ever after.
+    While all gradients have been zero (a batch without trained tokens) nothing but decay happens: optax divides zero by
+    zero, and has no estimate ever after. State: 16 bytes per parameter.
+
+    Args:
+        learning_rate: what the estimated rate is multiplied by, at the schedule's peak; leave it at 1.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added outside the root, times the estimate.
+        estim_lr0: the first estimate, which only grows.
+        estim_lr_coef: what the estimates are multiplied by.
+        weight_decay: decoupled, multiplied by the rate.
+        safeguard_warmup: whether the schedule's rate is left out of the estimate's weights, for a long warm-up.
+        mask: function of the parameters that returns a tree of booleans: the leaves that decay.
     """
-    b1, b2 = betas
     b3 = b2**0.5
 
     def init(params: optax.Params) -> optax.contrib.ProdigyState:
@@ -52,7 +64,8 @@ def prodigy(
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         d, step = state.estim_lr, jnp.asarray(optax.safe_increment(state.count))
-        rate = d * learning_rate(state.count) * jnp.sqrt(1 - b2**step) / (1 - b1**step)
+        peak = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = d * peak * jnp.sqrt(1 - b2**step) / (1 - b1**step)
         weight = (d if safeguard_warmup else rate) * d / estim_lr0
 
         def summed(g: jax.Array, s: jax.Array) -> jax.Array:

@@ -95,7 +95,8 @@ def sophia_g(
         learning_rate: η, a number or an optax schedule of the 0-based step.
         b1: decay of the momentum.
         b2: decay of the Hessian.
-        rho: larger = fewer clipped entries; see `win_rate`.
+        rho: larger scales more entries and clips fewer: raise it while train/sophia_win_rate is below 0.1, lower it
+            above 0.5.
         weight_decay: decoupled, multiplied by the rate.
         batch_tokens: the number of tokens over which the loss of ĝ is averaged, the whole global batch.
         mask: tree of booleans (or a function of the parameters that returns one): the leaves that decay;

@@ -1,4 +1,4 @@
-"""The sections of optax's own optimizers.
+"""The sections of optax's own optimizers, and of Muon, whose keys are not the parameters of its function.
 
 Each is built of optax's transforms with the conventions of all others here: state and arithmetic in float32, weight
 decay multiplied by the rate and masked, statistics of one layer's matrix. Beta and eps have optax's defaults.
@@ -10,15 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import optax
 from pydantic import Field, PositiveInt
 
-from jaxllm.core import tree
 from jaxllm.core.config import ByType
 from jaxllm.optim import averaged
 from jaxllm.optim.config import Decay, DecayMask, OptimizerConfig, Positive
-from jaxllm.optim.galore import galore
 from jaxllm.optim.muon import muon
 from jaxllm.optim.precision import in_float32
-from jaxllm.optim.prodigy import prodigy
 from jaxllm.optim.schedule_config import SCHEDULES, Constant, NotNegative, ScheduleConfig
+from jaxllm.optim.wrappers import layer_matrices
 
 
 class _Scaled(OptimizerConfig):
@@ -209,39 +207,6 @@ class ScheduleFreeAdamW(_ScheduleFree):
         return [optax.scale_by_rms(self.b2, self.eps, eps_in_sqrt=False, bias_correction=True)]
 
 
-class Prodigy(OptimizerConfig):
-    """AdamW that finds its own learning rate (Mishchenko and Defazio, "Prodigy", arXiv 2306.06101).
-
-    learning_rate multiplies the one that it finds: leave it at 1. State: 16 bytes per parameter.
-    """
-
-    type: Literal["prodigy"]
-    needs_whole_model: ClassVar[str] = "estimates one learning rate from the gradients of all layers"
-    learning_rate: Positive = 1.0
-    """What the estimated rate is multiplied by, at the schedule's peak."""
-    b1: Decay = 0.9
-    b2: Decay = 0.999
-    eps: Positive = 1e-8
-    estim_lr0: Positive = 1e-6
-    """The first estimate, which only grows."""
-    estim_lr_coef: Positive = 1.0
-    """What the estimates are multiplied by."""
-    safeguard_warmup: bool = False
-    """Whether the schedule's rate is left out of the estimate's weights, for a long warm-up."""
-
-    def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
-        return prodigy(
-            rate,
-            (self.b1, self.b2),
-            self.eps,
-            self.estim_lr0,
-            self.estim_lr_coef,
-            self.weight_decay,
-            self.safeguard_warmup,
-            mask,
-        )
-
-
 class Muon(OptimizerConfig):
     """Muon for the matrices of the layers; AdamW for embedding, head, norms and biases: see `muon.muon`.
 
@@ -267,32 +232,4 @@ class Muon(OptimizerConfig):
         ratio = 1.0 if self.adam_learning_rate is None else self.adam_learning_rate / self.learning_rate
         adam = (self.b1, self.b2, self.eps)
         how = (self.beta, self.ns_steps, self.consistent_rms)
-        return muon(rate, _layer_matrices, *how, ratio, *adam, self.weight_decay, mask=mask)
-
-
-class GaLore(OptimizerConfig):
-    """AdamW whose moments of the layers' matrices are of a projection, of low rank; see `galore.galore`.
-
-    State: 4·(2·l + s)·rank bytes for a layer's matrix of the sides s ≤ l, 8 bytes per entry of all else.
-    """
-
-    type: Literal["galore"]
-    has_statistics: ClassVar[bool] = True
-    needs_whole_matrices: ClassVar[bool] = True
-    rank: PositiveInt = 128
-    """Dimensions of the subspace."""
-    update_proj_gap: PositiveInt = 200
-    """Updates between projections: each is a singular value decomposition of every matrix's gradient."""
-    scale: Positive = 0.25
-    """What the update of a matrix is multiplied by, besides the rate."""
-    b1: Decay = 0.9
-    b2: Decay = 0.999
-    eps: Positive = 1e-8
-
-    def transform(self, rate: optax.Schedule, mask: DecayMask) -> optax.GradientTransformationExtraArgs:
-        how, adam = (self.rank, self.update_proj_gap, self.scale), (self.b1, self.b2, self.eps)
-        return galore(rate, _layer_matrices, *how, *adam, self.weight_decay, mask=mask)
-
-
-def _layer_matrices(params: Any) -> Any:
-    return tree.map_with_path(lambda path, p: path.startswith("layers/") and p.ndim == 2, params)
+        return muon(rate, layer_matrices, *how, ratio, *adam, self.weight_decay, mask=mask)

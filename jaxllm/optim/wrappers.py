@@ -175,3 +175,8 @@ def without_padding(
         return tree.map_with_path(filled, new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def layer_matrices(params: tree.Tree) -> tree.Tree:
+    """Which of one layer's parameters, as `per_layer` gives them to its transform, are matrices."""
+    return tree.map_with_path(lambda path, p: path.startswith("layers/") and p.ndim == 2, params)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from jaxllm import optim
 from jaxllm.core.config import ByType, Section, dump, load
 from jaxllm.core.errors import UserError
-from jaxllm.optim import schedule
+from jaxllm.optim import schedule, wrapped
 from jaxllm.optim.build import OPTIMIZERS, AdamW, build
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.schedule_config import SCHEDULES, Cosine, Linear, ScheduleConfig, WarmupStableDecay
@@ -44,6 +44,14 @@ def test_defaults_are_those_of_the_transform(name: str) -> None:
     for field, value in config:
         if field in defaults and field not in own:
             assert value in (defaults[field], defaults[field] or 0), field
+
+
+def test_every_setting_of_our_own_functions_is_explained() -> None:
+    ours = {name: OPTIMIZERS[name] for name in OPTIMIZERS if OPTIMIZERS[name].__module__ != wrapped.__name__}
+    settings = [(name, key, field) for name in ours for key, field in ours[name].model_fields.items()]
+    shared = OptimizerConfig.model_fields
+    assert "galore" in ours
+    assert [(name, key) for name, key, field in settings if key not in shared and not field.description] == []
 
 
 @pytest.mark.parametrize("registry", [OPTIMIZERS, SCHEDULES])
