@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from jaxllm.core import tree
@@ -25,6 +26,7 @@ from jaxllm.peft.base import METHODS
 from jaxllm.peft.files import ADAPTERS, PREFIX, AdapterConfig, Part
 from jaxllm.peft.low_rank import LowRank, Positive, Rank
 from jaxllm.peft.modules import Module
+from jaxllm.peft.reallocation import reallocating
 from jaxllm.peft.sections import OptimSection, TrainSection
 
 STDDEV = 0.02  # of the singular vectors at the start, as in HF PEFT
@@ -54,6 +56,8 @@ class AdaLora(LowRank):
     lora_alpha: Positive = 8.0
     """what they add is multiplied by lora_alpha / init_r"""
 
+    compares_layers: ClassVar[bool] = True
+    follows_length: ClassVar[str] = "the budget of adalora"
     peft_type: ClassVar[str] = "ADALORA"
     described: ClassVar[tuple[str, ...]] = (
         *("init_r", "lora_alpha", "bias", "target_modules", "layers_to_transform", "modules_to_save"),
@@ -144,6 +148,15 @@ class AdaLora(LowRank):
             return first if step <= self.tinit else int((first - least) * left**3 + least)
 
         return np.array([at(step) for step in range(last + 1)], np.int32)
+
+    def transform(
+        self, tx: optax.GradientTransformationExtraArgs, lm: LM, steps: int
+    ) -> optax.GradientTransformationExtraArgs:
+        places = {
+            module.folder: np.flatnonzero(np.array(layers)[lm.layer_order]) for module, layers in self.target_layers(lm)
+        }
+        decays = self.beta1, self.beta2
+        return reallocating(tx, self.budgets(lm, steps), places, begin=self.tinit, every=self.deltaT, decays=decays)
 
     def penalty(self, lm: LM) -> Callable[[Params], jax.Array] | None:
         """orth_reg_weight times the mean of ‖PᵀP − I‖ over both matrices P of vectors beside each matrix (equation 4,

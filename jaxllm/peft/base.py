@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import optax
 
 from jaxllm.core import tree
 from jaxllm.core.config import Conflict, Section
@@ -45,6 +46,11 @@ class PeftConfig(Section):
 
     draws_because: ClassVar[str] = "peft.lisa is set"
     """The setting that `draws` comes from, in messages."""
+
+    compares_layers: ClassVar[bool] = False
+    """Whether `transform` weighs the layers against each other, so that they must be updated together."""
+    follows_length: ClassVar[str] = ""
+    """What of `transform` depends on the number of the run's steps, in a message; empty for nothing."""
 
     def conflicts_with_new_model(self) -> Iterator[Conflict]:
         """What contradicts a model that is new."""
@@ -106,6 +112,16 @@ class PeftConfig(Section):
     def rates(self) -> Mapping[str, float]:
         """By a pattern of paths, what the updates of these leaves are multiplied by."""
         return {}
+
+    def transform(
+        self, tx: optax.GradientTransformationExtraArgs, lm: LM, steps: int
+    ) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of a run of `steps` steps of `lm`, a result of `add`, made of the one that `optim` asks for.
+
+        Raises UserError where the method does not fit a run of that length.
+        """
+        del lm, steps
+        return tx
 
     def penalty(self, lm: LM) -> Callable[[Params], jax.Array] | None:
         """What is added to what is minimised: a scalar of the leaves of `lm` that train. None for nothing."""

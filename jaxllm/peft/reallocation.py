@@ -4,6 +4,7 @@ Zhang et al., arXiv 2303.10512, algorithm 1, in the order of HF PEFT: with the g
 after its update.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,6 @@ import optax
 
 from jaxllm.core import tree
 from jaxllm.core.tree import Params
-from jaxllm.models.lm import LM
-from jaxllm.peft.adalora import AdaLora
 
 OF_TRIPLETS = ("lora_a", "lora_b", "lora_e")
 
@@ -33,20 +32,26 @@ class AdaLoraState(NamedTuple):
 
 
 def reallocating(
-    tx: optax.GradientTransformation, method: AdaLora, lm: LM, steps: int
+    tx: optax.GradientTransformationExtraArgs,
+    budgets: np.ndarray,
+    places: Mapping[str, np.ndarray],
+    *,
+    begin: int,
+    every: int,
+    decays: tuple[float, float],
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` in a run of `steps` steps, after whose updates the values `lora_e` are 0 of triplets that are not kept.
+    """`tx`, after whose updates the values `lora_e` are 0 of triplets that are not kept.
 
-    `budgets` of the method says how many are kept, of all matrices together. A triplet is worth s = s(e) + the mean of
+    budgets: how many are kept after each step, of all matrices together, as `AdaLora.budgets` has them. places: by the
+    folder of the triplets beside a stack of matrices, the places in the stack that have some. It is decided anew which
+    ones are kept `every` so many steps, after step `begin`.
+
+    With the decays of Ī and Ū, a triplet is worth s = s(e) + the mean of
     s over its vector in lora_a + that in lora_b, where s of an entry θ with the gradient g is Ī·Ū: Ī is the moving
-    average of I = |θ·g|, and Ū that of |I − Ī|. In the last `tfinal` steps the averages stand still, and so does what
-    they choose. Between two choices a value that was set to 0 may grow again.
-
-    Raises UserError for a run that is too short.
+    average of I = |θ·g|, and Ū that of |I − Ī|. After the last step of `budgets` the averages stand still, and so does
+    what they choose. Between two choices a value that was set to 0 may grow again.
     """
-    inner = optax.with_extra_args_support(tx)
-    budgets, targets = method.budgets(lm, steps), method.target_layers(lm)
-    places = {module.folder: np.flatnonzero(np.array(layers)[lm.layer_order]) for module, layers in targets}
+    of_sensitivity, of_uncertainty = decays
     last = len(budgets) - 1
 
     def init(params: optax.Params) -> AdaLoraState:
@@ -54,11 +59,11 @@ def reallocating(
             return jnp.zeros_like(leaf) if _is_of_triplets(path) else jnp.zeros((), leaf.dtype)
 
         averages = (tree.map_with_path(zeros, params) for _ in range(2))
-        return AdaLoraState(jnp.zeros((), jnp.int32), inner.init(params), *averages)
+        return AdaLoraState(jnp.zeros((), jnp.int32), tx.init(params), *averages)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, AdaLoraState]:
         new: Any
-        new, of_inner = inner.update(updates, state.inner, params, **extra_args)
+        new, of_inner = tx.update(updates, state.inner, params, **extra_args)
         step = state.step + 1
         leaves, moved, grads = map(tree.flatten, (params, new, updates))
 
@@ -72,15 +77,15 @@ def reallocating(
         weights = {
             path: jnp.abs((leaf + moved[path]) * grads[path]) for path, leaf in leaves.items() if _is_of_triplets(path)
         }
-        means = averaged(state.sensitivity, weights, method.beta1)
+        means = averaged(state.sensitivity, weights, of_sensitivity)
         off = {path: jnp.abs(weight - means[path]) for path, weight in weights.items()}
-        spreads = averaged(state.uncertainty, off, method.beta2)
+        spreads = averaged(state.uncertainty, off, of_uncertainty)
 
-        scores = {module.folder: _scores(means, spreads, module.folder) for module, _ in targets}
-        every = [scores[folder][of_folder].ravel() for folder, of_folder in places.items()]
+        scores = {folder: _scores(means, spreads, folder) for folder in places}
+        of_all = [scores[folder][of_folder].ravel() for folder, of_folder in places.items()]
         gone = budgets[0] - jnp.asarray(budgets)[jnp.minimum(step, last)]
-        highest = jnp.sort(jnp.concatenate(every))[jnp.maximum(gone, 1) - 1]  # of the scores of those that go
-        chooses = (step > method.tinit) & ((step % method.deltaT == 0) | (step >= last)) & (gone > 0)
+        highest = jnp.sort(jnp.concatenate(of_all))[jnp.maximum(gone, 1) - 1]  # of the scores of those that go
+        chooses = (step > begin) & ((step % every == 0) | (step >= last)) & (gone > 0)
         for folder, score in scores.items():
             value = f"{folder}/lora_e"
             moved[value] = jnp.where(chooses & (score <= highest), -leaves[value], moved[value])

@@ -35,7 +35,6 @@ from jaxllm.models.family import FamilyConfig
 from jaxllm.optim.build import build
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.peft import PeftConfig
-from jaxllm.peft.adalora import AdaLora
 from jaxllm.processes.distributed import is_first
 from jaxllm.runs.config import Config
 from jaxllm.runs.config_changes import Change, Rule, changes, harmless
@@ -128,9 +127,8 @@ class Resume:
         schedules = (build(optim, count)[1] for count in (self.facts.steps, steps))
         was, now = (float(np.asarray(schedule(self.facts.step))) for schedule in schedules)
         effect = "stays" if was == now else f"is {now:.3g} instead of {was:.3g}"
-        ending = "does its learning rate schedule"
-        if isinstance(method, AdaLora):
-            ending = "do its learning rate schedule and the budget of adalora"
+        also = method.follows_length
+        ending = f"do its learning rate schedule and {also}" if also else "does its learning rate schedule"
         return [
             f"the run ends at step {steps} instead of {self.facts.steps}, and so {ending}: the rate after step "
             f"{self.facts.step} {effect}"

@@ -18,8 +18,6 @@ from jaxllm.models.lm import LM
 from jaxllm.objectives.base import CrossEntropy
 from jaxllm.optim.build import at_rate, build
 from jaxllm.optim.wrappers import scale_updates
-from jaxllm.peft.adalora import AdaLora
-from jaxllm.peft.reallocation import reallocating
 from jaxllm.runs.config import Config
 from jaxllm.runs.train_config import Accumulation
 from jaxllm.step.batch import batch_shapes
@@ -49,9 +47,7 @@ class Program:
         """The program of a run of `steps` steps of `lm`, an `adapted` model. Raises UserError for a schedule that does
         not fit them."""
         tx, schedule = build(config.optim, steps, lm.padded)
-        tx = scale_updates(tx, config.peft.rates())
-        if isinstance(config.peft, AdaLora):
-            tx = reallocating(tx, config.peft, lm, steps)
+        tx = config.peft.transform(scale_updates(tx, config.peft.rates()), lm, steps)
         if chosen := config.peft.draws:
             draws = Draws(chosen.active_layers, chosen.interval, config.seed, chosen.state)
             rates = config.peft.rates()
@@ -95,8 +91,7 @@ class Program:
             seed=config.seed,
             curvature=config.optim.curvature(),
             penalty=config.peft.penalty(self.lm),
-            # AdaLoRA weighs the triplets of all layers against each other.
-            by_layer=config.optim.needs_whole_matrices and not isinstance(config.peft, AdaLora),
+            by_layer=config.optim.needs_whole_matrices and not config.peft.compares_layers,
         )
         return compile_steps(
             step, self.state, [self.batch(accumulation, width) for width in widths], self.lm.layout, options

@@ -20,7 +20,6 @@ from jaxllm.core.mesh import Layout
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.peft.adapter import read_adapter, with_adapter
 from jaxllm.peft.merge import merge
-from jaxllm.peft.reallocation import reallocating
 from jaxllm.runs.open import open_model
 from tests.support.adapters import TOKENS, TOLERANCE, logits, model, torch_logits
 from tests.support.families import transformers_model
@@ -69,7 +68,7 @@ def test_triplets_are_kept_as_by_hf_peft(tmp_path):
     for name, folder, i in beside(lm, method):
         for end, leaf in NAMES.items():
             put(name, end, params[f"{folder}/{leaf}"][i], "data")
-    tx = reallocating(optax.sgd(RATE), method, lm, STEPS)
+    tx = method.transform(optax.with_extra_args_support(optax.sgd(RATE)), lm, STEPS)
     nested = tree.insert({}, params)
     state, update, chosen = tx.init(nested), jax.jit(tx.update), set()
     budgets = method.budgets(lm, STEPS)

@@ -25,8 +25,6 @@ from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Cosine
 from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft import PeftConfig
-from jaxllm.peft.adalora import AdaLora
-from jaxllm.peft.reallocation import reallocating
 from jaxllm.step.batch import BATCH_AXES, batch_shapes
 from jaxllm.step.compile import CompiledStep, compile_step
 from jaxllm.step.deferred_reduction import accumulated_late
@@ -160,9 +158,7 @@ def program(
         tx, schedule = build(optimizer, STEPS, moved.padded)
     chosen = tree.match(params, "*", exclude=frozen)
     if method is not None:
-        chosen, tx = method.mask(moved), scale_updates(tx, method.rates())
-    if isinstance(method, AdaLora):
-        tx = reallocating(tx, method, moved, STEPS)
+        chosen, tx = method.mask(moved), method.transform(scale_updates(tx, method.rates()), moved, STEPS)
     if lisa is not None:
         rates = method.rates() if method is not None else {}
         tx = LisaOptimizer(moved, lambda rate: scale_updates(at_rate(optimizer, rate, moved.padded), rates), lisa)
