@@ -149,8 +149,9 @@ def attend(
 ) -> jax.Array:
     """The attention of `spec` for q `[B, T, H, d]` and k, v `[B, S, K, d]`, softmax in at least float32.
 
-    mask: `[B or 1, T, S]` bool, True where a query may look (each must see some key), the window apart. A masked key
-    gets a weight of exactly 0. distances: those of `spec`. Query head h reads key head h // (H / K).
+    mask: `[B or 1, T, S]` bool, True where a query may look, before the window is applied; each query must see some
+    key. A masked key gets a weight of exactly 0. distances: the result of `spec.distances`. Query head h reads key head
+    h // (H / K).
     """
     batch, length, heads, width = q.shape
     kv_heads, wide = k.shape[2], at_least_float32(q.dtype)

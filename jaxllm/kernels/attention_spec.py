@@ -16,8 +16,9 @@ class AttentionSpec(NamedTuple):
     slopes: `[H]`, what each head subtracts from a score for each token between query and key: ALiBi (Press et al.,
         arXiv 2108.12409). Constants: they have no gradient.
     sinks: `[H]`, a score of each head that joins the denominator of the softmax, with no value.
-    prefix: how many of the first keys have no query. shared: how many of the next are those of virtual tokens. Every
-        query behind them sees both, whatever its segment. They count as standing in front of each document.
+    prefix: the number of keys at the start of a row that have no query. shared: the number of keys after them that
+        belong to virtual tokens. Every later query sees both, whatever its segment. Distances count them as the start
+        of each document.
     """
 
     scale: float | None = None

@@ -226,7 +226,8 @@ def _places_of(places: Places) -> Any:
     """`Places` of sequence b."""
     scalar = pl.BlockSpec((1,), lambda i, b, h: (0,))
     of_window = None if places.window is None else scalar
-    return Places(scalar, _row_of(places.queries.shape[1]), _row_of(places.keys.shape[1]), of_window)  # pyright: ignore
+    specs: Any = Places  # the same fields, of block specs in place of arrays
+    return specs(scalar, _row_of(places.queries.shape[1]), _row_of(places.keys.shape[1]), of_window)
 
 
 def meeting(places: Places, tiles: Tiles) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ import inspect
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from types import GenericAlias
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import optax
@@ -117,7 +118,7 @@ def _bounded(name: str, kind: Any, default: Any = None) -> Any:
     if kind is int:
         return NonNegativeInt if default == 0 else PositiveInt
     if get_origin(kind) is tuple:
-        return tuple[tuple(_bounded(name, part) for part in get_args(kind))]  # pyright: ignore[reportInvalidTypeArguments]
+        return GenericAlias(tuple, tuple(_bounded(name, part) for part in get_args(kind)))
     return kind
 
 

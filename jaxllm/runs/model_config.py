@@ -21,9 +21,9 @@ class PretrainedModel(Quantizable):
     tokenizer: str | None = None
     """a tokenizer folder, or a name of the Hub; default: the model's own"""
     adapter: str | list[str] | None = None
-    """an adapter of the model, in the files of HF peft, or a run that has trained one. With a peft section of the
-    same adapter it trains on; else it is merged into the model first. Of a list all are merged, one after the other,
-    but for a last one that trains on"""
+    """an adapter folder as HF peft writes it, or the folder of a run that trained an adapter. If the peft section
+    describes the same adapter, training continues with it. Otherwise it is merged into the model first. Adapters in a
+    list are merged in order; training continues only with the last one, if the peft section describes it"""
 
     is_new: ClassVar[bool] = False
     """Whether the run draws the model's weights."""

@@ -45,19 +45,20 @@ class TrainConfig(Section):
     """the optimizer's state waits in the host's pinned memory: the device has it for the update alone, a parameter's at
     a time, and not beside the activations; each step moves it there and back"""
     reduce: Literal["each", "late"] = "each"
-    """when gradients of layers are summed over mesh.fsdp: each, in every micro-batch, so that a device holds its part
-    alone; late, once for all micro-batches, which sends less the more there are: a device then holds the gradients of
-    whole layers, those of one micro-batch beside the sum. Over mesh.data they are summed once in any case"""
+    """when the gradients of layers are summed over mesh.fsdp. each: in every micro-batch; a device holds only its part
+    of the gradients. late: once a step; this sends less, but a device holds the gradients of whole layers, for the sum
+    and for one micro-batch. Over mesh.data gradients are always summed once a step"""
     reduce_dtype: Literal["bfloat16"] | None = None
-    """what gradients are summed over mesh.data in, and over mesh.fsdp where reduce is late: bfloat16 halves what is
-    sent; default: float32, once for all micro-batches, and compute_dtype where there is one"""
+    """dtype in which gradients are summed over mesh.data, and over mesh.fsdp if reduce is late. bfloat16 sends half as
+    much as float32. Default: float32 with several micro-batches, compute_dtype with a single one"""
     remat: RematConfig = "none"
-    """what the backward pass computes again to save memory: none, dots (all but matrix products), offload_dots (the
-    same, and the products wait in the host's memory) or full; or all but {save: [...], offload: [...]}. With a pipeline
-    none computes each layer again from its input, and full each stage from its own as well"""
+    """what the backward pass recomputes to save memory. none: nothing. dots: everything except matrix products, which
+    are stored. offload_dots: as dots, but the products are stored in the host's memory. full: everything. {save:
+    [...], offload: [...]}: everything except the named values. With a pipeline, none recomputes each layer from the
+    layer's input, and full also recomputes each stage from the stage's input"""
     virtual_stages: PositiveInt = 1
-    """chunks of layers that each stage of mesh.pipeline has, which micro-batches go round: a stage waits as much less
-    as it has more chunks, for as many transfers more, and what waits in it for its backward pass"""
+    """number of chunks of layers on each stage of mesh.pipeline. v chunks cut the bubble about v-fold, for v times the
+    transfers and more stored activations"""
     unroll: PositiveInt | Literal["auto", "all"] = "auto"
     """layers that the loop over them does at once: more may be faster, and compile longer; auto: all of up to 64 layers
     on a CPU, otherwise 1"""

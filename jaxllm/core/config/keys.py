@@ -113,7 +113,7 @@ class Key(NamedTuple):
 def keys(value: Value, data: Any = None, prefix: str = "", component: str | None = None) -> Iterator[Key]:
     """The keys below `value`, in order; in a list, an item's keys stand below the index 0.
 
-    data: what a file says there. Of a component the keys are those of the type that it chooses, or of all types.
+    data: what a file says there. A component has the keys of the type that `data` chooses, or else of all its types.
     """
     if value.by_type is not None:
         yield from _component_keys(value, value.by_type, data, prefix)

@@ -1,4 +1,4 @@
-"""What a value must be, in the words that every message about one uses: those of YAML configs and of JSON files."""
+"""Words for what a value must be. Messages about YAML configs and about JSON files share them."""
 
 from typing import Any
 

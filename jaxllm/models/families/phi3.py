@@ -33,8 +33,9 @@ class Phi3Config(GatedConfig):
     def _turns_pairs(self) -> "Phi3Config":
         if (width := self.rotation.width) % 2 or not width:
             raise ValueError(
-                f"partial_rotary_factor {self.partial_rotary_factor} turns {width} of the {self.head_dim} numbers of a "
-                "head, and rotary embedding turns pairs; choose a share that is even"
+                f"partial_rotary_factor {self.partial_rotary_factor} rotates {width} of the {self.head_dim} numbers of "
+                "a head. Rotary embedding rotates pairs, so this number must be even and above 0; choose another "
+                "partial_rotary_factor"
             )
         return self
 

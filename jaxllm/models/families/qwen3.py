@@ -19,7 +19,7 @@ class Qwen3Config(LayerTypesConfig):
     use_sliding_window: bool = False
     """whether sliding_window is used"""
     max_window_layers: NonNegativeInt = 28
-    """the first layers, which have no window"""
+    """number of layers at the start that have no window"""
 
     @model_validator(mode="before")
     @classmethod
