@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 from pydantic import Field, PositiveInt, model_validator
 
-from jaxllm.models.families.llama import GatedConfig
+from jaxllm.models.gated import GatedConfig
 from jaxllm.nn.context import LayerData
 
 LayerType = Literal["full_attention", "sliding_attention"]

@@ -5,8 +5,9 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from jaxllm.kernels.attention_spec import AttentionSpec
-from jaxllm.models.families.llama import GatedConfig, LlamaBlock, unfused_rules
+from jaxllm.models.families.llama import LlamaBlock, unfused_rules
 from jaxllm.models.family import FAMILIES, Family
+from jaxllm.models.gated import GatedConfig
 
 
 class MistralConfig(GatedConfig):

@@ -6,8 +6,9 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from jaxllm.kernels.attention_spec import AttentionSpec
-from jaxllm.models.families.llama import LAYER, GatedConfig, LlamaBlock, outer_rules
+from jaxllm.models.families.llama import LAYER, LlamaBlock, outer_rules
 from jaxllm.models.family import FAMILIES, Family
+from jaxllm.models.gated import GatedConfig
 from jaxllm.models.rules import Interleaved, Rule, T
 from jaxllm.nn.rope import Rotation
 
