@@ -12,7 +12,7 @@ from jaxllm.processes.environment import without_idle_cuda, without_torch
 DTYPES = ("float32", "bfloat16", "float16")
 SOURCES = (
     "a run's folder (its newest checkpoint), <run>/checkpoints/<step> (or /best), a Hugging Face folder, or a model of "
-    "the Hub: owner/name"
+    "the Hub: owner/name, or the URL of a Hugging Face folder"
 )
 
 

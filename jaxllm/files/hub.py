@@ -3,12 +3,14 @@
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from jaxllm.core.errors import UserError
+from jaxllm.files import remote
+from jaxllm.files.file_systems import public
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -25,6 +27,7 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
+_DESCRIBED = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
 _BARE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?")
 _URL = re.compile(
     r"hf://(?P<kind>datasets/|models/|)(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.%-]+))?(/(?P<inside>.*))?"
@@ -68,10 +71,11 @@ class HubName:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path for people: of a file in the Hub's cache its name and revision, `hf://owner/name@1a2b3c4/model.safetensors`."""
+    """A path for people: of a file in the Hub's cache its name and revision, `hf://owner/name@1a2b3c4/model.safetensors`;
+    of a copy of a remote file its URL."""
     path = os.fspath(path)
     found = _SNAPSHOT.fullmatch(path)
-    return path if found is None else f"{_url(found)}@{found['commit'][:7]}{found['inside'] or ''}"
+    return remote.shown(path) if found is None else f"{_url(found)}@{found['commit'][:7]}{found['inside'] or ''}"
 
 
 def pinned(path: str | os.PathLike[str]) -> str | None:
@@ -101,33 +105,41 @@ def fetch(name: HubName, choose: Choose) -> tuple[Path, list[str]]:
 
 
 def model_folder(path: str | os.PathLike[str], what: Literal["weights", "config", "tokenizer"]) -> Path:
-    """The folder that `path` names: itself, or if there is none the snapshot of the Hub's model of that name.
+    """The folder that `path` names: itself, or if there is none the snapshot of the Hub's model of that name. Of a URL
+    it is a copy of that folder.
 
     what: the files that are needed there. Weights are safetensors; code and pickles are never fetched.
     """
     if os.path.exists(path):
         return Path(path)
+    if remote.is_url(path):
+        url = os.fspath(path).rstrip("/") + "/"
+        files = remote.find(url, deep=False).files
+        model = [file for name, file in files.items() if name in _DESCRIBED or _WEIGHTS.fullmatch(name)]
+        return remote.copy([files[name] for name in _needed(public(url), what, files)], folder=model)[0].parent
     name = HubName.parse(os.fspath(path), "model")
     if name is None:
         return Path(path)
     if name.inside:
         raise UserError(f"{os.fspath(path)!r} names a part of {name}; give the whole: {name.repo}")
 
-    def choose(files: Sequence[str], text: Callable[[str], str]) -> list[str]:
-        weights = [file for file in files if _WEIGHTS.fullmatch(file)]
-        described = [file for file in files if file in ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)]
-        if what == "tokenizer" and not set(files) & {"tokenizer.json", "vocab.json", "tokenizer.model"}:
-            raise UserError(f"{name} holds no tokenizer")
-        if what != "tokenizer" and "config.json" not in files:
-            raise UserError(f"{name} holds no config.json, so it is no model of transformers")
-        if what != "weights":
-            return described
-        shards = [match["count"] for file in weights if (match := _WEIGHTS.fullmatch(file)) and match["count"]]
-        if "model.safetensors" not in weights and not (shards and len(shards) == int(shards[0])):
-            raise UserError(f"{name} has not all of its weights as safetensors (found: {', '.join(weights) or 'none'})")
-        return described + weights
+    return fetch(name, lambda files, _: _needed(name, what, files))[0]
 
-    return fetch(name, choose)[0]
+
+def _needed(name: object, what: Literal["weights", "config", "tokenizer"], files: Iterable[str]) -> list[str]:
+    """Which of the files of the model `name` are needed. Raises UserError when one is lacking."""
+    weights = [file for file in files if _WEIGHTS.fullmatch(file)]
+    described = [file for file in files if file in _DESCRIBED]
+    if what == "tokenizer" and not {*described} & {"tokenizer.json", "vocab.json", "tokenizer.model"}:
+        raise UserError(f"{name} holds no tokenizer")
+    if what != "tokenizer" and "config.json" not in described:
+        raise UserError(f"{name} holds no config.json, so it is no model of transformers")
+    if what != "weights":
+        return described
+    shards = [match["count"] for file in weights if (match := _WEIGHTS.fullmatch(file)) and match["count"]]
+    if "model.safetensors" not in weights and not (shards and len(shards) == int(shards[0])):
+        raise UserError(f"{name} has not all of its weights as safetensors (found: {', '.join(weights) or 'none'})")
+    return described + weights
 
 
 def _files_in(folder: Path) -> list[str]:

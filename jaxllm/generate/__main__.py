@@ -28,7 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "model",
-        help="a Hugging Face folder, a run's folder, <run>/checkpoints/<step> (or /best), or a Hub model: owner/name",
+        help="a Hugging Face folder, a run's folder, <run>/checkpoints/<step> (or /best), a Hub model: owner/name, "
+        "or the URL of a Hugging Face folder",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from jaxllm.callbacks.base import CALLBACKS, CallbackConfig
 from jaxllm.callbacks.log import MetricsConfig
@@ -60,6 +60,13 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     callbacks: list[Annotated[CallbackConfig, ByType(CALLBACKS)]] = Field(default_factory=lambda: [TensorBoardConfig()])
     """what else sees the run; [] for nothing"""
+
+    @field_validator("output_dir")
+    @classmethod
+    def _on_a_disk(cls, folder: str) -> str:
+        if "://" in folder:
+            raise ValueError(f"{folder} is a URL, and a run is written to a disk; give a folder")
+        return folder
 
     @property
     def quantization(self) -> Quantization | None:

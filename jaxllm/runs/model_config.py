@@ -16,8 +16,8 @@ class PretrainedModel(Quantizable):
     """A model to continue from."""
 
     path: str
-    """a Hugging Face folder, a run's output folder, one of its checkpoints, or a model of the Hub:
-    owner/name[@revision]"""
+    """a Hugging Face folder, a run's output folder, one of its checkpoints, a model of the Hub: owner/name[@revision],
+    or the URL of a Hugging Face folder, such as s3://bucket/model"""
     tokenizer: str | None = None
     """a tokenizer folder, or a name of the Hub; default: the model's own"""
     adapter: str | list[str] | None = None

@@ -105,7 +105,8 @@ def open_model(
     compute_dtype: DTypeLike | None = None,
 ) -> OpenModel:
     """The model in `path`: a Hugging Face folder, a run's output folder (its newest checkpoint), a checkpoint
-    (`<run>/checkpoints/<step>`, or `/best` or `/latest` in place of the step), or a name of the Hub.
+    (`<run>/checkpoints/<step>`, or `/best` or `/latest` in place of the step), a name of the Hub, or the URL of a
+    Hugging Face folder.
 
     param_dtype: None = as it is stored. compute_dtype: None = bfloat16 on GPU, float32 on CPU. Raises UserError.
     """

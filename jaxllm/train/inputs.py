@@ -150,7 +150,7 @@ def _say_files(sources: Iterable[SourceConfig], say: Say) -> None:
     """Names the files that were chosen, or left out, where the config names a folder or a data set of the Hub."""
     for source in sources:
         files = find_files(source)
-        if not glob.has_magic(source.path) and files != [os.path.expanduser(source.path)]:
+        if not glob.has_magic(source.path) and hub.shown(files[0]) != os.path.expanduser(source.path):
             more = f" and {len(files) - 1} more" if len(files) > 1 else ""
             say("files", f"{source.path}: {hub.shown(files[0])}{more}")
         if note := left_out(source.path):

@@ -86,6 +86,14 @@ CONFIGS = {
         ["train.param_dtype is float64", "JAX_ENABLE_X64=1", "train.param_dtype to float32"],
     ),
     "no such data file": (["data.sources.0.path=nowhere.jsonl"], ["no data file matches 'nowhere.jsonl'"]),
+    "no such remote file": (
+        ["data.sources.0.path=memory://nowhere.jsonl"],
+        ["memory://nowhere.jsonl: the server has no such file"],
+    ),
+    "a remote checkpoint": (
+        ["checkpoint.resume=s3://bucket/run/checkpoints/2"],
+        ["s3://bucket/run/checkpoints/2 is no checkpoint"],
+    ),
     "mesh": (["mesh={fsdp: 3}"], ["fsdp 3", "8 device(s)", "-1"]),
     "tensor axis and heads": (
         ["mesh={tensor: 8, fsdp: 1}"],
@@ -294,6 +302,11 @@ def test_a_folder_that_another_process_is_writing(place, finished, capfd):
         said = fails(capfd, place.config, f"output_dir={finished.folder}", *SAME)
         assert f"output_dir {finished.folder} is in use by process {os.getpid()} on" in said
         assert contents(finished.folder) == before
+
+
+def test_a_url_is_no_folder_of_a_run(place, capfd):
+    said = fails(capfd, place.config, "output_dir=s3://bucket/run")
+    assert "output_dir: s3://bucket/run is a URL, and a run is written to a disk; give a folder" in said
 
 
 def test_a_folder_that_is_no_run(place, capfd):

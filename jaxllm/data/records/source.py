@@ -21,8 +21,9 @@ from jaxllm.data.records.tables import Row, read_arrow, read_parquet
 from jaxllm.data.records.text_files import Place, Separator, read_json, read_json_lines, read_rows, read_text
 from jaxllm.data.text.chat import RenderConfig
 from jaxllm.data.text.formats import AUTO, FOREIGN_FORMATS, FORMATS
-from jaxllm.files import hub
+from jaxllm.files import hub, remote
 from jaxllm.files.compressed import SUFFIXES, Suffix, describe_place, open_file
+from jaxllm.files.file_systems import public
 
 
 class RecordsConfig(RenderConfig):
@@ -62,7 +63,8 @@ class SourceConfig(RecordsConfig):
 
     path: str = Field(min_length=1)
     """a file, a glob such as lib/**/*.py, a folder, or a data set of the Hub: owner/name[@revision], or
-    hf://datasets/owner/name[@revision][/file or glob]. Files are .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt,
+    hf://datasets/owner/name[@revision][/file or glob]; or the URL of a file, a glob or a folder, such as
+    s3://bucket/folder/*.jsonl. Files are .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt,
     also compressed as .gz or .zst; with `format: text` any text"""
     weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """its share of an epoch's tokens, relative to the weights of the other sources, which then all need one; 0 leaves
@@ -94,10 +96,12 @@ def describe_origin(file: str, index: int) -> str:
 
 
 def find_files(config: SourceConfig) -> list[str]:
-    """The files that `config.path` names, sorted; those of the Hub are downloaded unless they are in its cache.
+    """The files that `config.path` names, sorted; those elsewhere are downloaded unless they are in the cache.
 
     Raises UserError when there is none, one cannot be read, or it is open which files of a folder are meant.
     """
+    if remote.is_url(config.path):
+        return _remote_files(config)
     path = os.path.expanduser(config.path)
     if os.path.isdir(path):
         return _readable(_files_of_folder(Path(path), config))
@@ -186,6 +190,16 @@ def _files_of_hub(name: hub.HubName, config: SourceConfig) -> list[str]:
         _refuse_choice(config, "one file or a glob")
     folder, files = hub.fetch(name, of_pattern if name.inside else of_all)
     return [str(folder / file) for file in files]
+
+
+def _remote_files(config: SourceConfig) -> list[str]:
+    is_folder, files = remote.find(config.path)
+    if not is_folder:
+        _refuse_choice(config, "one file or a glob")
+        return [str(copy) for copy in remote.copy(list(files.values()))]
+    readme = remote.copy([files[README]])[0].read_text(encoding="utf-8", errors="replace") if README in files else ""
+    names = choose(files, readme, Choice(f"the folder {public(config.path)}", config.split, config.subset))
+    return [str(copy) for copy in remote.copy([files[name] for name in names])]
 
 
 def label(config: SourceConfig) -> str:
