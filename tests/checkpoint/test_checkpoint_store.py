@@ -122,6 +122,19 @@ def test_what_a_kill_left_is_cleaned_up(copy):
         assert (copy / "latest").read_text() == "3\n"
 
 
+def test_what_is_being_deleted_is_no_checkpoint(tmp_path, monkeypatch):
+    """A kill while one is deleted leaves no half of it that counts."""
+    listed, delete = [], shutil.rmtree
+
+    def watched(folder: Path, **options: bool) -> None:
+        listed.append(kept(tmp_path))
+        delete(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    write(tmp_path, {1: 0.0, 2: 0.0, 3: 0.0}, keep=1)
+    assert listed == [[2], [3]]
+
+
 def test_a_full_disk_leaves_the_checkpoints_before_it(copy, capfd):
     before, limit = contents(copy), resource.getrlimit(resource.RLIMIT_FSIZE)
     writer = CheckpointWriter(copy, CheckpointConfig(keep=9))
