@@ -48,9 +48,11 @@ def open_file_system(url: str) -> tuple[AbstractFileSystem, str]:
         raise UserError(f"{url} is on this machine; give its path, without {protocol}://")
     if protocol in HTTP:
         aiohttp: Any = import_module("aiohttp")  # which not every installation has
-        # A download may last; without these aiohttp gives up after 5 minutes, and asks no proxy.
+        # By itself aiohttp gives a download up after 5 minutes, asks no proxy, and unpacks what a server calls packed.
         stalls = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
-        client = {"timeout": stalls, "trust_env": True} | conf.get(protocol, {}).get("client_kwargs", {})
+        client = {"timeout": stalls, "trust_env": True, "auto_decompress": False} | conf.get(protocol, {}).get(
+            "client_kwargs", {}
+        )
         options = {"client_kwargs": client, "headers": {"Accept-Encoding": "identity"}}
     fs, path = fsspec.url_to_fs(url, use_listings_cache=False, **options)
     # What a package logs of a failure, with a trace, reaches us as an exception too.

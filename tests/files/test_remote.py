@@ -1,5 +1,6 @@
 """Files behind URLs are copied once a version, and what goes wrong is one message."""
 
+import gzip
 import os
 import sys
 from collections.abc import Iterator
@@ -126,6 +127,13 @@ def test_the_time_is_a_version_too(http: Files, header: str):
         http.content[path], http.headers[path] = content, {header: content.decode()}
         forget()
         assert read(http.address + path) == {"a.jsonl": content}
+
+
+def test_the_bytes_are_those_of_the_file(http: Files):
+    """A server may say of a packed file that it packed it for the way."""
+    packed = gzip.compress(b'{"text": "a"}')
+    http.content["/a.jsonl.gz"], http.headers["/a.jsonl.gz"] = packed, {"Content-Encoding": "gzip"}
+    assert read(f"{http.address}/a.jsonl.gz") == {"a.jsonl.gz": packed}
 
 
 def test_a_process_sees_one_version(http: Files):
