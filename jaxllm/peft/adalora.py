@@ -7,14 +7,13 @@ needed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from jaxllm.core import tree
 from jaxllm.core.config import Conflict
@@ -22,24 +21,54 @@ from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM, ExtraLeaf
-from jaxllm.peft.base import METHODS
-from jaxllm.peft.files import ADAPTERS, PREFIX, AdapterConfig, Part
-from jaxllm.peft.low_rank import LowRank, Positive, Rank
+from jaxllm.peft import keys
+from jaxllm.peft.base import ADAPTERS, METHODS, PeftConfig
+from jaxllm.peft.files import PREFIX, AdapterFiles, Part
+from jaxllm.peft.layer_sampling import LayerDraws
 from jaxllm.peft.modules import Module
 from jaxllm.peft.reallocation import reallocating
 from jaxllm.peft.sections import OptimSection, TrainSection
+from jaxllm.peft.targets import Targets
 
 STDDEV = 0.02  # of the singular vectors at the start, as in HF PEFT
 
 
-class AdaLora(LowRank):
+# The keys of how triplets are taken away, which change nothing of a finished adapter.
+SCHEDULE = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+
+
+class Allocation(BaseModel):
+    """What training has left of the triplets, as the files say."""
+
+    model_config = ConfigDict(strict=True)
+
+    init_r: int = 12
+    rank_pattern: dict[str, list[bool]] = Field(default_factory=dict)
+    """which triplets are left of each matrix; of others, all"""
+
+    @model_validator(mode="after")
+    def _patterns_fit(self) -> "Allocation":
+        for name, kept in self.rank_pattern.items():
+            if len(kept) != self.init_r:
+                raise ValueError(f"rank_pattern has {len(kept)} entries for {name}, and init_r is {self.init_r}")
+        return self
+
+
+class AdaLora(PeftConfig):
     """Triplets beside the matrices of the layers, fewer and fewer of them. Names and meanings are those of HF PEFT's
     AdaLoraConfig; its total_step is the number of the run's steps."""
 
     type: Literal["adalora"]
-    init_r: Rank = 12
+    target_modules: keys.TargetModules = keys.ALL_LINEAR
+    modules_to_save: keys.ModulesToSave = ()
+    save_embedding_layers: keys.SaveEmbeddingLayers = False
+    lisa: keys.Lisa = None
+    lora_dropout: keys.LoraDropout = 0.0
+    layers_to_transform: keys.LayersToTransform = None
+    bias: keys.TrainedBiases = "none"
+    init_r: keys.Rank = 12
     """triplets of each matrix at the start"""
-    target_r: Rank = 8
+    target_r: keys.Rank = 8
     """triplets that are left in the end, on average over the matrices; below init_r"""
     tinit: NonNegativeInt = 0
     """steps before the first are taken away"""
@@ -53,23 +82,33 @@ class AdaLora(LowRank):
     """decay of the average of how far that is from its average"""
     orth_reg_weight: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     """weight in what is minimised of how far the singular vectors are from orthonormal ones"""
-    lora_alpha: Positive = 8.0
+    lora_alpha: keys.Positive = 8.0
     """what they add is multiplied by lora_alpha / init_r"""
 
     compares_layers: ClassVar[bool] = True
     follows_length: ClassVar[str] = "the budget of adalora"
-    peft_type: ClassVar[str] = "ADALORA"
-    described: ClassVar[tuple[str, ...]] = (
-        *("init_r", "lora_alpha", "bias", "target_modules", "layers_to_transform", "modules_to_save"),
+    files: ClassVar[AdapterFiles] = AdapterFiles(
+        "ADALORA",
+        described=(
+            *("init_r", "lora_alpha", "bias", "target_modules", "layers_to_transform", "modules_to_save"),
+            "rank_pattern",
+        ),
+        of_files=Allocation,
+        inert=(
+            *(*SCHEDULE, "total_step", "ensure_weight_tying", "init_lora_weights", "layers_pattern", "lora_dropout"),
+            *("megatron_core", "qalora_group_size"),
+            *("r", "use_rslora", "alpha_pattern"),  # of LoRA, which HF PEFT's AdaLoRA does not look at
+        ),
     )
-    schedule: ClassVar[tuple[str, ...]] = (
-        *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
-    )
-    inert: ClassVar[tuple[str, ...]] = (
-        *(*schedule, "total_step", "ensure_weight_tying", "init_lora_weights", "layers_pattern", "lora_dropout"),
-        *("megatron_core", "qalora_group_size"),
-        *("r", "use_rslora", "alpha_pattern"),  # of LoRA, which HF PEFT's AdaLoRA does not look at
-    )
+
+    @property
+    def targets(self) -> Targets:
+        saved = self.modules_to_save, self.save_embedding_layers
+        return Targets(self.type, self.target_modules, *saved, self.layers_to_transform, self.bias)
+
+    @property
+    def draws(self) -> LayerDraws | None:
+        return self.lisa
 
     def conflicts(self, optim: OptimSection, train: TrainSection) -> Iterator[Conflict]:
         if train.update == "fused":
@@ -93,11 +132,14 @@ class AdaLora(LowRank):
             )
         yield from super().conflicts(optim, train)
 
-    def add(self, lm: LM) -> LM:
-        extra = dict[str, ExtraLeaf]()
-        for module, layers in self.target_layers(lm):
-            extra |= self._leaves_beside(lm, module, layers)
-        return replace(lm, extra={**lm.extra, **extra}, adapter_dropout=self.lora_dropout)
+    def leaves(self, lm: LM) -> Mapping[str, ExtraLeaf]:
+        found = dict[str, ExtraLeaf]()
+        for module, layers in self.targets.matrices(lm):
+            found |= self._leaves_beside(lm, module, layers)
+        return found
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"adapter_dropout": self.lora_dropout}
 
     def _leaves_beside(self, lm: LM, module: Module, layers: tuple[bool, ...]) -> dict[str, ExtraLeaf]:
         kernel = tree.at(lm.abstract(), module.path)
@@ -140,7 +182,7 @@ class AdaLora(LowRank):
                 f"peft.tinit {self.tinit} and peft.tfinal {self.tfinal} leave none of the run's {steps} steps to take "
                 "triplets away in; lower them, or raise train.steps"
             )
-        matrices = sum(sum(layers) for _, layers in self.target_layers(lm))
+        matrices = sum(sum(layers) for _, layers in self.targets.matrices(lm))
         first, least = self.init_r * matrices, self.target_r * matrices
 
         def at(step: int) -> int:
@@ -153,7 +195,8 @@ class AdaLora(LowRank):
         self, tx: optax.GradientTransformationExtraArgs, lm: LM, steps: int
     ) -> optax.GradientTransformationExtraArgs:
         places = {
-            module.folder: np.flatnonzero(np.array(layers)[lm.layer_order]) for module, layers in self.target_layers(lm)
+            module.folder: np.flatnonzero(np.array(layers)[lm.layer_order])
+            for module, layers in self.targets.matrices(lm)
         }
         decays = self.beta1, self.beta2
         return reallocating(tx, self.budgets(lm, steps), places, begin=self.tinit, every=self.deltaT, decays=decays)
@@ -163,7 +206,7 @@ class AdaLora(LowRank):
         whose norm is squared; HF PEFT's is not). Triplets that an adapter has lost before do not count."""
         if not self.orth_reg_weight:
             return None
-        targets = self.target_layers(lm)
+        targets = self.targets.matrices(lm)
         count = 2 * sum(sum(layers) for _, layers in targets)
 
         def penalty(params: Params) -> jax.Array:
@@ -182,22 +225,37 @@ class AdaLora(LowRank):
 
         return penalty
 
-    # Files
+    # The files
 
-    def kept(self, name: str) -> np.ndarray:
-        """Which triplets of the matrix `name` the files have."""
-        del name
-        return np.arange(self.init_r)
+    def computes(self, lm: LM) -> Any:
+        own = self.targets.own_weights(lm)
+        return self.targets.matrices(lm), self._scale, self.init_r, own.trained, own.untrained
 
-    def parts(self, lm: LM) -> list[Part]:
-        found = list[Part]()
-        for module, layers in self.target_layers(lm):
+    def description(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        return {
+            **super().description(lm, leaves),
+            "lora_dropout": self.lora_dropout,
+            "ensure_weight_tying": self.targets.changes_tied(lm),
+            **self.model_dump(mode="json", include={*SCHEDULE}),
+            # HF PEFT wants the phases to fit into one; a finished adapter has none.
+            "total_step": self.tinit + self.tfinal + 1,
+            "rank_pattern": {
+                _pattern_name(name): (leaves[f"{module.folder}/lora_e"][i] != 0).tolist()
+                for module, layers in self.targets.matrices(lm)
+                for i, name in enumerate(module.names)
+                if layers[i]
+            },
+        }
+
+    def parts(self, lm: LM, described: Mapping[str, Any]) -> list[Part]:
+        found, left = list[Part](), described.get("rank_pattern") or {}
+        for module, layers in self.targets.matrices(lm):
             _, width, out = tree.at(lm.abstract(), module.path).shape
             of_output = module.operation.order
             for i, name in enumerate(module.names):
                 if not layers[i]:
                     continue
-                kept, whole = self.kept(name), slice(None)
+                kept, whole = np.flatnonzero(left.get(_pattern_name(name), [True] * self.init_r)), slice(None)
                 for leaf, place, end, shape, turned, order in (
                     # An index array puts its axis in front of that of a slice before it.
                     ("lora_a", (i, whole, kept), "lora_A", (len(kept), width), False, None),
@@ -208,53 +266,10 @@ class AdaLora(LowRank):
                     found.append(Part(path, place, tensor, shape, turned, order))
         return found
 
-    def computes(self, lm: LM) -> Any:
-        return self.target_layers(lm), self._scale, self.init_r, self.whole(lm), self.held(lm)
-
-    def finished(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> AdapterConfig:
-        left = {
-            _pattern_name(name): (leaves[f"{module.folder}/lora_e"][i] != 0).tolist()
-            for module, layers in self.target_layers(lm)
-            for i, name in enumerate(module.names)
-            if layers[i]
-        }
-        return AllocatedAdaLora(**self.model_dump(exclude={"rank_pattern"}), rank_pattern=left)
-
-    def description(self, lm: LM) -> dict[str, Any]:
-        return {
-            **super().description(lm),
-            **self.model_dump(mode="json", include={*self.schedule}),
-            # HF PEFT wants the phases to fit into one; a finished adapter has none.
-            "total_step": self.tinit + self.tfinal + 1,
-        }
-
-
-class AllocatedAdaLora(AdaLora):
-    """What training has left of it, as the files say."""
-
-    rank_pattern: dict[str, list[bool]] = Field(default_factory=dict, exclude=True)
-    """which triplets are left of each matrix; of others, all"""
-
-    described: ClassVar[tuple[str, ...]] = (*AdaLora.described, "rank_pattern")
-
-    @model_validator(mode="after")
-    def _patterns_fit(self) -> "AllocatedAdaLora":
-        for name, kept in self.rank_pattern.items():
-            if len(kept) != self.init_r:
-                raise ValueError(f"rank_pattern has {len(kept)} entries for {name}, and init_r is {self.init_r}")
-        return self
-
-    def kept(self, name: str) -> np.ndarray:
-        pattern = self.rank_pattern.get(_pattern_name(name))
-        return super().kept(name) if pattern is None else np.flatnonzero(pattern)
-
-    def description(self, lm: LM) -> dict[str, Any]:
-        return {**super().description(lm), "rank_pattern": self.rank_pattern}
-
 
 def _pattern_name(module: str) -> str:
     return f"{module}.lora_E"
 
 
 METHODS.add("adalora", AdaLora)
-ADAPTERS.add("ADALORA", AllocatedAdaLora)
+ADAPTERS.add("ADALORA", AdaLora)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,24 +17,25 @@ from jaxllm.hf.weights import Entry, weight_table
 from jaxllm.models.lm import LM
 from jaxllm.peft.adapter_config import read_adapter_config
 from jaxllm.peft.base import PeftConfig
-from jaxllm.peft.files import PREFIX, AdapterConfig, StoredAdapter
+from jaxllm.peft.files import EXPORTED_TO, PREFIX, read_parts
 from jaxllm.peft.merge import merge
-from jaxllm.peft.targets import Targeted
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in `folder`.
-
-    ties: whether a head that is the embedding stays that where the adapter changes it. tensors: by their names.
-    """
+    """An adapter in `folder`, of `method`. described: adapter_config.json. tensors: by their names."""
 
     folder: Path
-    method: StoredAdapter
-    ties: bool
+    method: PeftConfig
+    described: Mapping[str, Any]
     tensors: Mapping[str, np.ndarray]
 
-    def check_same(self, method: AdapterConfig, lm: LM) -> None:
+    @property
+    def ties(self) -> bool:
+        """Whether a head that is the embedding stays that where the adapter changes it."""
+        return bool(self.described.get("ensure_weight_tying"))
+
+    def check_same(self, method: PeftConfig, lm: LM) -> None:
         """Raises UserError unless `method` describes this adapter of `lm`."""
         if method.type != self.method.type or method.computes(lm) != self.method.computes(lm):
             section = self.method.model_dump(mode="json", exclude_defaults=True)
@@ -51,10 +53,10 @@ class Adapter:
         file = self.folder / ADAPTER_CONFIG
         try:
             lm = self.method.add(lm)
-            whole, held, ties = self.method.whole(lm), self.method.held(lm), self.method.changes_tied(lm)
+            own = self.method.own_weights(lm)
         except UserError as error:
             raise UserError(f"{file}, for this model: {error}") from error
-        if ties and not self.ties:
+        if own.changes_tied and not self.ties:
             raise UserError(
                 f"{file}: changes the embedding without ensure_weight_tying, so that the model's head, which is the "
                 "embedding, keeps the old one; that is not implemented. Train it with ensure_weight_tying=True, or "
@@ -62,12 +64,13 @@ class Adapter:
             )
         shapes, left = tree.flatten(lm.abstract()), dict(self.tensors)
         try:
-            found = self.method.leaves(lm, lambda name, shape: _take(name, shape, left))
+            parts = self.method.parts(lm, self.described)
+            found = read_parts(parts, lm, lambda name, shape: _take(name, shape, left))
             for entry in weight_table(lm):
                 names = [PREFIX + name for name in entry.names]
-                if entry.path in held:  # of which HF PEFT writes those that it has changed
+                if entry.path in own.untrained:  # of which HF PEFT writes those that it has changed
                     names = [name for name in names if name in left]
-                elif entry.path not in whole:
+                elif entry.path not in own.trained:
                     continue
                 if names:
                     stack = found.setdefault(entry.path, np.zeros(shapes[entry.path].shape, shapes[entry.path].dtype))
@@ -125,19 +128,19 @@ def with_adapter(
     Raises UserError, before anything is loaded, for an adapter of another model, or another one than `method`'s.
     """
     adapter = read_adapter(folder)
-    goes_on = isinstance(method, AdapterConfig)
-    if not goes_on and not adapter.method.merges:
+    going_on = method if method is not None and method.files is not None else None
+    if going_on is None and not adapter.method.merges:
         raise UserError(
             f"{adapter.folder}: its virtual tokens cannot be merged into the weights of a model; give it a peft "
             f"section, {{type: {adapter.method.type}, num_virtual_tokens: …}}, to train it on"
         )
     leaves = adapter.leaves(lm)
-    if goes_on:
-        adapter.check_same(method, lm)
+    if going_on is not None:
+        adapter.check_same(going_on, lm)
 
     def loaded() -> Params:
         params = tree.insert(load(), leaves)
-        return params if goes_on else merge(params)
+        return merge(params) if going_on is None else params
 
     return loaded
 
@@ -148,17 +151,17 @@ def read_adapter(folder: str | Path) -> Adapter:
     Raises UserError for a folder that holds none, and for settings that are not implemented.
     """
     folder = Path(folder)
-    if (folder / AdapterConfig.exported_to / ADAPTER_CONFIG).is_file():
-        folder /= AdapterConfig.exported_to
+    if (folder / EXPORTED_TO / ADAPTER_CONFIG).is_file():
+        folder /= EXPORTED_TO
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         named = ", ".join(sorted(str(inner.parent) for inner in folder.glob(f"*/{ADAPTER_CONFIG}")))
         remedy = f"it has those of {named}" if named else "give the folder of an adapter, such as <run>/export/adapter"
         raise UserError(f"{folder}: has no {ADAPTER_CONFIG}; {remedy}")
-    (method, ties), tensors = read_adapter_config(file), _read_tensors(folder)
-    if isinstance(method, Targeted):
-        method = method.model_copy(update={"save_embedding_layers": method.holds_embeddings(tensors)})
-    return Adapter(folder, method, ties, tensors)
+    (method, described), tensors = read_adapter_config(file), _read_tensors(folder)
+    if method.targets is not None:
+        method = method.model_copy(update={"save_embedding_layers": method.targets.holds_embeddings(tensors)})
+    return Adapter(folder, method, described, tensors)
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:

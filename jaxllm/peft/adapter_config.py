@@ -1,7 +1,7 @@
 """`adapter_config.json`, as HF PEFT or a run has written it, read into the section that describes the adapter."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -9,8 +9,8 @@ from jaxllm.core.config.requirement import first_problem
 from jaxllm.core.errors import UserError
 from jaxllm.hf.config import read_json
 from jaxllm.hf.rope import shown
-from jaxllm.peft.files import ADAPTERS, StoredAdapter
-from jaxllm.peft.targets import Targeted
+from jaxllm.peft.base import ADAPTERS, PeftConfig
+from jaxllm.peft.files import AdapterFiles
 
 # Kinds of init_lora_weights that draw nothing but the adapter's first values; of the others, a base that is changed
 # first, so that the adapter is one of that base.
@@ -80,9 +80,8 @@ class _Inert(_OfEveryMethod):
     tokenizer_name_or_path: str | None = None
 
 
-def read_adapter_config(file: Path, **more: Any) -> tuple[StoredAdapter, bool]:
-    """The section that describes the adapter, and whether a head that is the embedding stays that
-    (`ensure_weight_tying`). more: what else the section has.
+def read_adapter_config(file: Path) -> tuple[PeftConfig, dict[str, Any]]:
+    """The section that describes the adapter, and the whole content of the file.
 
     Raises UserError naming file, field and value for what is wrong, and for what is not implemented.
     """
@@ -90,10 +89,11 @@ def read_adapter_config(file: Path, **more: Any) -> tuple[StoredAdapter, bool]:
     kind = raw.get("peft_type")
     if not isinstance(kind, str) or kind not in ADAPTERS:
         raise UserError(f"{file}: peft_type is {shown(kind)}, which is not implemented; {', '.join(ADAPTERS)} are")
-    chosen = ADAPTERS[kind]
-    inert = (*_OfEveryMethod.model_fields, *chosen.inert)
+    chosen, files = ADAPTERS[kind], ADAPTERS[kind].files
+    assert files is not None  # of a method that is in ADAPTERS
+    inert = (*_OfEveryMethod.model_fields, *files.inert)
     for name, value in raw.items():
-        if name not in (*chosen.described, *inert) and value not in (None, False, [], {}):
+        if name not in (*files.described, *inert) and value not in (None, False, [], {}):
             raise UserError(
                 f"{file}: {name} is {shown(value)}, which is not implemented; merge the adapter with HF peft "
                 "(merge_and_unload), and take the model that it saves"
@@ -102,11 +102,28 @@ def read_adapter_config(file: Path, **more: Any) -> tuple[StoredAdapter, bool]:
         _Inert.model_validate({name: raw[name] for name in inert if name in raw})
     except ValidationError as error:
         raise _wrong(file, raw, error) from error
-    _check_fields(file, raw, chosen)
+    _check_fields(file, raw, files)
+    given = {name: _as_settings(name, raw[name], files) for name in files.described if raw.get(name) is not None}
+    fields = chosen.model_fields
+    kind = get_args(fields["type"].annotation)[0]
     try:
-        return chosen.model_validate({**chosen.section(raw), **more}), bool(raw.get("ensure_weight_tying"))
+        method = chosen(type=kind, **{name: value for name, value in given.items() if name in fields})
+        if files.of_files is not None:
+            files.of_files.model_validate(given)
     except ValidationError as error:
         raise _wrong(file, raw, error) from error
+    return method, raw
+
+
+def _as_settings(name: str, value: Any, files: AdapterFiles) -> Any:
+    """A value as a section has it. A list is in order if it is one of texts or numbers: HF PEFT's order is chance."""
+    if name == "layers_to_transform" and type(value) is int:
+        return (value,)
+    if not isinstance(value, list):
+        return value
+    items = cast(list[Any], value)
+    alike = {type(item) for item in items} in ({str}, {int})
+    return tuple(sorted(items) if alike and name not in files.in_order else items)
 
 
 def _wrong(file: Path, raw: dict[str, Any], error: ValidationError) -> UserError:
@@ -117,7 +134,7 @@ def _wrong(file: Path, raw: dict[str, Any], error: ValidationError) -> UserError
     return UserError(f"{file}: {name} is {shown(raw.get(name))}: {why}")
 
 
-def _check_fields(file: Path, raw: dict[str, Any], chosen: type[StoredAdapter]) -> None:
+def _check_fields(file: Path, raw: dict[str, Any], files: AdapterFiles) -> None:
     """Raises UserError for a value, of the right type, that means something which is not implemented."""
     task = raw.get("task_type")
     if task not in (None, "CAUSAL_LM"):
@@ -138,7 +155,7 @@ def _check_fields(file: Path, raw: dict[str, Any], chosen: type[StoredAdapter]) 
             f"{file}: layers_pattern is {shown(pattern)}, and the layers of the models that are implemented are called "
             "layers; correct it, or remove it"
         )
-    if issubclass(chosen, Targeted) and raw.get("target_modules") is None:
+    if "target_modules" in files.described and raw.get("target_modules") is None:
         raise UserError(
             f"{file}: target_modules is missing, and says which matrices the adapter is for; write the list, such as "
             '["q_proj", "v_proj"]'

@@ -11,54 +11,65 @@ from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator
 
 from jaxllm.core.config import Conflict
 from jaxllm.core.errors import UserError
-from jaxllm.models.lm import LM
+from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.models.quantized import Quantization
-from jaxllm.peft.base import METHODS
-from jaxllm.peft.files import ADAPTERS, PREFIX, Part
-from jaxllm.peft.low_rank import START, LowRank, Positive, Rank, Target
+from jaxllm.peft import keys
+from jaxllm.peft.base import ADAPTERS, METHODS, PeftConfig
+from jaxllm.peft.files import AdapterFiles, OwnWeights, Part
+from jaxllm.peft.layer_sampling import LayerDraws
+from jaxllm.peft.low_rank import LowRank
 from jaxllm.peft.modules import Module, is_named, modules
 from jaxllm.peft.patterns import ExpressionError, check, matching
-from jaxllm.peft.targets import shown
+from jaxllm.peft.targets import Targets, shown
 from jaxllm.peft.tokens import token_leaves, token_part
 
 V = TypeVar("V")
 
 
-class Lora(LowRank):
+class Lora(PeftConfig):
     """Matrices of low rank beside those of the layers. Names and meanings are those of HF PEFT's LoraConfig."""
 
     type: Literal["lora"]
-    r: Rank = 8
+    target_modules: keys.TargetModules = keys.ALL_LINEAR
+    modules_to_save: keys.ModulesToSave = ()
+    save_embedding_layers: keys.SaveEmbeddingLayers = False
+    lisa: keys.Lisa = None
+    lora_dropout: keys.LoraDropout = 0.0
+    layers_to_transform: keys.LayersToTransform = None
+    bias: keys.TrainedBiases = "none"
+    r: keys.Rank = 8
     """rank of the added matrices"""
-    lora_alpha: Positive = 8.0
+    lora_alpha: keys.Positive = 8.0
     """what they add is multiplied by lora_alpha / r"""
     use_rslora: bool = False
     """it is multiplied by lora_alpha / √r (Kalajdzievski, arXiv 2312.03732)"""
     init_lora_weights: Literal[True, "pissa"] = True
     """what they are at the start: true (nothing is added), or pissa, the largest singular values and vectors of the
     matrix, whose part of it then trains, at a lower learning rate (PiSSA: Meng et al., arXiv 2404.02948)"""
-    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    rank_pattern: dict[str, keys.Rank] = Field(default_factory=dict)
     """ranks of single matrices, by a name or a regular expression of its end"""
-    alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[str, keys.Positive] = Field(default_factory=dict)
     """the same of lora_alpha"""
     use_dora: bool = False
     """the norms of the columns train apart from their directions (DoRA: Liu et al., arXiv 2402.09353)"""
-    loraplus_lr_ratio: Positive = 1.0
+    loraplus_lr_ratio: keys.Positive = 1.0
     """the learning rate of lora_b over that of all others (LoRA+: Hayou et al., arXiv 2402.12354), such as 16"""
 
     trainable_token_indices: tuple[NonNegativeInt, ...] = ()
     """ids of tokens whose embeddings train besides, such as new ones; the rest of the embedding does not"""
 
-    peft_type: ClassVar[str] = "LORA"
-    adapts_outer: ClassVar[bool] = True
-    described: ClassVar[tuple[str, ...]] = (
-        *("r", "lora_alpha", "use_rslora", "use_dora", "bias", "target_modules", "layers_to_transform"),
-        *("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
-    )
-    inert: ClassVar[tuple[str, ...]] = (
-        *("ensure_weight_tying", "init_lora_weights", "layers_pattern", "lora_dropout", "megatron_core"),
-        "qalora_group_size",  # of use_qalora
-        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # of kinds of init_lora_weights
+    files: ClassVar[AdapterFiles] = AdapterFiles(
+        "LORA",
+        described=(
+            *("r", "lora_alpha", "use_rslora", "use_dora", "bias", "target_modules", "layers_to_transform"),
+            *("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
+        ),
+        in_order=("trainable_token_indices",),  # that of the rows
+        inert=(
+            *("ensure_weight_tying", "init_lora_weights", "layers_pattern", "lora_dropout", "megatron_core"),
+            "qalora_group_size",  # of use_qalora
+            *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # of kinds of init_lora_weights
+        ),
     )
 
     @field_validator("r", "rank_pattern", mode="before")
@@ -103,40 +114,45 @@ class Lora(LowRank):
             raise ValueError(f"each id once; got {[*ids]}")
         return ids
 
-    @classmethod
-    def section(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        values = super().section(raw)
-        if ids := raw.get("trainable_token_indices"):
-            values["trainable_token_indices"] = ids  # in the order of the rows in the file
-        return values
+    @property
+    def targets(self) -> Targets:
+        saved = self.modules_to_save, self.save_embedding_layers
+        layers, bias = self.layers_to_transform, self.bias
+        return Targets(self.type, self.target_modules, *saved, layers, bias, adapts_outer=True)
+
+    @property
+    def draws(self) -> LayerDraws | None:
+        return self.lisa
+
+    @property
+    def _principal(self) -> bool:
+        return self.init_lora_weights == "pissa"
 
     def conflicts_with_quantization(self, quantization: Quantization) -> Iterator[Conflict]:
         del quantization
-        if self.init_lora_weights == "pissa":
+        if self._principal:
             yield Conflict(
                 "model.quantize stores the matrices, and peft.init_lora_weights is pissa, which takes a part of them "
                 "away",
                 "set init_lora_weights to true, or remove quantize",
             )
 
-    def saved(self, lm: LM) -> tuple[str, ...]:
-        saved = super().saved(lm)
-        if self.trainable_token_indices and is_named("model.embed_tokens", saved):
+    def leaves(self, lm: LM) -> Mapping[str, ExtraLeaf]:
+        ids = self.trainable_token_indices
+        if ids and is_named("model.embed_tokens", self.targets.saved(lm)):
             raise UserError(
                 "peft.modules_to_save trains the whole embedding, and trainable_token_indices rows of it; remove "
                 "one of them"
             )
-        return saved
+        adapters = self._adapters(lm)
+        for adapter in adapters:
+            if adapter.module.is_outer:
+                self._check_outer(adapter.module)
+        found = [adapter.leaves(lm, self.use_dora, self._principal) for adapter in adapters]
+        return reduce(dict.__or__, [*found, token_leaves(lm, ids) if ids else {}])
 
-    def add(self, lm: LM) -> LM:
-        targets = self.targets(lm)
-        for target in targets:
-            if target.module.is_outer:
-                self._check_outer(target.module)
-        extra = [target.leaves(lm, self.use_dora, self.init_lora_weights == "pissa") for target in targets]
-        if self.trainable_token_indices:
-            extra.append(token_leaves(lm, self.trainable_token_indices))
-        return replace(lm, extra={**lm.extra, **reduce(dict.__or__, extra)}, adapter_dropout=self.lora_dropout)
+    def settings(self) -> Mapping[str, Any]:
+        return {"adapter_dropout": self.lora_dropout}
 
     def _check_outer(self, module: Module) -> None:
         """Raises UserError where an adapter of the embedding or the head does not go with another setting."""
@@ -157,43 +173,25 @@ class Lora(LowRank):
     def rates(self) -> Mapping[str, float]:
         return {} if self.loraplus_lr_ratio == 1 else {"*/lora_b": self.loraplus_lr_ratio}
 
-    def parts(self, lm: LM) -> list[Part]:
-        found = [
-            replace(part, name=PREFIX + part.name)
-            for target in self.targets(lm)
-            for part in target.parts(lm, self.use_dora, self.init_lora_weights == "pissa")
-        ]
-        ids = self.trainable_token_indices
-        return [*found, token_part(lm, ids)] if ids else found
-
-    def tensors(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        tensors = super().tensors(lm, leaves)
-        for name in [name for name in tensors if name.endswith(START)]:
-            start, whole = tensors.pop(name), name.removesuffix(START) + ".weight"
-            halves = [tensors[whole], start] if whole.endswith("lora_A.weight") else [tensors[whole], -start]
-            tensors[whole] = np.concatenate(halves, axis=0 if whole.endswith("lora_A.weight") else 1)
-        return tensors
-
-    def wrapped(self, lm: LM) -> dict[str, str]:
-        embedding = next(module for module in modules(lm) if module.is_embedding)
-        names = filter(None, (embedding.names[0], embedding.alias)) if self.trainable_token_indices else ()
-        return {**super().wrapped(lm), **dict.fromkeys(names, ".token_adapter.base_layer")}
+    # The files
 
     def computes(self, lm: LM) -> Any:
-        how = (self.use_dora, self.init_lora_weights, self.trainable_token_indices, self.held(lm))
-        return self.targets(lm), how, self.whole(lm)
+        own = self.targets.own_weights(lm)
+        how = (self.use_dora, self.init_lora_weights, self.trainable_token_indices, own.untrained)
+        return self._adapters(lm), how, own.trained
 
-    def targets(self, lm: LM) -> list[Target]:
-        """The matrices that get an adapter. Raises UserError if the config names what the model does not have."""
-        names = tuple(sorted(self.adapted(lm)))
-        ranks = _by_name("rank_pattern", self.rank_pattern, names)
-        alphas = _by_name("alpha_pattern", self.alpha_pattern, names)
-        return [self._target(module, layers, ranks, alphas) for module, layers in self.target_layers(lm)]
+    def finished(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        # What PiSSA has taken away at the start.
+        return {path: -leaf if path.endswith("/lora_b_start") else leaf for path, leaf in leaves.items()}
 
-    def description(self, lm: LM) -> dict[str, Any]:
-        content = super().description(lm)
-        content["trainable_token_indices"] = [*self.trainable_token_indices] or None
-        if self.init_lora_weights == "pissa":  # the files have what was taken away beside what is added, of that rank
+    def description(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        content = {
+            **super().description(lm, leaves),
+            "lora_dropout": self.lora_dropout,
+            "ensure_weight_tying": self.targets.changes_tied(lm),
+            "trainable_token_indices": [*self.trainable_token_indices] or None,
+        }
+        if self._principal:  # the files have what was taken away beside what is added, of that rank
             factor = math.sqrt(2) if self.use_rslora else 2
             content |= {
                 "r": 2 * self.r,
@@ -203,9 +201,27 @@ class Lora(LowRank):
             }
         return content
 
-    def _target(
+    def parts(self, lm: LM, described: Mapping[str, Any]) -> list[Part]:
+        adapters, ids = self._adapters(lm), self.trainable_token_indices
+        found = [part for adapter in adapters for part in adapter.parts(lm, self.use_dora, self._principal)]
+        return [*found, token_part(lm, ids)] if ids else found
+
+    def own_weights(self, lm: LM) -> OwnWeights:
+        own = super().own_weights(lm)
+        embedding = next(module for module in modules(lm) if module.is_embedding)
+        names = filter(None, (embedding.names[0], embedding.alias)) if self.trainable_token_indices else ()
+        return replace(own, wrapped={**own.wrapped, **dict.fromkeys(names, ".token_adapter.base_layer")})
+
+    def _adapters(self, lm: LM) -> list[LowRank]:
+        """Those of the matrices. Raises UserError if the config names what the model does not have."""
+        names = tuple(sorted(self.targets.names(lm)))
+        ranks = _by_name("rank_pattern", self.rank_pattern, names)
+        alphas = _by_name("alpha_pattern", self.alpha_pattern, names)
+        return [self._adapter(module, layers, ranks, alphas) for module, layers in self.targets.matrices(lm)]
+
+    def _adapter(
         self, module: Module, layers: tuple[bool, ...], ranks: Mapping[str, int], alphas: Mapping[str, float]
-    ) -> Target:
+    ) -> LowRank:
         of_layers = [
             ranks.get(name, self.r) if chosen else 0 for name, chosen in zip(module.names, layers, strict=True)
         ]
@@ -213,7 +229,7 @@ class Lora(LowRank):
             alphas.get(name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r) if r else 0.0
             for name, r in zip(module.names, of_layers, strict=True)
         ]
-        return Target(module, tuple(of_layers), tuple(scales))
+        return LowRank(module, tuple(of_layers), tuple(scales))
 
 
 def _by_name(key: str, patterns: Mapping[str, V], names: tuple[str, ...]) -> dict[str, V]:

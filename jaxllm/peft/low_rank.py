@@ -1,4 +1,4 @@
-"""Matrices of low rank beside those of the layers: what their methods have in common, and the leaves of LoRA.
+"""Matrices of low rank beside those of the layers: the leaves of LoRA, and the parts of them that its files have.
 
 Beside a matrix `[in, out]` of each of L layers stand `lora_a` `[L, in, r]`, `lora_b` `[L, r, out]`, `lora_scale` `[L]`,
 for DoRA `lora_magnitude` `[L, out]`, and for PiSSA `lora_a_start` and `lora_b_start`; `nn.linear.Linear` says what they
@@ -7,13 +7,11 @@ gradients are; a layer without an adapter has the scale 0.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field, NonNegativeInt, model_validator
 
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
@@ -21,89 +19,18 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.nn.quantized import STORED, kernel_of
-from jaxllm.peft.files import Part
-from jaxllm.peft.modules import Module, modules
-from jaxllm.peft.targets import ALL_LINEAR, Targeted, shown
-
-# What float32 holds, multiplied by a weight and divided by the root of a rank.
-Positive = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
-# Above the width of any matrix it is for.
-Rank = Annotated[int, Field(ge=1, le=2**16)]
+from jaxllm.peft.files import PREFIX, Part
+from jaxllm.peft.modules import Module
 
 Draw = Callable[[jax.Array, Params], jax.Array]
 
 # The leaves that a matrix may be stored in.
 MATRIX = ("kernel", *STORED)
 
-# Of what PiSSA takes away at the start, in the place of a file's own end of a name; no file has it.
-START = ".start"
-
-
-class LowRank(Targeted):
-    """What the methods have that put matrices of low rank beside those of the layers. Names are those of HF PEFT."""
-
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """share of their input that is dropped in training"""
-    layers_to_transform: tuple[NonNegativeInt, ...] | None = None
-    """the layers that get them, counted from 0; default: all"""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """the biases that train: none, all of the model, or those of the matrices with an adapter"""
-
-    @model_validator(mode="after")
-    def _layers_of_names(self) -> "LowRank":
-        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR and self.layers_to_transform:
-            raise ValueError(
-                f"layers_to_transform goes with a list of names, and target_modules is {shown(self.target_modules)}, a "
-                "regular expression; write the layers into it, or give a list"
-            )
-        return self
-
-    @classmethod
-    def section(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
-        layers = raw.get("layers_to_transform")
-        return super().section({**raw, "layers_to_transform": [layers] if type(layers) is int else layers})
-
-    def is_in_layer(self, module: Module, layer: int) -> bool:
-        # As in HF PEFT: no layers mean all, and a whole name means its matrix, whatever the layers are, as does the
-        # name of an embedding that is the head too.
-        if not self.layers_to_transform or module.names[layer] in self.target_modules or module.alias:
-            return True
-        return module.stacked and layer in self.layers_to_transform
-
-    def target_layers(self, lm: LM) -> list[tuple[Module, tuple[bool, ...]]]:
-        count = lm.config.num_hidden_layers
-        if too_deep := [i for i in self.layers_to_transform or () if i >= count]:
-            raise UserError(f"peft.layers_to_transform names layer {too_deep[0]}, and the model has 0 to {count - 1}")
-        return super().target_layers(lm)
-
-    def whole(self, lm: LM) -> set[str]:
-        paths = super().whole(lm)
-        if self.bias != "none":
-            targets, every = self.target_layers(lm), modules(lm)
-            partly = [module.short for module, layers in targets if not all(layers)]
-            if partly and self.bias == "lora_only":
-                raise UserError(
-                    f"peft.bias is lora_only, and {partly[0]} has an adapter in some layers only, while its biases "
-                    "train in all; set bias to all or none"
-                )
-            beside = {module.folder for module, _ in targets}
-            biases = {m.path for m in every if m.kind == "bias" and (self.bias == "all" or m.folder in beside)}
-            if not biases:
-                raise UserError(f"peft.bias is {self.bias}, and the model has no such bias; set it to none")
-            paths |= biases
-        return paths
-
-    def description(self, lm: LM) -> dict[str, Any]:
-        return {
-            **super().description(lm),
-            "lora_dropout": self.lora_dropout,
-            "ensure_weight_tying": self.changes_tied(lm),
-        }
-
 
 @dataclass(frozen=True)
-class Target:
-    """A matrix with an adapter: the rank and the scale of each layer, 0 in layers without one.
+class LowRank:
+    """The adapter of a matrix: the rank and the scale of each layer, 0 in layers without one.
 
     The embedding and the head, which are in no layer, have one of each; `parts` and `leaves` then have no axis of
     layers.
@@ -113,7 +40,7 @@ class Target:
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
 
-    def leaves(self, lm: LM, magnitude: bool, principal: bool = False) -> dict[str, ExtraLeaf]:
+    def leaves(self, lm: LM, magnitude: bool = False, principal: bool = False) -> dict[str, ExtraLeaf]:
         """The leaves of the adapter, by their paths; with that of DoRA if `magnitude`, with those of PiSSA if
         `principal`."""
         path, in_table = self.module.path, self.module.is_embedding
@@ -188,8 +115,8 @@ class Target:
         """A leaf beside the kernel with an axis of layers, which those outside of the layers have not."""
         return leaf if self.module.stacked else leaf[None]
 
-    def parts(self, lm: LM, magnitude: bool, principal: bool = False) -> Iterator[Part]:
-        """The tensors of each layer with an adapter, by the module's name. The tensors of PiSSA's start have START.
+    def parts(self, lm: LM, magnitude: bool = False, principal: bool = False) -> Iterator[Part]:
+        """The tensors of each layer with an adapter. Those of PiSSA also have what was taken away at the start.
 
         Where the embedding is the head too, the files have the adapter beside both.
         """
@@ -202,21 +129,23 @@ class Target:
         rows, columns, of_output = slice(width), slice(out), module.operation.order
         of_a, of_b = (f"lora_{'embedding_' if module.is_embedding else ''}{name}" for name in "AB")
         weight = "" if module.is_embedding else ".weight"
+        ends = ("", "_start") if principal else ("",)
         for i, rank in enumerate(self.ranks):
             if not rank:
                 continue
-            layer, name = (i,) if module.stacked else (), module.names[i]
-            ends = {"": (of_a + weight, of_b + weight)}
-            if principal:
-                ends["_start"] = (of_a + START, of_b + START)
-            for end, (name_a, name_b) in ends.items():
+            layer, name = (i,) if module.stacked else (), f"{PREFIX}{module.names[i]}"
+            whole = rank * len(ends)
+            for number, end in enumerate(ends):
                 path_a, path_b = (f"{module.folder}/lora_{half}{end}" for half in "ab")
                 place_a, place_b = (*layer, rows, slice(rank)), (*layer, slice(rank), columns)
-                yield Part(path_a, place_a, f"{name}.{name_a}", (rank, width), True)
-                yield Part(path_b, place_b, f"{name}.{name_b}", (out, rank), True, of_output)
+                ranks, every = slice(number * rank, (number + 1) * rank), slice(None)
+                within_a, within_b = (ranks, every), (every, ranks)
+                yield Part(path_a, place_a, f"{name}.{of_a}{weight}", (whole, width), True, within=within_a)
+                yield Part(path_b, place_b, f"{name}.{of_b}{weight}", (out, whole), True, of_output, within_b)
                 if module.alias:
-                    yield Part(path_b, place_b, f"{module.alias}.lora_A.weight", (rank, out))
-                    yield Part(path_a, place_a, f"{module.alias}.lora_B.weight", (width, rank))
+                    alias = f"{PREFIX}{module.alias}"
+                    yield Part(path_b, place_b, f"{alias}.lora_A.weight", (whole, out), within=within_a)
+                    yield Part(path_a, place_a, f"{alias}.lora_B.weight", (width, whole), within=within_b)
             if magnitude:
                 path, tensor = f"{module.folder}/lora_magnitude", f"{name}.lora_magnitude_vector"
                 yield Part(path, (*layer, columns), tensor, (out,), order=of_output)

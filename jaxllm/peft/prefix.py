@@ -1,8 +1,7 @@
 """Prefix tuning (Li and Liang, arXiv 2101.00190): keys and values in front of every document, in each layer."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -10,26 +9,31 @@ import numpy as np
 from pydantic import PositiveInt, model_validator
 
 from jaxllm.core import tree
+from jaxllm.core.config import Conflict
 from jaxllm.core.dtypes import at_least_float32
+from jaxllm.core.mesh import MeshConfig
 from jaxllm.models.lm import LM, ExtraLeaf
 from jaxllm.nn.prefix import FOLDER, projected_prefix
-from jaxllm.peft.base import METHODS, SharedPart
-from jaxllm.peft.files import ADAPTERS, StoredAdapter, Take
-from jaxllm.peft.prompt import TENSOR, VirtualTokens, uniform
+from jaxllm.peft import keys, virtual_tokens
+from jaxllm.peft.base import ADAPTERS, METHODS, PeftConfig, SharedPart
+from jaxllm.peft.files import AdapterFiles, Part
+from jaxllm.peft.virtual_tokens import check_room, uniform
 
 KEYS, VALUES = "layers/attn/prefix_k", "layers/attn/prefix_v"
 
 
-class PrefixTuning(VirtualTokens, StoredAdapter):
+class PrefixTuning(PeftConfig):
     """Keys and values of virtual tokens train. Names and meanings are those of HF PEFT's PrefixTuningConfig."""
 
     type: Literal["prefix_tuning"]
+    num_virtual_tokens: keys.NumVirtualTokens = 20
     prefix_projection: bool = False
     """whether they train through an encoder of two layers, which all layers of the model share the first of"""
     encoder_hidden_size: PositiveInt | None = None
     """its width; default: that of a layer's keys"""
 
-    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    files: ClassVar[AdapterFiles] = virtual_tokens.files("PREFIX_TUNING")
+    merges: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _encodes(self) -> "PrefixTuning":
@@ -45,8 +49,14 @@ class PrefixTuning(VirtualTokens, StoredAdapter):
             "peft.prefix_projection has an encoder that all layers share", without="prefix_projection to false"
         )
 
-    def add(self, lm: LM) -> LM:
-        lm = super().add(lm)
+    def conflicts_with_mesh(self, mesh: MeshConfig) -> Iterator[Conflict]:
+        return virtual_tokens.context_conflicts(self.type, mesh)
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"prefix_tokens": self.num_virtual_tokens}
+
+    def leaves(self, lm: LM) -> Mapping[str, ExtraLeaf]:
+        check_room(self.type, self.num_virtual_tokens, lm)
         c, n = lm.config, self.num_virtual_tokens
         layers, size = c.num_hidden_layers, c.num_key_value_heads * c.head_dim
         dtype = at_least_float32(tree.at(lm.abstract(), "embed/table").dtype)
@@ -71,36 +81,43 @@ class PrefixTuning(VirtualTokens, StoredAdapter):
                 return jax.random.normal(key, (layers, n, size), dtype)
 
             extra = {path: ExtraLeaf(("layers", None, "kv_heads"), draw) for path in (KEYS, VALUES)}
-        return replace(lm, extra={**lm.extra, **extra}, prefix_tokens=n)
+        return extra
 
     def computes(self, lm: LM) -> Any:
         return super().computes(lm), self.prefix_projection
 
-    def description(self, lm: LM) -> dict[str, Any]:
+    def finished(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        if not self.prefix_projection:
+            return leaves
+        keys_and_values = projected_prefix(tree.insert({}, leaves)[FOLDER])
+        return {path: np.asarray(leaf) for path, leaf in zip((KEYS, VALUES), keys_and_values, strict=True)}
+
+    def description(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
         c = lm.config
         return {
-            **super().description(lm),
+            **super().description(lm, leaves),
+            **virtual_tokens.description(lm),
             "num_attention_heads": c.num_key_value_heads,
             "token_dim": c.num_key_value_heads * c.head_dim,
             "prefix_projection": self.prefix_projection,
             "encoder_hidden_size": self.encoder_hidden_size,
         }
 
-    def tensors(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`[n, layers · 2 · size]`: of each virtual token the keys and values of every layer, what an encoder makes of
-        them where there is one."""
-        if self.prefix_projection:
-            keys, values = map(np.asarray, projected_prefix(tree.insert({}, leaves)[FOLDER]))
-        else:
-            keys, values = leaves[KEYS], leaves[VALUES]
-        together = np.stack([keys, values], axis=1)  # [L, 2, n, size]
-        return {TENSOR: np.ascontiguousarray(together.transpose(2, 0, 1, 3)).reshape(self.num_virtual_tokens, -1)}
-
-    def leaves(self, lm: LM, take: Take) -> dict[str, np.ndarray]:
-        keys = tree.flatten(lm.abstract())[KEYS]
-        layers, n, size = keys.shape
-        tensor = take(TENSOR, (n, layers * 2 * size)).reshape(n, layers, 2, size).transpose(1, 2, 0, 3)
-        return {path: tensor[:, i].astype(keys.dtype) for i, path in enumerate((KEYS, VALUES))}
+    def parts(self, lm: LM, described: Mapping[str, Any]) -> list[Part]:
+        """Of one tensor `[n, layers · 2 · size]`: for each virtual token the keys and the values of every layer."""
+        layers, n = lm.config.num_hidden_layers, self.num_virtual_tokens
+        size = lm.config.num_key_value_heads * lm.config.head_dim
+        return [
+            Part(
+                path,
+                (layer,),
+                virtual_tokens.TENSOR,
+                (n, layers * 2 * size),
+                within=(slice(n), slice((2 * layer + half) * size, (2 * layer + half + 1) * size)),
+            )
+            for layer in range(layers)
+            for half, path in enumerate((KEYS, VALUES))
+        ]
 
 
 METHODS.add("prefix_tuning", PrefixTuning)

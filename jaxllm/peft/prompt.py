@@ -5,7 +5,6 @@ arXiv 2103.10385).
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -19,76 +18,34 @@ from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import MeshConfig
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM, ExtraLeaf
-from jaxllm.nn.prompt import virtual_tokens
-from jaxllm.peft.base import METHODS
-from jaxllm.peft.files import ADAPTERS, AdapterConfig, AdapterOfParts, Part
+from jaxllm.nn.prompt import virtual_tokens as encoded_prompt
+from jaxllm.peft import keys, virtual_tokens
+from jaxllm.peft.base import ADAPTERS, METHODS, PeftConfig
+from jaxllm.peft.files import AdapterFiles, Part
+from jaxllm.peft.virtual_tokens import check_room, uniform
 
 PROMPT, ENCODER = "embed/prompt", "embed/prompt_encoder"
-TENSOR = "prompt_embeddings"
 
 
-class VirtualTokens(AdapterConfig):
-    """What the methods have that put virtual tokens in front of every document. Their files have these alone."""
-
-    num_virtual_tokens: PositiveInt = 20
-    """virtual tokens in front of every document"""
-
-    merges: ClassVar[bool] = False
-    described: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
-    inert: ClassVar[tuple[str, ...]] = (
-        *("num_attention_heads", "num_layers", "token_dim", "num_transformer_submodules"),
-        *("encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "encoder_reparameterization_type"),
-        *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
-        *("prefix_projection", "init_weights"),
-    )
-
-    def conflicts_with_mesh(self, mesh: MeshConfig) -> Iterator[Conflict]:
-        if mesh.context != 1:
-            yield Conflict(
-                f"mesh.context is {mesh.context}, whose devices have equal parts of each row, and peft.type is "
-                f"{self.type}, which puts virtual tokens in front of it",
-                "set context to 1, or choose another method, such as lora",
-            )
-
-    def add(self, lm: LM) -> LM:
-        if lm.config.rope.by_length:
-            raise UserError(
-                f"peft.type is {self.type}, and the angles of the rope {lm.config.rope.type!r} depend on the length of "
-                "a text, which texts that share virtual tokens do not agree on; choose another method, such as lora"
-            )
-        if self.num_virtual_tokens >= lm.config.longest:
-            raise UserError(
-                f"peft.num_virtual_tokens is {self.num_virtual_tokens}, and the model has {lm.config.longest} "
-                "positions for them and the text; set it lower"
-            )
-        return lm
-
-    def computes(self, lm: LM) -> Any:
-        del lm
-        return self.num_virtual_tokens
-
-    def description(self, lm: LM) -> dict[str, Any]:
-        c = lm.config
-        return {
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "num_transformer_submodules": 1,
-            "num_layers": c.num_hidden_layers,
-            "num_attention_heads": c.num_attention_heads,
-            "token_dim": c.hidden_size,
-        }
-
-
-class PromptTuning(VirtualTokens, AdapterOfParts):
+class PromptTuning(PeftConfig):
     """Embeddings of virtual tokens train. Names and meanings are those of HF PEFT's PromptTuningConfig."""
 
     type: Literal["prompt_tuning"]
+    num_virtual_tokens: keys.NumVirtualTokens = 20
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
     """what they are at the start: RANDOM, embeddings of tokens drawn at random (SAMPLE_VOCAB), or those of
     prompt_tuning_init_text (TEXT), cut or repeated to num_virtual_tokens"""
     prompt_tuning_init_text: str | None = None
     """a text to start from, such as what the model is to do"""
 
-    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    files: ClassVar[AdapterFiles] = virtual_tokens.files("PROMPT_TUNING")
+    merges: ClassVar[bool] = False
+
+    def conflicts_with_mesh(self, mesh: MeshConfig) -> Iterator[Conflict]:
+        return virtual_tokens.context_conflicts(self.type, mesh)
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"prompt_tokens": self.num_virtual_tokens}
 
     @model_validator(mode="after")
     def _has_text(self) -> "PromptTuning":
@@ -99,8 +56,8 @@ class PromptTuning(VirtualTokens, AdapterOfParts):
             )
         return self
 
-    def add(self, lm: LM) -> LM:
-        lm = super().add(lm)
+    def leaves(self, lm: LM) -> Mapping[str, ExtraLeaf]:
+        check_room(self.type, self.num_virtual_tokens, lm)
         shape = (self.num_virtual_tokens, lm.config.hidden_size)
         dtype = at_least_float32(tree.at(lm.abstract(), "embed/table").dtype)
 
@@ -110,8 +67,7 @@ class PromptTuning(VirtualTokens, AdapterOfParts):
             ids = jax.random.randint(key, shape[:1], 0, lm.config.vocab_size)
             return tree.at(params, "embed/table")[ids].astype(dtype)
 
-        extra = {**lm.extra, PROMPT: ExtraLeaf((None, None), draw)}
-        return replace(lm, extra=extra, prompt_tokens=self.num_virtual_tokens)
+        return {PROMPT: ExtraLeaf((None, None), draw)}
 
     def begun(self, lm: LM, load: Callable[[], Params], tokenize: Callable[[str], list[int]]) -> Callable[[], Params]:
         if self.prompt_tuning_init_text is None:
@@ -134,15 +90,19 @@ class PromptTuning(VirtualTokens, AdapterOfParts):
 
         return loaded
 
-    def parts(self, lm: LM) -> list[Part]:
-        return [Part(PROMPT, (), TENSOR, (self.num_virtual_tokens, lm.config.hidden_size))]
+    def description(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        return {**super().description(lm, leaves), **virtual_tokens.description(lm)}
+
+    def parts(self, lm: LM, described: Mapping[str, Any]) -> list[Part]:
+        return [_part(self.num_virtual_tokens, lm)]
 
 
-class PTuning(VirtualTokens):
+class PTuning(PeftConfig):
     """Embeddings of virtual tokens train through an encoder. Names and meanings are those of HF PEFT's
     PromptEncoderConfig."""
 
     type: Literal["p_tuning"]
+    num_virtual_tokens: keys.NumVirtualTokens = 20
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     """the encoder: MLP (three layers) or LSTM (of both directions, and two layers)"""
     encoder_hidden_size: PositiveInt | None = None
@@ -150,17 +110,24 @@ class PTuning(VirtualTokens):
     encoder_num_layers: PositiveInt = 2
     """layers of the LSTM"""
 
-    peft_type: ClassVar[str] = "P_TUNING"
+    files: ClassVar[AdapterFiles] = virtual_tokens.files("P_TUNING")
+    merges: ClassVar[bool] = False
 
-    def add(self, lm: LM) -> LM:
-        lm = super().add(lm)
+    def conflicts_with_mesh(self, mesh: MeshConfig) -> Iterator[Conflict]:
+        return virtual_tokens.context_conflicts(self.type, mesh)
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"prompt_tokens": self.num_virtual_tokens}
+
+    def leaves(self, lm: LM) -> Mapping[str, ExtraLeaf]:
+        check_room(self.type, self.num_virtual_tokens, lm)
         width = lm.config.hidden_size
         hidden = self.encoder_hidden_size or width
         dtype = at_least_float32(tree.at(lm.abstract(), "embed/table").dtype)
         shape = (self.num_virtual_tokens, width)
         extra = {PROMPT: ExtraLeaf((None, None), lambda key, _: jax.random.normal(key, shape, dtype))}
         if self.encoder_reparameterization_type == "MLP":
-            extra |= linears("", (width, hidden, hidden, width), dtype)
+            extra |= linears((width, hidden, hidden, width), dtype)
         else:
             for layer in range(self.encoder_num_layers):
                 size = width if layer == 0 else 2 * hidden
@@ -172,27 +139,31 @@ class PTuning(VirtualTokens):
                         "bias": (4 * hidden,),
                     }.items():
                         extra[f"{folder}/{name}"] = uniform(leaf, 1 / math.sqrt(hidden), dtype)
-            extra |= linears("", (2 * hidden, 2 * hidden, width), dtype)
-        return replace(lm, extra={**lm.extra, **extra}, prompt_tokens=self.num_virtual_tokens)
+            extra |= linears((2 * hidden, 2 * hidden, width), dtype)
+        return extra
 
-    def tensors(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What the encoder makes: the files do not have the encoder itself."""
+    def finished(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         embed = tree.insert({}, leaves)["embed"]
-        return {TENSOR: np.ascontiguousarray(virtual_tokens(embed["prompt"], embed["prompt_encoder"]))}
+        return {PROMPT: np.asarray(encoded_prompt(embed["prompt"], embed["prompt_encoder"]))}
+
+    def description(self, lm: LM, leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        return {**super().description(lm, leaves), **virtual_tokens.description(lm)}
+
+    def parts(self, lm: LM, described: Mapping[str, Any]) -> list[Part]:
+        return [_part(self.num_virtual_tokens, lm)]
 
 
-def linears(folder: str, widths: tuple[int, ...], dtype: Any) -> dict[str, ExtraLeaf]:
+def _part(count: int, lm: LM) -> Part:
+    return Part(PROMPT, (), virtual_tokens.TENSOR, (count, lm.config.hidden_size))
+
+
+def linears(widths: tuple[int, ...], dtype: Any) -> dict[str, ExtraLeaf]:
     """The layers of an encoder, drawn as torch draws those of its own."""
     leaves: dict[str, ExtraLeaf] = {}
     for i, (size, out) in enumerate(itertools.pairwise(widths)):
         for name, shape in {"kernel": (size, out), "bias": (out,)}.items():
-            leaves[f"{ENCODER}/{folder}linear_{i}/{name}"] = uniform(shape, 1 / math.sqrt(size), dtype)
+            leaves[f"{ENCODER}/linear_{i}/{name}"] = uniform(shape, 1 / math.sqrt(size), dtype)
     return leaves
-
-
-def uniform(shape: tuple[int, ...], bound: float, dtype: Any) -> ExtraLeaf:
-    """A leaf that every device holds, drawn between ±bound."""
-    return ExtraLeaf((None,) * len(shape), lambda key, _: jax.random.uniform(key, shape, dtype, -bound, bound))
 
 
 METHODS.add("prompt_tuning", PromptTuning)

@@ -1,71 +1,62 @@
 """The modules that a method is for, chosen and named as in HF PEFT."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
-
-from pydantic import model_validator
+from dataclasses import dataclass
+from typing import Any
 
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.models.lm import LM
-from jaxllm.peft.files import PREFIX, AdapterOfParts
+from jaxllm.peft.files import PREFIX, OwnWeights
+from jaxllm.peft.keys import ALL_LINEAR, Bias
 from jaxllm.peft.layer_sampling import LayerDraws
 from jaxllm.peft.modules import Module, ends, holders, is_named, modules
 from jaxllm.peft.patterns import ExpressionError, check, matching
-
-ALL_LINEAR = "all-linear"
 
 # What the files of transformers call the embedding and the head.
 OUTER_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
 
 
-class Targeted(AdapterOfParts):
-    """What the methods have that put leaves beside matrices."""
+@dataclass(frozen=True)
+class Targets:
+    """The modules that get the leaves of a method of `type`, and those that train or are stored beside them.
 
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-    """the matrices that get them: all-linear (all of the layers), a list of names such as [q_proj, v_proj], or a
-    regular expression of the whole name, such as '.*layers\\.[0-3]\\..*_proj'; with lora, embed_tokens and lm_head are
-    matrices too"""
+    The fields have the names and meanings of the method's keys, and of those of HF PEFT. adapts_outer: whether the
+    embedding and the head can get leaves too.
+    """
+
+    type: str
+    target_modules: str | tuple[str, ...]
     modules_to_save: tuple[str, ...] = ()
-    """modules that train as a whole, such as [lm_head, embed_tokens] or [mlp], and are in the adapter's files; as in HF
-    PEFT, a name also means those that it is the end of: norm all norms of a Llama, model.norm the last one"""
     save_embedding_layers: bool = False
-    """whether the adapter's files hold the embedding and the head too, which do not train, as for a model whose
-    vocabulary was resized before"""
-    lisa: LayerDraws | None = None
-    """the adapters of a few layers train at a time, as with type: lisa; default: those of all layers"""
+    layers_to_transform: tuple[int, ...] | None = None
+    bias: Bias = "none"
+    adapts_outer: bool = False
 
-    adapts_outer: ClassVar[bool] = False
-    """Whether the embedding and the head can get them too."""
-
-    @model_validator(mode="after")
-    def _is_expression(self) -> "Targeted":
+    def check(self) -> None:
+        """Raises ValueError for what no model could make sense of."""
         check_expression("target_modules", self.target_modules)
-        return self
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR and self.layers_to_transform:
+            raise ValueError(
+                f"layers_to_transform goes with a list of names, and target_modules is {shown(self.target_modules)}, a "
+                "regular expression; write the layers into it, or give a list"
+            )
 
-    @property
-    def draws(self) -> LayerDraws | None:
-        return self.lisa
+    def check_draws(self, draws: LayerDraws, lm: LM) -> None:
+        """Raises UserError where layers are to be drawn that have no adapter."""
+        draws.check(lm, "peft.lisa")
+        of_layers = [layers for module, layers in self.matrices(lm) if module.stacked]
+        adapted = [any(layer) for layer in zip(*of_layers, strict=True)] or [False]
+        if not all(adapted):
+            raise UserError(
+                f"peft.lisa draws from all layers, and layer {adapted.index(False)} has no adapter; choose modules "
+                "of every layer, or remove lisa"
+            )
 
-    def mask(self, lm: LM) -> Any:
-        if self.lisa is not None:
-            self.lisa.check(lm, "peft.lisa")
-            of_layers = [layers for module, layers in self.target_layers(lm) if module.stacked]
-            adapted = [any(layer) for layer in zip(*of_layers, strict=True)] or [False]
-            if not all(adapted):
-                raise UserError(
-                    f"peft.lisa draws from all layers, and layer {adapted.index(False)} has no adapter; choose modules "
-                    "of every layer, or remove lisa"
-                )
-        return super().mask(lm)
-
-    def is_in_layer(self, module: Module, layer: int) -> bool:
-        """Whether the matrix of `layer` is meant, if target_modules mean its name."""
-        del module, layer
-        return True
-
-    def target_layers(self, lm: LM) -> list[tuple[Module, tuple[bool, ...]]]:
+    def matrices(self, lm: LM) -> list[tuple[Module, tuple[bool, ...]]]:
         """The matrices that are meant, and in which layers. Raises UserError if the config names what is not there."""
-        wanted = self.target_modules
+        wanted, count = self.target_modules, lm.config.num_hidden_layers
+        if too_deep := [i for i in self.layers_to_transform or () if i >= count]:
+            raise UserError(f"peft.layers_to_transform names layer {too_deep[0]}, and the model has 0 to {count - 1}")
         every = [module for module in modules(lm) if module.is_matrix or module.is_outer]
         names = {name: module for module in every for name in (*module.names, *filter(None, [module.alias]))}
         if wanted == ALL_LINEAR:
@@ -77,7 +68,7 @@ class Targeted(AdapterOfParts):
         found = list[tuple[Module, tuple[bool, ...]]]()
         for module in every:
             layers = tuple(
-                (name in left or module.alias in left) and self.is_in_layer(module, i)
+                (name in left or module.alias in left) and self._is_in_layer(module, i)
                 for i, name in enumerate(module.names)
             )
             if any(layers):
@@ -86,7 +77,7 @@ class Targeted(AdapterOfParts):
         short = dict.fromkeys(module.short for module in inner_first if self.adapts_outer or module.is_matrix)
         if not found:
             if chosen and not left:
-                self.whole(lm)  # which says what else is wrong with them
+                self._saved_whole(lm)  # which says what else is wrong with them
                 raise UserError(
                     f"peft.target_modules {shown(wanted)} means modules that modules_to_save trains as a whole, and no "
                     "others; choose others, or take these out of modules_to_save"
@@ -106,8 +97,38 @@ class Targeted(AdapterOfParts):
             )
         return found
 
-    def whole(self, lm: LM) -> set[str]:
+    def own_weights(self, lm: LM) -> OwnWeights:
+        """The model's own parameters that the files have. Raises UserError for one that `lm` lacks."""
+        trained, outer = self._trained(lm), {module.path for module in modules(lm) if module.is_outer}
+        tied = {module.alias for module, _ in self.matrices(lm) if module.alias}
+        return OwnWeights(
+            trained=frozenset(trained),
+            untrained=frozenset(outer - trained if self.save_embedding_layers else ()),
+            wrapped=dict.fromkeys(self.names(lm) | tied, ".base_layer"),
+            changes_tied=self.changes_tied(lm),
+        )
+
+    def changes_tied(self, lm: LM) -> bool:
+        """Whether an embedding that is the head too is changed."""
+        if not lm.config.tie_word_embeddings:
+            return False
+        adapts = any(module.is_embedding for module, _ in self.matrices(lm))
+        return adapts or any(module.is_embedding and module.path in self._trained(lm) for module in modules(lm))
+
+    def names(self, lm: LM) -> set[str]:
+        """The names of the modules with an adapter."""
+        return {
+            name
+            for module, layers in self.matrices(lm)
+            for name, chosen in zip(module.names, layers, strict=True)
+            if chosen
+        }
+
+    def _trained(self, lm: LM) -> set[str]:
         """The paths of the model's own parameters that train. Raises UserError for a module that it does not have."""
+        return self._saved_whole(lm) | self._biases(lm)
+
+    def _saved_whole(self, lm: LM) -> set[str]:
         every = modules(lm)
         saved = self.saved(lm)
         names = dict.fromkeys(holder for module in every for name in module.names for holder in holders(name))
@@ -131,6 +152,30 @@ class Targeted(AdapterOfParts):
                 paths.add(module.path)
         return paths
 
+    def _biases(self, lm: LM) -> set[str]:
+        if self.bias == "none":
+            return set()
+        targets, every = self.matrices(lm), modules(lm)
+        partly = [module.short for module, layers in targets if not all(layers)]
+        if partly and self.bias == "lora_only":
+            raise UserError(
+                f"peft.bias is lora_only, and {partly[0]} has an adapter in some layers only, while its biases "
+                "train in all; set bias to all or none"
+            )
+        beside = {module.folder for module, _ in targets}
+        biases = {m.path for m in every if m.kind == "bias" and (self.bias == "all" or m.folder in beside)}
+        if not biases:
+            raise UserError(f"peft.bias is {self.bias}, and the model has no such bias; set it to none")
+        return biases
+
+    def _is_in_layer(self, module: Module, layer: int) -> bool:
+        """Whether the matrix of `layer` is meant, if target_modules mean its name."""
+        # As in HF PEFT: no layers mean all, and a whole name means its matrix, whatever the layers are, as does the
+        # name of an embedding that is the head too.
+        if not self.layers_to_transform or module.names[layer] in self.target_modules or module.alias:
+            return True
+        return module.stacked and layer in self.layers_to_transform
+
     def saved(self, lm: LM) -> tuple[str, ...]:
         """modules_to_save, in which the head of a model that has none of its own is the embedding."""
         tied = lm.config.tie_word_embeddings
@@ -138,42 +183,19 @@ class Targeted(AdapterOfParts):
             dict.fromkeys("embed_tokens" if tied and one == "lm_head" else one for one in self.modules_to_save)
         )
 
-    def held(self, lm: LM) -> set[str]:
-        outer = {module.path for module in modules(lm) if module.is_outer}
-        return outer - self.whole(lm) if self.save_embedding_layers else set()
-
     def holds_embeddings(self, names: Iterable[str]) -> bool:
         """Whether the tensors `names` of a file have an embedding or a head, and not for modules_to_save."""
         outer = {name.removeprefix(PREFIX).removesuffix(".weight") for name in names if name.endswith(OUTER_WEIGHTS)}
         return any(not any(holder.endswith(self.modules_to_save) for holder in holders(name)) for name in outer)
 
-    def adapted(self, lm: LM) -> set[str]:
-        """The names of the modules with an adapter."""
-        return {
-            name
-            for module, layers in self.target_layers(lm)
-            for name, chosen in zip(module.names, layers, strict=True)
-            if chosen
-        }
-
-    def wrapped(self, lm: LM) -> dict[str, str]:
-        tied = {module.alias for module, _ in self.target_layers(lm) if module.alias}
-        return dict.fromkeys(self.adapted(lm) | tied, ".base_layer")
-
-    def changes_tied(self, lm: LM) -> bool:
-        if not lm.config.tie_word_embeddings:
-            return False
-        adapts = any(module.is_embedding for module, _ in self.target_layers(lm))
-        return adapts or any(module.is_embedding and module.path in self.whole(lm) for module in modules(lm))
-
     def description(self, lm: LM) -> dict[str, Any]:
+        """What adapter_config.json says of them."""
         names = self.target_modules
         if names == ALL_LINEAR:
-            names = tuple(dict.fromkeys(module.short for module, _ in self.target_layers(lm)))
-        elif isinstance(names, str) and any(module.alias for module, _ in self.target_layers(lm)):
-            names = tuple(sorted(self.adapted(lm)))  # HF PEFT does not tie what an expression of whole names means
+            names = tuple(dict.fromkeys(module.short for module, _ in self.matrices(lm)))
+        elif isinstance(names, str) and any(module.alias for module, _ in self.matrices(lm)):
+            names = tuple(sorted(self.names(lm)))  # HF PEFT does not tie what an expression of whole names means
         return {
-            **super().description(lm),
             "target_modules": names if isinstance(names, str) else list(names),
             "modules_to_save": list(self.saved(lm)) or None,
         }

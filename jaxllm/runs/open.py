@@ -35,7 +35,7 @@ from jaxllm.hf.config import parse_config, read_config
 from jaxllm.models.fit_layout import fitted
 from jaxllm.models.lm import LM
 from jaxllm.optim.config import OptimizerConfig
-from jaxllm.peft.files import AdapterConfig
+from jaxllm.peft.files import EXPORTED_TO
 from jaxllm.peft.merge import merge
 from jaxllm.runs.folder import config_of
 
@@ -60,13 +60,13 @@ class OpenModel:
             raise UserError(
                 f"{run}: its base is stored in {self.lm.quantization}, into which nothing is merged; merge its adapter "
                 f"into the model that it was trained on: python -m jaxllm.convert merge MODEL "
-                f"{run / AdapterConfig.exported_to} FOLDER"
+                f"{run / EXPORTED_TO} FOLDER"
             )
         if self.lm.extra:
             run = self.folder.parent
             raise UserError(
                 f"{run}: has trained virtual tokens, which cannot be merged into the weights of a model; they are in "
-                f"{run / AdapterConfig.exported_to}, which HF peft loads, and model.adapter takes"
+                f"{run / EXPORTED_TO}, which HF peft loads, and model.adapter takes"
             )
 
     def check_lacks(self, adapter: str | Path) -> None:
@@ -74,8 +74,8 @@ class OpenModel:
         run = self.folder.parent
         if self.folder.name != RUN_MODEL or not (run / RESOLVED).is_file():
             return
-        own = run.resolve(), (run / AdapterConfig.exported_to).resolve()
-        if Path(adapter).resolve() in own and isinstance(config_of(run).peft, AdapterConfig):
+        own = run.resolve(), (run / EXPORTED_TO).resolve()
+        if Path(adapter).resolve() in own and config_of(run).peft.files is not None:
             raise UserError(
                 f"{adapter}: is merged into the model of {run} already; give the model that the run began with, or no "
                 "adapter"

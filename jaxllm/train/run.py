@@ -22,7 +22,6 @@ from jaxllm.files import hub
 from jaxllm.files.side_files import check_kept
 from jaxllm.hf.export import check_replaceable
 from jaxllm.kernels.attention_choice import choose_attention
-from jaxllm.peft.files import AdapterConfig
 from jaxllm.processes.distributed import require_same
 from jaxllm.processes.interrupt import Interrupt
 from jaxllm.runs.config import Config
@@ -73,7 +72,7 @@ def _run(config: Config, console: Console, devices: Sequence[Any] | None, interr
     goes_on = resume is not None and resume.run.resolve() == folder.resolve()
     if not goes_on:
         check_kept(model.folder)
-    check_replaceable(folder / config.peft.exported_to, lm.source, adapter=isinstance(config.peft, AdapterConfig))
+    check_replaceable(folder / config.peft.exported_to, lm.source, adapter=config.peft.files is not None)
 
     day, held_out_by = (resume.day, resume.facts.held_out_by) if resume else (None, "records")
     inputs = read_inputs(config, tokenizer, say, day, held_out_by)

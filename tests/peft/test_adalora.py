@@ -32,7 +32,7 @@ SCHEDULE = dict(init_r=4, target_r=2, tinit=2, tfinal=3, deltaT=2, beta1=0.8, be
 
 def beside(lm, method):
     """The module of each target and layer in transformers, and where its leaves are."""
-    for module, layers in method.target_layers(lm):
+    for module, layers in method.targets.matrices(lm):
         for i, name in enumerate(module.names):
             if layers[i]:
                 yield name, module.folder, i

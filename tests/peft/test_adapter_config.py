@@ -78,7 +78,7 @@ def write(tmp_path):
 @pytest.mark.parametrize("method", SETTINGS)
 def test_a_wrong_value_of_any_field_is_one_message(method, write):
     settings = {**SETTINGS[method].to_dict(), "task_type": "CAUSAL_LM"}
-    assert read_adapter(write(settings)).method.peft_type == settings["peft_type"]
+    assert read_adapter(write(settings)).method.files.peft_type == settings["peft_type"]
     for name in settings:
         for kind, value in WRONG.items():
             folder = write({**settings, name: value})

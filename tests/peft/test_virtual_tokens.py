@@ -19,7 +19,7 @@ from jaxllm.generate.decode import Decoder
 from jaxllm.models import LM
 from jaxllm.peft import METHODS
 from jaxllm.peft.adapter import read_adapter, with_adapter
-from jaxllm.peft.files import AdapterConfig
+from jaxllm.peft.base import PeftConfig
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.prompt import PromptTuning
 from jaxllm.runs.open import open_model
@@ -37,12 +37,12 @@ METHODS_HERE: dict[str, dict[str, Any]] = {
 }
 
 
-def method_of(name: str) -> AdapterConfig:
+def method_of(name: str) -> PeftConfig:
     kind = name.partition(" ")[0]
     return METHODS[kind].model_validate({"type": kind, "num_virtual_tokens": N, **METHODS_HERE[name]})
 
 
-def started(lm: LM, base: Params, method: AdapterConfig) -> tuple[LM, Params]:
+def started(lm: LM, base: Params, method: PeftConfig) -> tuple[LM, Params]:
     adapted = method.add(lm)
     return adapted, jax.jit(adapted.with_extra)(base, jax.random.key(0))
 
