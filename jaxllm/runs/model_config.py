@@ -49,6 +49,8 @@ class NewModel(Section):
     tokenizer: str
     """a tokenizer folder, as written by transformers, or a name of the Hub"""
 
+    path: ClassVar[None] = None
+    """The model to continue from: none."""
     is_new: ClassVar[bool] = True
     """Whether the run draws the model's weights."""
     quantization: ClassVar[None] = None

@@ -21,7 +21,7 @@ from jaxllm.models.fit_layout import check_chunks, fitted
 from jaxllm.peft.adapter import with_adapter
 from jaxllm.peft.base import describe
 from jaxllm.runs.config import Config
-from jaxllm.runs.model_config import ModelConfig, NewModel
+from jaxllm.runs.model_config import ModelConfig
 from jaxllm.runs.open import OpenModel, fitting_tokenizer, model_folder, open_model
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def open_chosen_model(config: Config, layout: Layout) -> OpenModel:
     Its `load()` gives the parameters without those that the method of fine-tuning draws.
     """
     chosen = config.model
-    if isinstance(chosen, NewModel):
+    if chosen.path is None:
         lm = _described(config, layout)
         return OpenModel(adapted(config, lm), _tokenizer_folder(chosen), lambda: lm.init(jax.random.key(config.seed)))
     model = open_model(chosen.path, layout, config.train.param_dtype, config.train.compute_dtype)
@@ -111,7 +111,7 @@ def _described(config: Config, layout: Layout) -> LM:
 
 def _family_config(chosen: ModelConfig) -> FamilyConfig:
     """The config of the model. That of a new one needs its tokenizer where it does not say how large it is."""
-    if not isinstance(chosen, NewModel):
+    if chosen.path is not None:
         folder = model_folder(chosen.path, "config")
         return parse_config(read_config(folder), folder / "config.json")[1]
     return chosen.family_config(lambda: 1 + max(load_tokenizer(_tokenizer_folder(chosen)).get_vocab().values()))
@@ -120,5 +120,5 @@ def _family_config(chosen: ModelConfig) -> FamilyConfig:
 def _tokenizer_folder(chosen: ModelConfig) -> Path:
     if chosen.tokenizer is not None:
         return hub.model_folder(chosen.tokenizer, "tokenizer")
-    assert not isinstance(chosen, NewModel)  # its section has a tokenizer
+    assert chosen.path is not None  # the section of a new model has a tokenizer
     return model_folder(chosen.path, "tokenizer")

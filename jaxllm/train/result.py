@@ -7,7 +7,6 @@ from jaxllm.checkpoint.run_files import METRICS, RUN_MODEL
 from jaxllm.core.console import Say
 from jaxllm.core.errors import UserError
 from jaxllm.evaluate.perplexity import HeldOut
-from jaxllm.runs.model_config import PretrainedModel
 from jaxllm.step.state import TrainState
 from jaxllm.train.program import Program
 
@@ -32,8 +31,8 @@ def export(
     """
     config, method = program.config, program.config.peft
     run = Path(config.output_dir)
-    folder, base = run / method.exported_to, config.model.path if isinstance(config.model, PretrainedModel) else None
-    method.export(program.lm.plain, program.exported(state), folder, model_folder=run / RUN_MODEL, base=base)
+    folder, started_from = run / method.exported_to, config.model.path
+    method.export(program.lm.plain, program.exported(state), folder, model_folder=run / RUN_MODEL, base=started_from)
     for name, results in evaluated.items():
         said = ", ".join(f"{result.loss:.4f} at step {at}" for at, result in (results[0], results[-1]))
         say("held out", f"{name}: loss {said}")
