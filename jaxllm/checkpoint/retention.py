@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from jaxllm.core.config import Section
+from jaxllm.core.config import OnResume, Section
 
 # The last word of a metric → which of its values is best.
 DIRECTIONS: dict[str, Literal["min", "max"]] = {"loss": "min", "perplexity": "min", "accuracy": "max"}
@@ -25,7 +25,7 @@ class CheckpointConfig(Section):
     """a metric such as eval/held_out/loss: the checkpoint with its best value stays, and checkpoints/best names it"""
     best_mode: Literal["min", "max"] | None = None
     """whether the least or the greatest value is best; default: min for a loss or perplexity, max for an accuracy"""
-    resume: str = Field(default="auto", min_length=1)
+    resume: Annotated[str, OnResume.FREE] = Field(default="auto", min_length=1)
     """auto: go on from the newest checkpoint of output_dir, if there is one; none: output_dir must be new;
     otherwise a checkpoint to go on from: <run>/checkpoints/<step>, /best or /latest"""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 import optax
 from pydantic import Field, NonNegativeInt, PositiveInt, create_model
 
-from jaxllm.core.config import ByType, Conflict, Section
+from jaxllm.core.config import ByType, Conflict, OnResume, Section
 from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import SCHEDULES, Cosine, NotNegative, ScheduleConfig
 from jaxllm.optim.wrappers import layer_matrices
@@ -23,7 +23,7 @@ DecayMask = Callable[[optax.Params], Any]
 class OptimizerConfig(Section):
     """What every optimizer's section has."""
 
-    type: Any
+    type: Annotated[Any, OnResume.REFUSED]
     """The name of the optimizer, as each section narrows it."""
     learning_rate: Positive
     """The peak learning rate."""

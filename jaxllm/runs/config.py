@@ -9,7 +9,7 @@ from jaxllm.callbacks.base import CALLBACKS, CallbackConfig
 from jaxllm.callbacks.log import MetricsConfig
 from jaxllm.callbacks.tensorboard import TensorBoardConfig
 from jaxllm.checkpoint.retention import CheckpointConfig
-from jaxllm.core.config import ByType, Conflict, Section
+from jaxllm.core.config import ByType, Conflict, OnResume, Section
 from jaxllm.core.errors import did_you_mean
 from jaxllm.core.mesh import MeshConfig
 from jaxllm.data.records.source import RecordsConfig, SourceConfig
@@ -43,22 +43,24 @@ class EvalConfig(RecordsConfig):
 class Config(Section):
     """One training run."""
 
-    output_dir: str = Field(min_length=1)
+    output_dir: Annotated[str, OnResume.FREE] = Field(min_length=1)
     """the folder that the run writes"""
     seed: int = Field(default=0, ge=0, lt=2**32)  # JAX keeps 32 bits of a seed, and drops the others without a word
     """of new weights, of the order of the data and of what is held out"""
     model: Annotated[ModelConfig, ByType(NEW_MODELS, otherwise=PretrainedModel)]
     data: DataConfig
-    mesh: MeshConfig = MeshConfig()
-    distributed: DistributedConfig = DistributedConfig()
-    optim: Annotated[OptimizerConfig, ByType(OPTIMIZERS)]
+    mesh: Annotated[MeshConfig, OnResume.NOTED] = MeshConfig()
+    distributed: Annotated[DistributedConfig, OnResume.FREE] = DistributedConfig()
+    optim: Annotated[OptimizerConfig, ByType(OPTIMIZERS), OnResume.NEW_FOLDER]
     peft: Annotated[PeftConfig, ByType(METHODS)] = Full(type="full")
     train: TrainConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evals: list[EvalConfig] = Field(default_factory=list)
+    checkpoint: Annotated[CheckpointConfig, OnResume.NOTED] = CheckpointConfig()
+    evals: Annotated[list[EvalConfig], OnResume.NOTED] = Field(default_factory=list)
     """held-out sets, on which the model is measured as it trains"""
-    metrics: MetricsConfig = MetricsConfig()
-    callbacks: list[Annotated[CallbackConfig, ByType(CALLBACKS)]] = Field(default_factory=lambda: [TensorBoardConfig()])
+    metrics: Annotated[MetricsConfig, OnResume.NOTED] = MetricsConfig()
+    callbacks: Annotated[list[Annotated[CallbackConfig, ByType(CALLBACKS)]], OnResume.NOTED] = Field(
+        default_factory=lambda: [TensorBoardConfig()]
+    )
     """what else sees the run; [] for nothing"""
 
     @field_validator("output_dir")

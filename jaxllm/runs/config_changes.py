@@ -1,82 +1,21 @@
-"""What may change in a config when a run goes on."""
+"""What has changed in a config when a run is resumed, and whether it may, as the mark of each key says."""
 
-import re
-from collections.abc import Iterable, Sequence
-from enum import Enum
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxllm.core.config import OnResume
+from jaxllm.core.config.on_resume import marks
 from jaxllm.core.errors import UserError
 from jaxllm.runs.config import Config
 
 
-class Rule(Enum):
-    """What becomes of a key that has changed."""
-
-    REFUSED = "the state, or the order of the data, means something else"
-    NEW_FOLDER = "it trains in another way: refused, but for a new run that goes on from another's checkpoint"
-    SAID = "the training is the same, but for rounding"
-    FREE = "where the run is, where it goes on from, and how its processes wait for one another"
-
-
-# Every key of the config, or the section that it is in; the longest name counts. `*` is any item of a list.
-RULES = {
-    "output_dir": Rule.FREE,
-    "seed": Rule.REFUSED,
-    "model": Rule.REFUSED,
-    "data": Rule.REFUSED,
-    "data.sources.*.path": Rule.SAID,  # what the files hold is compared
-    "data.sources.*.chat_template": Rule.SAID,  # likewise
-    "mesh": Rule.SAID,
-    "peft": Rule.REFUSED,
-    "optim": Rule.NEW_FOLDER,
-    "optim.type": Rule.REFUSED,
-    "train.steps": Rule.SAID,
-    "train.epochs": Rule.SAID,
-    "train.batch_size": Rule.NEW_FOLDER,
-    "train.micro_batch_size": Rule.SAID,
-    "train.update": Rule.SAID,
-    "train.reduce": Rule.SAID,
-    "train.reduce_dtype": Rule.SAID,
-    "train.shard_optimizer": Rule.SAID,
-    "train.offload_optimizer": Rule.SAID,
-    "train.remat": Rule.SAID,
-    "train.virtual_stages": Rule.SAID,
-    "train.param_dtype": Rule.REFUSED,
-    "train.compute_dtype": Rule.SAID,
-    "train.max_grad_norm": Rule.NEW_FOLDER,
-    "train.max_grad_value": Rule.NEW_FOLDER,
-    "train.max_bad_steps": Rule.SAID,
-    "train.label_smoothing": Rule.NEW_FOLDER,
-    "train.z_loss": Rule.NEW_FOLDER,
-    "train.dropout": Rule.NEW_FOLDER,
-    "train.stochastic_rounding": Rule.NEW_FOLDER,
-    "train.unroll": Rule.SAID,
-    "train.attention": Rule.SAID,
-    "train.deterministic": Rule.SAID,
-    "train.xla": Rule.SAID,
-    "distributed": Rule.FREE,
-    "checkpoint": Rule.SAID,
-    "checkpoint.resume": Rule.FREE,
-    "evals": Rule.SAID,
-    "metrics": Rule.SAID,
-    "callbacks": Rule.SAID,
-}
-
-
-def rule_of(key: str) -> Rule:
-    """The rule of a key such as `data.sources.0.path`. Raises KeyError for one that the table lacks."""
-    name = re.sub(r"\.\d+(?=\.|$)", ".*", key)
-    while name not in RULES and "." in name:
-        name = name.rpartition(".")[0]
-    return RULES[name]
-
-
 class Change(NamedTuple):
-    """A key with its value in the run's own config and in the one that is to go on."""
+    """A key with its value in the run's own config and in the one that is to go on, and its mark."""
 
     key: str
     there: Any
     now: Any
+    mark: OnResume
 
     def __str__(self) -> str:
         return f"{self.key} (there: {_short(self.there)}, now: {_short(self.now)})"
@@ -86,27 +25,39 @@ def changes(there: Config, now: Config) -> list[Change]:
     """Every key that differs, in the order of the config."""
     before, after = (values_of(config) for config in (there, now))
     both = {key: (before.get(key), after.get(key)) for key in (*before, *after)}
-    sections = {key[:end] for key in both for end, mark in enumerate(key) if mark == "."}
-    return [Change(key, *values) for key, values in both.items() if values[0] != values[1] and key not in sections]
+    sections = {key[:end] for key in both for end, character in enumerate(key) if character == "."}
+    known = {**dict(marks(there)), **dict(marks(now))}
+    return [
+        Change(key, *values, mark_of(key, known))
+        for key, values in both.items()
+        if values[0] != values[1] and key not in sections
+    ]
+
+
+def mark_of(key: str, known: Mapping[str, OnResume]) -> OnResume:
+    """The mark of a key: its own, or that of what it is in, such as of `train.xla` for `train.xla.xla_flag`."""
+    while key not in known:
+        key = key.rpartition(".")[0]
+    return known[key]
 
 
 def harmless(
-    found: Iterable[Change], refused: Iterable[Rule], run: str, resolved: str, *, also: Sequence[str] = ()
+    found: Iterable[Change], refused: Iterable[OnResume], run: str, resolved: str, *, also: Sequence[str] = ()
 ) -> list[Change]:
     """Those of the changes that are to be said.
 
-    refused: the rules under which a change is wrong input, and also: keys whose change is. Raises UserError if there
-    is one. run, resolved: names for its message.
+    refused: the marks of the keys whose change is wrong input. also: keys whose change is, whatever their marks. Raises
+    UserError if there is one. run, resolved: names for its message.
     """
     found, refused = list(found), [*refused]
-    wrong = [str(change) for change in found if rule_of(change.key) in refused or change.key in also]
+    wrong = [str(change) for change in found if change.mark in refused or change.key in also]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(
             f"{run} holds a run with another config: {'; '.join(wrong[:5])}{more}. Choose another output_dir, or go "
             f"on with the run's own settings ({resolved}); model.path={run} starts a new run from its weights"
         )
-    return [change for change in found if rule_of(change.key) is not Rule.FREE]
+    return [change for change in found if change.mark is not OnResume.FREE]
 
 
 def values_of(config: Config) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from jaxllm.checkpoint.run_files import (
     unsealed,
 )
 from jaxllm.checkpoint.store import Checkpoint, checkpoints, named_checkpoint
-from jaxllm.core.config import Section
+from jaxllm.core.config import OnResume, Section
 from jaxllm.core.errors import UserError
 from jaxllm.core.fit import Paddable
 from jaxllm.data.rows.loader import HeldOutBy
@@ -37,7 +37,7 @@ from jaxllm.optim.config import OptimizerConfig
 from jaxllm.peft import PeftConfig
 from jaxllm.processes.distributed import is_first
 from jaxllm.runs.config import Config
-from jaxllm.runs.config_changes import Change, Rule, changes, harmless
+from jaxllm.runs.config_changes import Change, changes, harmless
 from jaxllm.runs.folder import config_of, first_of
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def find_resume(config: Config) -> Resume | None:
             "checkpoint.resume=auto to go on with it"
         )
     before = config_of(folder)
-    found = _harmless(before, config, folder, Rule.REFUSED, Rule.NEW_FOLDER)
+    found = _harmless(before, config, folder, OnResume.REFUSED, OnResume.NEW_FOLDER)
     notes = [f"changed, and harmless: {', '.join(map(str, found))}"] if found else []
     own = checkpoints(folder / RUN_CHECKPOINTS)
     if named is None or before.checkpoint.resume == wanted:  # if it was named then, it is behind
@@ -203,12 +203,12 @@ def _named_checkpoint(wanted: str) -> Checkpoint:
 def _from_another(config: Config, named: Checkpoint) -> Resume:
     run = named.parent.parent
     check_described(run)
-    found = _harmless(config_of(run), config, run, Rule.REFUSED)
+    found = _harmless(config_of(run), config, run, OnResume.REFUSED)
     notes = [f"changed since {named} was written: {', '.join(map(str, found))}"] if found else []
     return _resume(named, notes)
 
 
-def _harmless(there: Config, now: Config, run: Path, *refused: Rule) -> list[Change]:
+def _harmless(there: Config, now: Config, run: Path, *refused: OnResume) -> list[Change]:
     also = []
     if now.data.packing == "grouped":  # batches of like length are made for one size: their order is of that size
         also.append("train.batch_size")

@@ -1,11 +1,11 @@
 """How long and how to train: the section `train` of a run's config."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from jaxllm.core.config import Section
+from jaxllm.core.config import OnResume, Section
 from jaxllm.core.config.bounds import Integer, PositiveOrInfinite
 from jaxllm.core.dtypes import DTypeName
 from jaxllm.core.errors import UserError
@@ -26,70 +26,70 @@ class Accumulation(NamedTuple):
 class TrainConfig(Section):
     """How long and how to train. Give `steps` or `epochs`."""
 
-    steps: PositiveInt | None = None
+    steps: Annotated[PositiveInt | None, OnResume.NOTED] = None
     """updates of the parameters"""
-    epochs: PositiveInt | None = None
+    epochs: Annotated[PositiveInt | None, OnResume.NOTED] = None
     """passes over the data"""
-    batch_size: PositiveInt
+    batch_size: Annotated[PositiveInt, OnResume.NEW_FOLDER]
     """sequences in an update, over all devices"""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Annotated[PositiveInt | None, OnResume.NOTED] = None
     """sequences on one data-parallel device at a time; default: its whole share of the batch, or with a pipeline so
     few that there is a micro-batch for each stage. The rest of the batch is accumulated"""
-    update: Literal["ordinary", "fused"] = "ordinary"
+    update: Annotated[Literal["ordinary", "fused"], OnResume.NOTED] = "ordinary"
     """fused: each layer is updated inside the backward pass, so that the gradient of one layer exists at a time; it
     computes each layer again, and with max_grad_norm walks back twice. With a pipeline each stage does so with its own
     layers, after the micro-batches have passed forward and backward"""
-    shard_optimizer: bool = False
+    shard_optimizer: Annotated[bool, OnResume.NOTED] = False
     """the devices along mesh.data split the optimizer's state, which each has whole otherwise (ZeRO-1)"""
-    offload_optimizer: bool = False
+    offload_optimizer: Annotated[bool, OnResume.NOTED] = False
     """the optimizer's state waits in the host's pinned memory: the device has it for the update alone, a parameter's at
     a time, and not beside the activations; each step moves it there and back"""
-    reduce: Literal["each", "late"] = "each"
+    reduce: Annotated[Literal["each", "late"], OnResume.NOTED] = "each"
     """when the gradients of layers are summed over mesh.fsdp. each: in every micro-batch; a device holds only its part
     of the gradients. late: once a step; this sends less, but a device holds the gradients of whole layers, for the sum
     and for one micro-batch. Over mesh.data gradients are always summed once a step"""
-    reduce_dtype: Literal["bfloat16"] | None = None
+    reduce_dtype: Annotated[Literal["bfloat16"] | None, OnResume.NOTED] = None
     """dtype in which gradients are summed over mesh.data, and over mesh.fsdp if reduce is late. bfloat16 sends half as
     much as float32. Default: float32 with several micro-batches, compute_dtype with a single one"""
-    remat: RematConfig = "none"
+    remat: Annotated[RematConfig, OnResume.NOTED] = "none"
     """what the backward pass recomputes to save memory. none: nothing. dots: everything except matrix products, which
     are stored. offload_dots: as dots, but the products are stored in the host's memory. full: everything. {save:
     [...], offload: [...]}: everything except the named values. With a pipeline, none recomputes each layer from the
     layer's input, and full also recomputes each stage from the stage's input"""
-    virtual_stages: PositiveInt = 1
+    virtual_stages: Annotated[PositiveInt, OnResume.NOTED] = 1
     """number of chunks of layers on each stage of mesh.pipeline. v chunks cut the bubble about v-fold, for v times the
     transfers and more stored activations"""
-    unroll: PositiveInt | Literal["auto", "all"] = "auto"
+    unroll: Annotated[PositiveInt | Literal["auto", "all"], OnResume.NOTED] = "auto"
     """layers that the loop over them does at once: more may be faster, and compile longer; auto: all of up to 64 layers
     on a CPU, otherwise 1"""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: Annotated[float, OnResume.NEW_FOLDER] = Field(default=0.0, ge=0, lt=1)
     """share of a target's probability that is spread over the whole vocabulary"""
-    z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    z_loss: Annotated[float, OnResume.NEW_FOLDER] = Field(default=0.0, ge=0, allow_inf_nan=False)
     """weight of the squared logarithm of the softmax's denominator in what is minimised, such as 1e-4; train/loss is
     the cross entropy without it"""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: Annotated[float, OnResume.NEW_FOLDER] = Field(default=0.0, ge=0, lt=1)
     """share that is dropped of the embedding and of what attention and feed-forward layers add, in training"""
     param_dtype: DTypeName = "float32"
     """what parameters are stored in"""
-    compute_dtype: DTypeName | None = None
+    compute_dtype: Annotated[DTypeName | None, OnResume.NOTED] = None
     """what activations and matrix products are in; default: bfloat16 on a GPU, float32 elsewhere. With float16 the
     loss is scaled, by as much as the gradients allow"""
-    attention: AskedAttention = "auto"
+    attention: Annotated[AskedAttention, OnResume.NOTED] = "auto"
     """how attention is computed: xla (plain JAX, holds all scores), cudnn (NVIDIA's kernel, for one document a row),
     flash (a GPU kernel that keeps packed documents apart), or auto, the fastest that works here. It is tested for
     leaks between documents before the run starts"""
-    stochastic_rounding: bool = False
+    stochastic_rounding: Annotated[bool, OnResume.NEW_FOLDER] = False
     """bfloat16 parameters are rounded up or down at random after an update, so that small ones count on average"""
-    max_grad_norm: PositiveOrInfinite | None = 1.0
+    max_grad_norm: Annotated[PositiveOrInfinite | None, OnResume.NEW_FOLDER] = 1.0
     """gradients are scaled down to this global norm; null: never"""
-    max_grad_value: PositiveOrInfinite | None = None
+    max_grad_value: Annotated[PositiveOrInfinite | None, OnResume.NEW_FOLDER] = None
     """every entry of a gradient is clamped to this magnitude, before the norm's scale; null: never"""
-    deterministic: bool = False
+    deterministic: Annotated[bool, OnResume.NOTED] = False
     """whether the same run gives the same bits on a GPU, at some cost; on a CPU it always does"""
-    xla: dict[str, bool | Integer | float | str] = Field(default_factory=dict)
+    xla: Annotated[dict[str, bool | Integer | float | str], OnResume.NOTED] = Field(default_factory=dict)
     """options of XLA for the training step, in place of those chosen for the mesh, which the log lists, such as
     {xla_gpu_enable_latency_hiding_scheduler: false}"""
-    max_bad_steps: PositiveInt = 3
+    max_bad_steps: Annotated[PositiveInt, OnResume.NOTED] = 3
     """the run stops after this number of steps in a row whose loss, gradient or parameter norm is not finite; they
     change no parameter, except under LISA where the parameter norm alone is not finite"""
 

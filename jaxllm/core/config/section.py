@@ -3,7 +3,7 @@
 A config is a tree of `Section`s. A section lives beside the code that it configures and states each default
 once, as the default of its field; where all fields have one, the section itself can be left out
 (`mesh: Mesh = Mesh()`). A check across fields is a pydantic validator that raises ValueError; `load` adds the
-file and the line.
+file and the line. A key that may change when a run is resumed says so at its field (`OnResume`).
 """
 
 from dataclasses import dataclass

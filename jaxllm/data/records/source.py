@@ -10,10 +10,11 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from pydantic import Field, field_validator
 
+from jaxllm.core.config import OnResume
 from jaxllm.core.errors import UserError, did_you_mean
 from jaxllm.data.records.saved import saved_files
 from jaxllm.data.records.splits import README, Choice, choose
@@ -61,7 +62,7 @@ class RecordsConfig(RenderConfig):
 class SourceConfig(RecordsConfig):
     """Where records come from, how they become text, and how much of them is trained on."""
 
-    path: str = Field(min_length=1)
+    path: Annotated[str, OnResume.NOTED] = Field(min_length=1)  # what the files hold is compared
     """a file, a glob such as lib/**/*.py, a folder, or a data set of the Hub: owner/name[@revision], or
     hf://datasets/owner/name[@revision][/file or glob]; or the URL of a file, a glob or a folder, such as
     s3://bucket/folder/*.jsonl. Files are .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt,

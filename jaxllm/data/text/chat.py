@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping, Sequence
 from datetime import date
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import Field
 
-from jaxllm.core.config import Section
+from jaxllm.core.config import OnResume, Section
 from jaxllm.core.config.bounds import Integer
 from jaxllm.core.errors import UserError
 from jaxllm.data.text.chat_rendering import Conversation, Failure, Rendering, render
@@ -42,7 +42,7 @@ class RenderConfig(Section):
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """assistant: every answer (assistant turns, completions, outputs); last: the last answer; all: every token"""
-    chat_template: str | None = Field(default=None, min_length=1)
+    chat_template: Annotated[str | None, OnResume.NOTED] = Field(default=None, min_length=1)  # its text is compared
     """a file with the chat template of conversations (Jinja); default: the tokenizer's own"""
     template_options: dict[str, str | bool | Integer | float] = Field(default_factory=dict)
     """variables of the chat template, such as {enable_thinking: false}"""
