@@ -14,6 +14,8 @@ from jaxllm.core.errors import UserError, did_you_mean
 
 Params = dict[str, Any]
 Tree = Any
+Leaves = Mapping[str, Any]
+"""`{path: leaf}`: a tree laid flat, see `flatten`."""
 V = TypeVar("V")
 
 

@@ -1,7 +1,7 @@
 """Walks over a stack of equal blocks: the same block, executed in different ways."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import jax
 from pydantic import Discriminator, Tag, model_validator
@@ -73,7 +73,11 @@ class Stack(Protocol):
     ) -> Walked: ...
 
 
-def _rematerialised(block: Callable[..., Walked], remat: Remat) -> Callable[..., Walked]:
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def rematerialised(block: F, remat: Remat) -> F:
+    """`block`, whose backward pass finds what `remat` keeps and recomputes the rest."""
     if remat == "none":
         return block
     if isinstance(remat, NamedTensors):
@@ -91,7 +95,7 @@ def scan(remat: Remat = "none", unroll: int | Literal["all"] = 1) -> Stack:
     """
 
     def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Walked:
-        step = _rematerialised(lambda layer, x, cache: block(layer, x, ctx, cache), remat)
+        step = rematerialised(lambda layer, x, cache: block(layer, x, ctx, cache), remat)
 
         def body(x: jax.Array, layer: tuple[Any, LayerCache | None]):
             return step(layer[0], x, layer[1])
@@ -105,7 +109,7 @@ def loop(remat: Remat = "none") -> Stack:
     """The blocks written out one after the other: the plain meaning of a stack, for tests and for debugging."""
 
     def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Walked:
-        step = _rematerialised(lambda layer, x, cache: block(layer, x, ctx, cache), remat)
+        step = rematerialised(lambda layer, x, cache: block(layer, x, ctx, cache), remat)
         caches = []
         for i in range(jax.tree.leaves(stacked)[0].shape[0]):
             layer = jax.tree.map(lambda a, i=i: a[i], (stacked, cache))

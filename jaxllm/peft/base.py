@@ -108,7 +108,7 @@ class PeftConfig(Section):
     def conflicts(self, optim: OptimSection, train: TrainSection) -> Iterator[Conflict]:
         """What contradicts the optimizer or the way to train."""
         if self.draws is not None:
-            yield from drawing_conflicts(self.draws_because, optim, train)
+            yield from drawing_conflicts(self.draws_because, optim)
 
     def conflicts_with_mesh(self, mesh: MeshConfig) -> Iterator[Conflict]:
         """What contradicts the mesh."""

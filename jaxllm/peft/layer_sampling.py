@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 from jaxllm.core.config import Conflict, Section
 from jaxllm.core.errors import UserError
 from jaxllm.models.lm import LM
-from jaxllm.peft.sections import OptimSection, TrainSection
+from jaxllm.peft.sections import OptimSection
 
 LisaPolicy = Literal["reset_body", "reset_all", "keep"]
 
@@ -34,18 +34,8 @@ class LayerDraws(Section):
             )
 
 
-def drawing_conflicts(because: str, optim: OptimSection, train: TrainSection) -> Iterator[Conflict]:
+def drawing_conflicts(because: str, optim: OptimSection) -> Iterator[Conflict]:
     """What contradicts drawing the layers that train. because: the setting that asks for it, as a message names it."""
-    if train.remat != "none" or train.unroll != "auto":
-        yield Conflict(
-            f"{because}, which computes each layer again in its own way, and train.remat or unroll is set",
-            "remove them",
-        )
-    if train.compute_dtype == "float16":
-        yield Conflict(
-            f"{because}, which does not scale the loss, and train.compute_dtype is float16",
-            "set compute_dtype to bfloat16",
-        )
     if alone := optim.needs_whole_model or (optim.averages and "evaluates an average of what it trains"):
         yield Conflict(
             f"{because}, which gives each layer an optimizer of its own, and optim.type {optim.type} {alone}",

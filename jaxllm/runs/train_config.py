@@ -43,7 +43,7 @@ class TrainConfig(Section):
     """the devices along mesh.data split the optimizer's state, which each has whole otherwise (ZeRO-1)"""
     offload_optimizer: Annotated[bool, OnResume.NOTED] = False
     """the optimizer's state waits in the host's pinned memory: the device has it for the update alone, a parameter's at
-    a time, and not beside the activations; each step moves it there and back"""
+    a time, or with update fused a layer's, and not beside the activations; each step moves it there and back"""
     reduce: Annotated[Literal["each", "late"], OnResume.NOTED] = "each"
     """when the gradients of layers are summed over mesh.fsdp. each: in every micro-batch; a device holds only its part
     of the gradients. late: once a step; this sends less, but a device holds the gradients of whole layers, for the sum
@@ -54,14 +54,15 @@ class TrainConfig(Section):
     remat: Annotated[RematConfig, OnResume.NOTED] = "none"
     """what the backward pass recomputes to save memory. none: nothing. dots: everything except matrix products, which
     are stored. offload_dots: as dots, but the products are stored in the host's memory. full: everything. {save:
-    [...], offload: [...]}: everything except the named values. With a pipeline, none recomputes each layer from the
-    layer's input, and full also recomputes each stage from the stage's input"""
+    [...], offload: [...]}: everything except the named values. With update fused, LISA or a pipeline, none recomputes
+    each layer from the layer's input, as full does; in a pipeline full also recomputes each stage from the stage's
+    input, unless update is fused"""
     virtual_stages: Annotated[PositiveInt, OnResume.NOTED] = 1
     """number of chunks of layers on each stage of mesh.pipeline. v chunks cut the bubble about v-fold, for v times the
     transfers and more stored activations"""
     unroll: Annotated[PositiveInt | Literal["auto", "all"], OnResume.NOTED] = "auto"
     """layers that the loop over them does at once: more may be faster, and compile longer; auto: all of up to 64 layers
-    on a CPU, otherwise 1"""
+    on a CPU, otherwise 1. With update fused or LISA, in the forward pass alone, and auto is 1"""
     label_smoothing: Annotated[float, OnResume.NEW_FOLDER] = Field(default=0.0, ge=0, lt=1)
     """share of a target's probability that is spread over the whole vocabulary"""
     z_loss: Annotated[float, OnResume.NEW_FOLDER] = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -91,7 +92,7 @@ class TrainConfig(Section):
     {xla_gpu_enable_latency_hiding_scheduler: false}"""
     max_bad_steps: Annotated[PositiveInt, OnResume.NOTED] = 3
     """the run stops after this number of steps in a row whose loss, gradient or parameter norm is not finite; they
-    change no parameter, except under LISA where the parameter norm alone is not finite"""
+    change no parameter"""
 
     @field_validator("xla")
     @classmethod

@@ -19,22 +19,6 @@ def step_conflicts(train: TrainConfig, optim: OptimizerConfig, peft: PeftConfig)
             f"set update to ordinary, or {shared.without}",
         )
     yield from _dtype_conflicts(train)
-    if train.shard_optimizer and layerwise:
-        yield Conflict(
-            "train.shard_optimizer splits the state of all layers, and train.update fused or LISA takes one at a time",
-            "set shard_optimizer to false; mesh.fsdp splits it too",
-        )
-    if train.offload_optimizer and layerwise:
-        yield Conflict(
-            "train.offload_optimizer brings the optimizer's state to the device after the backward pass, and "
-            "train.update fused or LISA takes it within",
-            "set offload_optimizer to false",
-        )
-    if train.reduce_dtype is not None and layerwise:
-        yield Conflict(
-            f"train.reduce_dtype is {train.reduce_dtype}, and train.update fused or LISA sums gradients as they come",
-            "remove reduce_dtype",
-        )
     if train.reduce == "late" and layerwise:
         yield Conflict(
             "train.reduce is late, which keeps the gradients of all layers to the end, and train.update fused or LISA "
@@ -45,11 +29,6 @@ def step_conflicts(train: TrainConfig, optim: OptimizerConfig, peft: PeftConfig)
         yield Conflict(
             f"train.stochastic_rounding rounds bfloat16 parameters, and train.param_dtype is {train.param_dtype}",
             "set param_dtype to bfloat16, or remove stochastic_rounding",
-        )
-    if fused and (train.remat != "none" or train.unroll != "auto"):
-        yield Conflict(
-            "train.update is fused, which computes each layer again in its own way, and train.remat or unroll is set",
-            "remove them, or set update to ordinary",
         )
     if fused and optim.needs_whole_model:
         yield Conflict(
@@ -80,32 +59,15 @@ def _dtype_conflicts(train: TrainConfig) -> Iterator[Conflict]:
 
 def pipeline_conflicts(train: TrainConfig, mesh: MeshConfig, peft: PeftConfig) -> Iterator[Conflict]:
     """What contradicts `mesh.pipeline`, whose stages compute in step, each on its own layers."""
-    pipeline, fused, draws = f"mesh.pipeline is {mesh.pipeline}", train.update == "fused", peft.draws is not None
-    virtual = f"train.virtual_stages is {train.virtual_stages}"
+    pipeline = f"mesh.pipeline is {mesh.pipeline}"
     if mesh.pipeline == 1:
         if train.virtual_stages > 1:
             yield Conflict(
-                f"{virtual}, which are chunks of the stages of a pipeline, and mesh.pipeline is 1",
+                f"train.virtual_stages is {train.virtual_stages}, which are chunks of the stages of a pipeline, and "
+                "mesh.pipeline is 1",
                 "set mesh.pipeline to the number of stages, or remove virtual_stages",
             )
         return
-    if train.virtual_stages > 1 and fused:
-        yield Conflict(
-            f"{virtual}, whose passes go on when those of the first layers end, and train.update is fused, which walks "
-            "through a stage's layers once all passes are over",
-            "set update to ordinary, or virtual_stages to 1",
-        )
-    if train.virtual_stages > 1 and draws:
-        yield Conflict(
-            f"{virtual}, and {peft.draws_because}, whose layers are drawn from stages that have theirs in one piece",
-            "set virtual_stages to 1",
-        )
-    if fused and draws:
-        yield Conflict(
-            f"{pipeline}, {peft.draws_because}, and train.update is fused, which would keep the inputs of all layers "
-            "for all micro-batches to save the gradients of a few layers",
-            "set update to ordinary, or pipeline to 1",
-        )
     if shared := peft.shared_part:
         yield Conflict(
             f"{pipeline}, whose stages see their own layers alone, and {shared.description}",

@@ -1,10 +1,12 @@
 """What a step is given: the arrays of a batch, and the keys of what it draws."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxllm.core.dtypes import at_least_float32
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
 from jaxllm.models.lm import LM
@@ -67,3 +69,25 @@ def with_drawn_targets(batch: Mapping[str, jax.Array], key: jax.Array) -> dict[s
     """
     shape = batch["targets"].shape
     return {**batch, "targets": jax.random.split(key, shape)}
+
+
+def sum_micro(f: Callable[..., tuple[Any, Any]], *args: Any) -> tuple[Any, Any]:
+    """`f(*args of a micro-batch) -> (total, each)` over all micro-batches: totals summed, the others stacked.
+
+    Several totals are summed in at least float32; of one micro-batch nothing is cast.
+    """
+
+    def one(args: Any) -> Any:
+        return jax.tree.map(lambda a: a[0], args)
+
+    if jax.tree.leaves(args)[0].shape[0] == 1:
+        total, each = f(*one(args))
+        return total, jax.tree.map(lambda a: a[None], each)
+
+    def add(total: Any, args: Any) -> tuple[Any, Any]:
+        new, each = f(*args)
+        return jax.tree.map(lambda t, a: t + a.astype(t.dtype), total, new), each
+
+    shapes = jax.eval_shape(f, *one(args))[0]
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, at_least_float32(a.dtype)), shapes)
+    return jax.lax.scan(add, zeros, args)

@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.core import tree
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
-from jaxllm.step.leaf_update import Visitor
+from jaxllm.step.leaf_update import GuardedUpdate
 from jaxllm.step.state import over_replicas
 from jaxllm.step.sweep import put_row, take_row
 
 
 def update_by_layer(
-    visitor: Visitor, lm: LM, params: Params, grads: Params, opt_state: optax.OptState, *, scattered: bool
+    visitor: GuardedUpdate, lm: LM, params: Params, grads: Params, opt_state: optax.OptState, *, scattered: bool
 ) -> tuple[Params, optax.OptState]:
     """The parameters and the optimizer's state after the update of `visitor`.
 

@@ -5,7 +5,7 @@ outside of the map. So each weight is stored in parts and gathered where it is u
 a device's sequences add to its gradient is one of the leading dimension of an array that is laid on the mesh.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxllm.core import tree
 from jaxllm.core.mesh import Layout
-from jaxllm.core.tree import Params
+from jaxllm.core.tree import Leaves, Params
 from jaxllm.models.lm import LM
 from jaxllm.models.stack import Block, Stack, Walked
 from jaxllm.nn.cache import LayerCache
@@ -28,9 +28,6 @@ from jaxllm.step.batch import Batch
 from jaxllm.step.gradient import Gradient, accumulated, mean_losses, over_micro_batches
 from jaxllm.step.reduction import sum_of_parts
 from jaxllm.step.state import TrainState
-
-Leaves = Mapping[str, Any]
-"""Of layers, by their paths."""
 
 
 def accumulated_late(stack: Stack, dtype: DTypeLike | None = None) -> Gradient:
@@ -48,10 +45,12 @@ def accumulated_late(stack: Stack, dtype: DTypeLike | None = None) -> Gradient:
     """
     each = accumulated(stack)
 
-    def gradient(lm: LM, state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
+    def gradient(
+        lm: LM, state: TrainState, batch: Batch, objective: Objective, rows: jax.Array | None
+    ) -> tuple[Losses, Params]:
         devices = lm.layout.size("batch")
         if batch["tokens"].shape[0] == 1 or devices == 1:
-            return each(lm, state, batch, objective)
+            return each(lm, state, batch, objective, rows)
         layers = state.params["layers"]
         rest = {name: part for name, part in state.params.items() if name != "layers"}
         # Nothing reads them: they stand for what the weights are to each device.

@@ -28,23 +28,26 @@ from jaxllm.models.pipeline_schedule import Schedule
 from jaxllm.nn.context import Context
 from jaxllm.objectives.base import Losses, Objective, TokenScores
 from jaxllm.step.batch import BATCH_AXES, Batch, trained_tokens
-from jaxllm.step.gradient import Gradient
+from jaxllm.step.gradient import Gradient, loss_factor
 from jaxllm.step.state import TrainState
 from jaxllm.step.sweep import take
 
 V = TypeVar("V")
 
-Kept = Literal["layers", "stages", "all"]
+Kept = Literal["layers", "stages", "all", "rows"]
 """What is kept of a micro-batch until its backward pass: the input of each layer, which is then computed once again;
 or that of each stage, which is computed again before each of its layers is. All: the inputs of the layers, and the
-gradients of what the stages give, of every micro-batch and beyond its passes."""
+gradients of what the stages give, of every micro-batch and beyond its passes. Rows: as layers, and of every micro-batch
+the inputs of the layers that train and the gradients of their outputs, in place of the gradients of their weights."""
 
 
 class Passed(NamedTuple):
     """What the passes of a batch leave behind.
 
-    losses: the means. grads: of the trainable half, the layers in stages, or the rows of them. inputs: of the layers,
-    `[p, L/p, m, B, T, D]`, and dy: the gradients of what the stages give, `[p, m, B, T, D]`, where all is kept.
+    losses: the means. grads: of the trainable half, the layers in stages, or the rows of them, `[p, n, …]`, zero in
+    stages that do not have them. inputs, dy: where all is kept, the inputs of the layers, `[p, L/p, m, B, T, D]`, and
+    the gradients of what each of v chunks of a stage gives, `[p, v, m, B, T, D]`; where rows are, of each of them the
+    input and the gradient of the output, `[p, n, m, B, T, D]`, in the stage that has it.
     """
 
     losses: Losses
@@ -56,9 +59,13 @@ class Passed(NamedTuple):
 def pipelined(kept: Kept = "layers") -> Gradient:
     """The gradient by a pipeline over the stages of the model's layout; micro-batches are those of the batch."""
 
-    def gradient(lm: LM, state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
-        factor = 1 if state.loss_scale is None else state.loss_scale.scale
-        losses, grads, *_ = pass_through(lm, state.params, state.frozen, batch, objective, kept, factor)
+    def gradient(
+        lm: LM, state: TrainState, batch: Batch, objective: Objective, rows: jax.Array | None
+    ) -> tuple[Losses, Params]:
+        halves = state.params, state.frozen
+        losses, grads, *_ = pass_through(lm, *halves, batch, objective, kept, loss_factor(state), rows)
+        if rows is not None:
+            return losses, {**grads, "layers": jax.tree.map(lambda g: jnp.sum(g, 0), grads["layers"])}
         grads["layers"] = out_of_stages(grads["layers"])
         shardings = tree.flatten(lm.shardings())
         grads = tree.map_with_path(lambda path, g: jax.lax.with_sharding_constraint(g, shardings[path]), grads)
@@ -76,21 +83,27 @@ def pass_through(
     kept: Kept = "layers",
     factor: Any = 1,
     rows: jax.Array | None = None,
+    trained: jax.Array | None = None,
 ) -> Passed:
     """Every micro-batch forward and backward through the stages of the model's layout.
 
     trainable, frozen: the two halves of the parameters; no gradient is taken of what is frozen. factor: of the
-    objective. rows: `[n]` int32, the layers that train, in rising order, any of which may fall to a stage; None = all.
+    objective. rows: `[n]` int32, the places of the layers that train, any of which may fall to a stage; None = all.
     They may be traced, so that others need no other program, and a layer that is none of them has no gradient of
-    weights. In a tick each stage waits for the one with most of them, and has room for the gradients of all.
+    weights. In a tick each stage waits for the one with most of them, and has room for the gradients of all. trained:
+    the tokens to divide by; None = those of the batch.
     """
 
     def staged(params: Params, index: jax.Array | None) -> Params:
         return {**params, "layers": in_stages({"params": params["layers"], "index": index}, lm.layout)}
 
     halves = staged(trainable, None), staged(frozen, jnp.asarray(lm.layer_order))
-    passed = _Pipeline(lm, dict(batch), *halves, objective, trained_tokens(batch), factor, kept, rows).passed()
-    return passed._replace(grads={**passed.grads, "layers": passed.grads["layers"]["params"]})
+    trained = trained_tokens(batch) if trained is None else trained
+    passed = _Pipeline(lm, dict(batch), *halves, objective, trained, factor, kept, rows).passed()
+    of_layers = passed.grads["layers"]
+    if kept == "rows":
+        return passed._replace(grads={**passed.grads, "layers": None}, inputs=of_layers["x"], dy=of_layers["dy"])
+    return passed._replace(grads={**passed.grads, "layers": of_layers["params"]})
 
 
 @dataclass(frozen=True)
@@ -179,39 +192,48 @@ class _Pipeline:
 
     def backward_rows(
         self,
+        rows: "SortedRows",
         most: jax.Array,
+        chunk: Any,
         layers: Params,
         frozen: Params,
         totals: Params,
-        inputs: jax.Array,
+        kept: jax.Array,
         micro: Batch,
         counts: jax.Array,
         dy: jax.Array,
-        first: jax.Array,
-        count: jax.Array,
+        own: "OwnRows",
+        number: jax.Array,
     ) -> tuple[Params, jax.Array]:
-        """`backward_stage` with the gradients of those layers alone that train, `rows[first : first + count]`.
+        """`backward_stage` with the gradients of those layers alone that train; with `kept` of rows, what these need.
 
-        totals: `[n, …]`, one for each of the rows. most: what is counted at most in a stage.
+        totals: `[n, …]`, one for each of the rows. most: the rows of the stage that has most. number: of the
+        micro-batch.
         """
-        ctx, rows = self.lm.batch_context(micro), self.rows
-        assert rows is not None
+        ctx = self.lm.batch_context(micro)
+        inputs = self.run_stage(chunk, layers, frozen, kept[0], micro)[1] if self.kept == "stages" else kept
 
-        def down(dx: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-            _, vjp = jax.vjp(lambda x: self.block(take(layers, i), take(frozen, i), x, ctx), inputs[i])
+        def down(dx: jax.Array, of_chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
+            i = chunk * self.depth + of_chunk
+            _, vjp = jax.vjp(lambda x: self.block(take(layers, i), take(frozen, i), x, ctx), inputs[of_chunk])
             return vjp(dx)[0], dx
 
-        dx, of_outputs = jax.lax.scan(down, dy, jnp.arange(inputs.shape[0]), reverse=True)
+        dx, of_outputs = jax.lax.scan(down, dy, jnp.arange(self.depth), reverse=True)
 
         def of_row(k: jax.Array, totals: Params) -> Params:
-            slot = jnp.minimum(first + k, rows.shape[0] - 1)
-            i = jnp.clip(rows[slot] - frozen["index"][0], 0, inputs.shape[0] - 1)
-            _, vjp = jax.vjp(lambda layer: self.block(layer, take(frozen, i), inputs[i], ctx), take(layers, i))
+            at = jnp.minimum(own.first + k, rows.places.shape[0] - 1)
+            slot, is_own = rows.slots[at], counts & (k < own.count)
+            of_chunk = jnp.clip(rows.places[at] - own.offset, 0, self.depth - 1)
+            i, x, dy = chunk * self.depth + of_chunk, inputs[of_chunk], of_outputs[of_chunk]
+            if self.kept == "rows":
+                place = jnp.where(is_own, number, self.micro_batches)  # what is not there has no place
+                return {name: totals[name].at[slot, place].set(a, mode="drop") for name, a in (("x", x), ("dy", dy))}
+            _, vjp = jax.vjp(lambda layer: self.block(layer, take(frozen, i), x, ctx), take(layers, i))
 
             def add(total: jax.Array, grad: jax.Array) -> jax.Array:
-                return total.at[slot].add(jnp.where(counts & (k < count), grad, 0).astype(total.dtype))
+                return total.at[slot].add(jnp.where(is_own, grad, 0).astype(total.dtype))
 
-            return jax.tree.map(add, totals, vjp(of_outputs[i])[0])
+            return jax.tree.map(add, totals, vjp(dy)[0])
 
         return jax.lax.fori_loop(0, most, of_row, totals), dx
 
@@ -234,7 +256,7 @@ class _Pipeline:
         args = (self.trainable["layers"], self.frozen["layers"], x, self.micro_of_stages(micro))
         y, kept = self.on_chunks(self.forward_stage, chunks, *args)
         if self.kept == "all":
-            ring = self.noted(ring, kept, micro)
+            ring = self.noted(ring, kept, chunks * self.depth, micro)
         else:
             ring = jax.lax.dynamic_update_index_in_dim(ring, kept, t % ring.shape[2], 2)
         return layout.constrain(y, *STAGE_AXES), ring
@@ -249,21 +271,24 @@ class _Pipeline:
         chunks = self.lm.virtual_stages - 1 - chunks
         works = (passes >= 0) & (passes < self.ticks.work)
         if self.kept == "all":
-            noted = self.noted(noted, dy[:, None], micro)
+            noted = self.noted(noted, dy[:, None], chunks, micro)
             slots = jnp.clip(micro, 0, self.micro_batches - 1)
         else:
             slots = (self.number_of(chunks, micro) + stages) % ring.shape[2]  # by the tick of its forward pass
         kept = jax.vmap(lambda ring, slot: jax.lax.dynamic_index_in_dim(ring, slot, 1, keepdims=False))(ring, slots)
+        if self.kept == "all" and self.lm.virtual_stages > 1:
+            of_chunk = partial(jax.lax.dynamic_slice_in_dim, slice_size=self.depth)
+            kept = jax.vmap(of_chunk)(kept, chunks * self.depth)
         args = (self.trainable["layers"], self.frozen["layers"], totals["layers"], kept)
         args = (*args, self.micro_of_stages(micro), works, dy)
         if self.rows is None:
             of_layers, dx = self.on_chunks(self.backward_stage, chunks, *args)
         else:
-            depth = self.frozen["layers"]["index"].shape[1]
-            bounds = jnp.searchsorted(self.rows, depth * jnp.arange(layout.stages + 1, dtype=self.rows.dtype))
-            count = jnp.diff(bounds)
-            run = on_stages(partial(self.backward_rows, jnp.max(count)), layout)
-            of_layers, dx = run(*args, bounds[:-1], count)
+            rows, of_chunks = rows_of_parts(self.rows, layout.stages * self.lm.virtual_stages, self.depth)
+            own = jax.tree.map(lambda a: a[stages * self.lm.virtual_stages + chunks], of_chunks)
+            run = partial(self.backward_rows, rows, jnp.max(own.count))
+            place = jnp.clip(micro, 0, self.micro_batches - 1)
+            of_layers, dx = self.on_chunks(run, chunks, *args, own, place)
         totals = {**totals, "layers": of_layers}
         dx = layout.constrain(dx, *STAGE_AXES)
         if jax.tree.leaves(self.read_by_embedding):
@@ -276,11 +301,18 @@ class _Pipeline:
             totals = self.where(chunks[0] == 0, with_embedding, lambda: totals)
         return dx, totals, noted
 
-    def noted(self, store: jax.Array, new: jax.Array, micro: jax.Array) -> jax.Array:
-        """store `[p, n, m, …]` with what a stage has of its micro-batch, new `[p, n, …]`; micro `[p]` int32."""
+    def noted(self, store: jax.Array, new: jax.Array, first: jax.Array, micro: jax.Array) -> jax.Array:
+        """store `[p, N, m, …]` with what a stage has of its micro-batch, new `[p, n, …]`, from the place `first` `[p]`
+        on; micro `[p]` int32."""
         # One that does not exist has no place, and what a bubble computes is dropped.
         places = jnp.where(micro < 0, self.micro_batches, micro)
-        return jax.vmap(lambda store, new, place: store.at[:, place].set(new, mode="drop"))(store, new, places)
+        if self.lm.virtual_stages == 1:
+            return jax.vmap(lambda store, new, place: store.at[:, place].set(new, mode="drop"))(store, new, places)
+
+        def note(store: jax.Array, new: jax.Array, first: jax.Array, place: jax.Array) -> jax.Array:
+            return store.at[first + jnp.arange(new.shape[0]), place].set(new, mode="drop")
+
+        return jax.vmap(note)(store, new, first, places)
 
     def passed(self) -> Passed:
         """The mean losses, the gradients in the form of `trainable`, and what is kept."""
@@ -294,9 +326,15 @@ class _Pipeline:
             return layout.constrain(zeros, STAGE_AXES[0], None, None, *STAGE_AXES[1:])
 
         depth = 1 if self.kept == "stages" else self.depth
-        ring = room(depth, self.micro_batches if self.kept == "all" else 2 * ticks.warm_up + 1)
-        noted = room(1, self.micro_batches if self.kept == "all" else 0)
+        if self.kept == "all":
+            virtual = self.lm.virtual_stages
+            ring, noted = room(virtual * depth, self.micro_batches), room(virtual, self.micro_batches)
+        else:
+            ring, noted = room(depth, 2 * ticks.warm_up + 1), room(1, 0)
         totals = self.zeros()
+        if self.kept == "rows":
+            assert self.rows is not None
+            totals["layers"] = {name: room(len(self.rows), self.micro_batches) for name in ("x", "dy")}
 
         def warm_up(t: jax.Array, carry: Any) -> Any:
             y, ring = self.forward(t, *carry)
@@ -328,7 +366,7 @@ class _Pipeline:
         start, end = ticks.warm_up, ticks.warm_up + ticks.steady
         _, *carry, losses = jax.lax.fori_loop(start, end, steady, carry)
         _, ring, totals, noted = jax.lax.fori_loop(end, end + ticks.cool_down, cool_down, tuple(carry))
-        return Passed(losses, totals, ring, noted[:, 0])
+        return Passed(losses, totals, ring, noted)
 
     def no_losses(self, dtype: DTypeLike) -> Losses:
         """What the losses are added to."""
@@ -394,6 +432,30 @@ class _Pipeline:
         read = {name: self.batch[name] for name in _READ_BY_LAYERS if name in self.batch}
         axes = (STAGE_AXES[0], *BATCH_AXES[1:])
         return {name: self.lm.layout.constrain(a[chosen], *axes[: a.ndim]) for name, a in read.items()}
+
+
+class SortedRows(NamedTuple):
+    """The places of the layers that train in rising order, and the number of each among the rows as they are given."""
+
+    places: jax.Array
+    slots: jax.Array
+
+
+class OwnRows(NamedTuple):
+    """Of a part of the layers, the sorted rows `first, …, first + count − 1`, and the place of its first layer."""
+
+    first: jax.Array
+    count: jax.Array
+    offset: jax.Array
+
+
+def rows_of_parts(rows: jax.Array, parts: int, size: int) -> tuple[SortedRows, OwnRows]:
+    """Which of the rows lie in each of so many parts of `size` layers, one behind the other."""
+    slots = jnp.argsort(rows)
+    places = rows[slots]
+    offsets = size * jnp.arange(parts + 1, dtype=places.dtype)
+    bounds = jnp.searchsorted(places, offsets)
+    return SortedRows(places, slots), OwnRows(bounds[:-1], jnp.diff(bounds), offsets[:-1])
 
 
 _READ_BY_LAYERS = ("positions", "segments", "dropout_keys")

@@ -1,6 +1,8 @@
 """When the gradients of replicas, groups of devices that each have all parameters, are summed."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
+from jaxllm.core.mesh import Layout
 from jaxllm.core.tree import Params
 from jaxllm.models.lm import LM
 from jaxllm.objectives.base import Losses, Objective
@@ -17,37 +20,79 @@ from jaxllm.step.gradient import Gradient
 from jaxllm.step.state import REPLICAS, TrainState, over_replicas
 
 
+@dataclass(frozen=True)
+class Replicas:
+    """The replicas of a mesh, each of which sums the gradients of its own sequences before all of them are added.
+
+    count: 1 where all devices compute as one, and the compiler adds what they have. dtype: of what is sent and added;
+    None = that of the gradients.
+    """
+
+    layout: Layout
+    count: int
+    dtype: DTypeLike | None = None
+
+    @staticmethod
+    def of(lm: LM, micro_batches: int, dtype: DTypeLike | None) -> "Replicas":
+        """The replicas of the model's mesh. One micro-batch is reduced once in any case, beside its backward pass."""
+        once_anyway = micro_batches == 1 and dtype is None
+        count = 1 if once_anyway or _splits_parameters(lm) else lm.layout.mesh.shape[REPLICAS]
+        return Replicas(lm.layout, count, dtype)
+
+    def model(self, lm: LM) -> LM:
+        """The model as one replica computes with it."""
+        return lm if self.count == 1 else replace(lm, layout=self.layout.without(REPLICAS))
+
+    def split(self, batch: Batch) -> dict[str, jax.Array]:
+        """The arrays of a batch `[M, B, …]` as `[R, M, B / R, …]`, each replica's part on its own devices."""
+
+        def split(a: jax.Array) -> jax.Array:
+            micro, rows, *rest = a.shape
+            a = jnp.moveaxis(a.reshape(micro, self.count, rows // self.count, *rest), 1, 0)
+            return self.layout.constrain(a, "replicas", "micro", rest_free=True)
+
+        return dict(batch) if self.count == 1 else {name: split(a) for name, a in batch.items()}
+
+    def each(self, f: Callable[..., Any], *args: Any) -> Any:
+        """`f` of each replica's part of `args`, `[R, …]`, and its results likewise; of one replica, `f(*args)`."""
+        return f(*args) if self.count == 1 else jax.vmap(f, spmd_axis_name=REPLICAS)(*args)
+
+    def sum(self, parts: Any) -> Any:
+        """The sums of gradients over the replicas."""
+        return parts if self.count == 1 else jax.tree.map(lambda a: sum_of_parts(a, 0, self.dtype), parts)
+
+    def sum_losses(self, parts: Losses) -> Losses:
+        """The sums of scalars over the replicas, never in fewer bits."""
+        return parts if self.count == 1 else jax.tree.map(lambda a: jnp.sum(a, axis=0), parts)
+
+
 def reduced_once(gradient: Gradient, *, scattered: bool = False, dtype: DTypeLike | None = None) -> Gradient:
     """`gradient` with one sum over the replicas a step, however many micro-batches there are.
 
-    scattered: each replica is given a part of the sum, see `over_replicas`. dtype: of what is sent and added; None = at
-    least float32, and what the backward pass computes in where there is one micro-batch: it is then reduced once in any
-    case, beside that.
+    scattered: each replica is given a part of the sum, see `scattered_tree`. dtype: see `Replicas`; None = at least
+    float32, and what the backward pass computes in where there is one micro-batch.
 
     Each replica accumulates a gradient of its own, of its part of every micro-batch, in the memory that the sum would
     take.
     """
 
-    def reduced(lm: LM, state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
-        losses, grads = summed(lm, state, batch, objective)
-        if scattered:
-            shardings = tree.flatten(lm.shardings())
-            grads = tree.map_with_path(
-                lambda path, g: jax.lax.with_sharding_constraint(g, over_replicas(shardings[path], g.shape)), grads
-            )
-        return losses, grads
+    def reduced(
+        lm: LM, state: TrainState, batch: Batch, objective: Objective, rows: jax.Array | None
+    ) -> tuple[Losses, Params]:
+        losses, grads = summed(lm, state, batch, objective, rows)
+        return losses, scattered_tree(grads, lm, sampled=rows is not None) if scattered else grads
 
-    def summed(lm: LM, state: TrainState, batch: Batch, objective: Objective) -> tuple[Losses, Params]:
-        replicas = lm.layout.mesh.shape[REPLICAS]
-        once_anyway = batch["tokens"].shape[0] == 1 and dtype is None
-        if replicas == 1 or once_anyway or _splits_parameters(lm):
-            return gradient(lm, state, batch, objective)
+    def summed(
+        lm: LM, state: TrainState, batch: Batch, objective: Objective, rows: jax.Array | None
+    ) -> tuple[Losses, Params]:
+        replicas = Replicas.of(lm, batch["tokens"].shape[0], dtype)
+        if replicas.count == 1:
+            return gradient(lm, state, batch, objective, rows)
         trained = trained_tokens(batch)
-        replica = replace(lm, layout=lm.layout.without(REPLICAS))
 
         def of_replica(batch: Batch) -> tuple[Losses, Params]:
             own = trained_tokens(batch)  # what `gradient` divides by
-            means = gradient(replica, state, batch, objective)
+            means = gradient(replicas.model(lm), state, batch, objective, rows)
 
             def part(mean: jax.Array) -> jax.Array:
                 dtype = at_least_float32(mean.dtype)
@@ -55,16 +100,29 @@ def reduced_once(gradient: Gradient, *, scattered: bool = False, dtype: DTypeLik
 
             return jax.tree.map(part, means)
 
-        def split(a: jax.Array) -> jax.Array:
-            micro, rows, *rest = a.shape
-            a = jnp.moveaxis(a.reshape(micro, replicas, rows // replicas, *rest), 1, 0)
-            return lm.layout.constrain(a, "replicas", "micro", rest_free=True)
-
-        losses, grads = jax.vmap(of_replica, spmd_axis_name=REPLICAS)({name: split(a) for name, a in batch.items()})
-        losses = jax.tree.map(lambda parts: jnp.sum(parts, axis=0), losses)
-        return losses, jax.tree.map(lambda parts: sum_of_parts(parts, 0, dtype), grads)
+        losses, grads = replicas.each(of_replica, replicas.split(batch))
+        return replicas.sum_losses(losses), replicas.sum(grads)
 
     return reduced
+
+
+def scattered_tree(grads: Params, lm: LM, *, sampled: bool = False) -> Params:
+    """`grads`, of which each replica has a part, see `over_replicas`. sampled: of some layers, `[n, …]`, each of which
+    is split by itself."""
+    shardings = tree.flatten(lm.shardings())
+
+    def scatter(path: str, g: jax.Array) -> jax.Array:
+        whole = 1 if sampled and path.startswith("layers/") else 0
+        sharding = without_layers(shardings[path]) if whole else shardings[path]
+        return jax.lax.with_sharding_constraint(g, over_replicas(sharding, g.shape, whole))
+
+    return tree.map_with_path(scatter, grads)
+
+
+def without_layers(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSharding:
+    """Where some layers of a stack lie: as a stack does, but on the devices of every stage."""
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec[1:])
+    return jax.sharding.NamedSharding(sharding.mesh, spec)
 
 
 def sum_of_parts(parts: jax.Array, axis: int, dtype: DTypeLike | None) -> jax.Array:

@@ -38,22 +38,15 @@ class LossScale(NamedTuple):
         return LossScale(scale, jnp.where(grown, 0, counted))
 
 
-class StatefulUpdate(Protocol):
-    """What updates parameters and is no transform of optax's (those have `init` alone)."""
-
-    def init(self, params: Params) -> Any:
-        """The state before the first step."""
-        ...
-
-    def shardings(self, params: Params, layout: Layout) -> Any:
-        """Where the state for abstract `params` lies: a tree like it."""
-        ...
-
-
 REPLICAS = "data"
 """The mesh axis of groups of devices that differ in their sequences alone."""
 
-Optimizer = optax.GradientTransformation | StatefulUpdate
+
+class Optimizer(Protocol):
+    """What a state is made for: a transform of optax, or one that also has a `map_params` of its own."""
+
+    @property
+    def init(self) -> Callable[[Params], Any]: ...
 
 
 class TrainState(NamedTuple):
@@ -92,36 +85,29 @@ def abstract_state(
     *,
     scale_loss: bool = False,
     scattered: bool = False,
+    whole_layers: bool = False,
     offloaded: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `new_state`, for abstract `params` that have shardings.
 
     A leaf of the optimizer's state lies where its parameter does, see `laid_like`; what belongs to no parameter is held
-    by every device. scattered: of optax's transforms, each replica holds a part of such leaves, see `over_replicas`.
-    offloaded: of the same, such leaves lie in the host's memory; of devices that are only compiled for, JAX knows no
-    memories, and they lie on these.
+    by every device. scattered: each replica holds a part of such leaves, see `over_replicas`; whole_layers: namely a
+    part of every layer, for updates of one layer at a time. offloaded: such leaves lie in the host's memory; of devices
+    that are only compiled for, JAX knows no memories, and they lie on these.
     """
     shapes = jax.eval_shape(lambda params: new_state(params, trainable, tx, scale_loss=scale_loss), params)
 
     def place(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def beside(leaf: jax.ShapeDtypeStruct, param: Any) -> jax.ShapeDtypeStruct:
+    def beside(leaf: jax.ShapeDtypeStruct, param: Any, path: str) -> jax.ShapeDtypeStruct:
         sharding = laid_like(leaf.shape, param)
-        sharding = over_replicas(sharding, leaf.shape) if scattered else sharding
+        if scattered:
+            sharding = over_replicas(sharding, leaf.shape, int(whole_layers and path.startswith("layers/")))
         return place(leaf, sharding.with_memory_kind(HOST) if offloaded else sharding)
 
     chosen, frozen = tree.partition(params, trainable)
-    if isinstance(tx, optax.GradientTransformation):
-        opt_state = optax.tree.map_params(
-            tx,
-            beside,
-            shapes.opt_state,
-            chosen,
-            transform_non_params=lambda leaf: place(leaf, layout.replicated),
-        )
-    else:
-        opt_state = jax.tree.map(place, shapes.opt_state, tx.shardings(chosen, layout))
+    opt_state = map_params(tx, beside, shapes.opt_state, chosen, lambda leaf: place(leaf, layout.replicated))
     step, loss_scale = jax.tree.map(lambda leaf: place(leaf, layout.replicated), (shapes.step, shapes.loss_scale))
     return TrainState(step, chosen, frozen, opt_state, loss_scale)
 
@@ -156,11 +142,22 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return part if isinstance(part, tuple) else (part,) if part else ()
 
 
-def over_replicas(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+def map_params(
+    tx: Any, f: Callable[..., Any], state: Any, params: Params, otherwise: Callable[[Any], Any] = lambda leaf: leaf
+) -> Any:
+    """`f(leaf, its parameter, the path of that)` for each leaf of the state of `tx` that belongs to a parameter,
+    `otherwise(leaf)` for the others."""
+    if (own := getattr(tx, "map_params", None)) is not None:
+        return own(f, state, params, otherwise)
+    return optax.tree.map_params(tx, f, state, params, tree.paths(params), transform_non_params=otherwise)
+
+
+def over_replicas(sharding: NamedSharding, shape: Sequence[int], whole: int = 0) -> NamedSharding:
     """`sharding`, with the first dimension that divides split over the replicas as well: ZeRO's stage 1 (Rajbhandari et
     al., arXiv 1910.02054, section 5) for the gradient and the optimizer's state of a parameter of this shape.
 
-    As it is, where no dimension divides or the replicas are split already.
+    whole: the number of leading dimensions that are not split. As it is, where no dimension divides or the replicas are
+    split already.
     """
     mesh = sharding.mesh
     axes = [_names(part) for part in sharding.spec]
@@ -168,6 +165,6 @@ def over_replicas(sharding: NamedSharding, shape: Sequence[int]) -> NamedShardin
     if mesh.shape[REPLICAS] == 1 or any(REPLICAS in part for part in axes):
         return sharding
     for i, (part, size) in enumerate(zip(axes, shape, strict=True)):
-        if size % math.prod(mesh.shape[axis] for axis in (*part, REPLICAS)) == 0:
+        if i >= whole and size % math.prod(mesh.shape[axis] for axis in (*part, REPLICAS)) == 0:
             return NamedSharding(mesh, PartitionSpec(*axes[:i], (*part, REPLICAS), *axes[i + 1 :]))
     return sharding

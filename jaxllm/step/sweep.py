@@ -1,292 +1,190 @@
-"""The backward sweep: from the last layer to the first, each layer is updated as soon as its gradient is there.
+"""The backward sweep: from the last layer to the first, a visitor sees each layer as soon as its gradient is there.
 
-The gradient of one layer exists at a time, instead of that of the whole stack (Lv et al., "Full Parameter Fine-tuning
-for Large Language Models with Limited Resources", arXiv 2306.09782, do so by hooks). Two things make XLA work in place:
-the stacked parameters are carried by the loop (as the outputs of a scan they would be a second copy), and an
-`optimization_barrier` stands between a layer's update and the walk to the layer below.
+With a visitor that updates the layer, one layer's gradient exists at a time instead of the whole stack's (Lv et al.,
+"Full Parameter Fine-tuning for Large Language Models with Limited Resources", arXiv 2306.09782, do so by hooks). Two
+things make XLA work in place: the stacked parameters are carried by the loop (as the outputs of a scan they would be a
+second copy), and an `optimization_barrier` separates a layer's update from the walk to the layer below.
 
 Parameters are flat here, `{path: array}`: an update takes the leaves of a layer one by one.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.core.dtypes import at_least_float32
+from jaxllm.core.host_memory import to_device, to_host, waits_on_host
+from jaxllm.core.tree import Leaves
 from jaxllm.step.norms import squares
-
-Leaves = Mapping[str, jax.Array]
-"""`{path: array}`, of one layer or, with a leading axis of L, of a stack of them."""
-
-Block = Callable[[Leaves, jax.Array, Any], jax.Array]
-"""`(layer, x, micro) -> x`: one layer on one micro-batch, whose own data (positions, segments, …) is `micro`."""
 
 Visit = Callable[[Leaves, Leaves, Mapping[str, Any], jax.Array], tuple[Leaves, Mapping[str, Any]]]
 """`(parameters, gradients, state, index) -> (parameters, state)` of one layer, each array with a leading axis of 1;
-index `[1]` int32 says which it is. It must treat leaves separately: it may be called with some of them alone."""
+index `[1]` int32 says which it is. It must treat leaves separately: it may be called with only some."""
 
 _barrier = jax.lax.optimization_barrier
 
 
-def layer_inputs(block: Block, layers: Leaves, x: jax.Array, micro: Any) -> tuple[jax.Array, jax.Array]:
-    """The forward walk for x `[M, B, T, D]`, M micro-batches: `(what each layer is given [L, M, B, T, D], the output)`.
+class Layers(Protocol):
+    """What a sweep needs of a model: one layer over a whole batch. trainable, frozen: the two halves of its parameters,
+    whose leaves may lie in a stack's slice. kept: what `forward` left for the backward pass."""
 
-    All micro-batches pass a layer before the next one is touched, so that a sharded layer is gathered once.
+    def forward(self, trainable: Leaves, frozen: Leaves, x: jax.Array) -> tuple[jax.Array, Any]:
+        """`(the layer's output, what is kept)`."""
+        ...
+
+    def gradients(self, trainable: Leaves, frozen: Leaves, kept: Any, dy: jax.Array) -> tuple[Leaves, jax.Array]:
+        """The gradients of the trainable half, summed over the batch, and the gradient of the layer's input."""
+        ...
+
+    def input_gradient(self, trainable: Leaves, frozen: Leaves, kept: Any, dy: jax.Array) -> jax.Array:
+        """The gradient of the layer's input alone."""
+        ...
+
+
+class Visitor(NamedTuple):
+    """What is made of the gradients of layers.
+
+    carry: what it begins with. trainable: the layers, of its carry. at_layer: `(carry, gradients, dx, place, slot) ->
+    (carry, dx)`; slot: the number of the layer among the rows that are visited.
     """
 
-    def body(x: jax.Array, layer: Leaves) -> tuple[jax.Array, jax.Array]:
-        return _map_micro(lambda x, micro: block(layer, x, micro), x, micro), x
-
-    output, inputs = jax.lax.scan(body, x, dict(layers))
-    return inputs, output
+    carry: Any
+    trainable: Callable[[Any], Leaves]
+    at_layer: Callable[..., tuple[Any, jax.Array]]
 
 
-def layer_sweep(
-    block: Block,
-    trainable: Leaves,
+def sweep(
+    model: Layers,
     frozen: Leaves,
-    inputs: jax.Array,
+    kept: Any,
     dx: jax.Array,
-    micro: Any,
+    visitor: Visitor,
     *,
-    visit: Visit,
-    state: Mapping[str, Any],
-) -> tuple[Leaves, Mapping[str, Any], jax.Array, Mapping[str, jax.Array]]:
-    """Gives each layer's parameters, gradients and state to `visit`, from the last layer to the first.
+    rows: jax.Array | None = None,
+    to_bottom: bool = True,
+    chunks: int = 1,
+    axis: int = 0,
+) -> tuple[Any, jax.Array]:
+    """Walks down a stack of layers: `(the visitor's carry, the gradient of the first layer's input)`.
 
     Args:
-        trainable, frozen: the two halves of the stacked parameters, `[L, …]` each; `block` gets both.
-        inputs: what each layer was given, `[L, M, B, T, D]`.
-        dx: the gradient of the last layer's output, `[M, B, T, D]`.
-        micro: the micro-batches' own data, a tree of arrays `[M, …]`.
-        state: by path, a tree of the visitor's arrays `[L, …]` for each trainable leaf.
-
-    Returns:
-        the visited parameters and state; the gradient of the first layer's input; by path, the sum of the squares of
-        a gradient over all layers. A gradient is summed over the micro-batches, in at least float32 if there are more
-        than one.
+        frozen: the half of the stacked parameters that does not train, `[L, …]`.
+        kept: what each layer kept, stacked.
+        dx: the gradient of the last layer's output; with `chunks`, of the last layer of each of so many equal parts of
+            the stack, which are walked by themselves, `[chunks, …]`.
+        rows: `[n]` int32, distinct layers in rising order, which alone are visited; None = all. They may be traced, so
+            that others need no other program. The layers between them are walked by an inner loop that has no gradient
+            of weights: a `cond` in one loop would skip it too, but hold each branch's operands and results apart.
+        to_bottom: whether the walk ends at the first layer; if not, it ends at the lowest of `rows`.
+        axis: along which layers and chunks are stacked: 1 behind that of the stages, which `model` then computes for.
     """
-    visited = _visitor(visit, trainable, state)
+    if rows is not None:
+        return _walk_rows(model, frozen, kept, dx, visitor, rows, to_bottom=to_bottom)
+    depth = jax.tree.leaves(frozen)[0].shape[axis]
+    of_chunk, tops = depth // chunks, dx
 
-    def body(k: jax.Array, carry: Any) -> Any:
-        trainable, state, dx, total = carry
-        i = inputs.shape[0] - 1 - k
-        grads, dx = _layer_gradients(block, take(trainable, i), take(frozen, i), inputs[i], dx, micro)
-        total = _add_squares(total, grads)
-        return *visited(trainable, state, grads, dx, i, i), total
+    def body(k: jax.Array, state: Any) -> Any:
+        carry, dx = state
+        i = depth - 1 - k
+        if chunks > 1:
+            dx = jnp.where((i + 1) % of_chunk == 0, take(tops, i // of_chunk, axis), dx)
+        of_layer = take((visitor.trainable(carry), frozen, kept), i, axis)
+        grads, dx = model.gradients(*of_layer, dx)
+        return visitor.at_layer(carry, grads, dx, i, i)
 
-    carry = (dict(trainable), dict(state), dx, _zero_squares(trainable))
-    return jax.lax.fori_loop(0, inputs.shape[0], body, carry)
-
-
-def _visitor(visit: Visit, trainable: Leaves, state: Mapping[str, Any]) -> Callable[..., tuple[Any, Any, Any]]:
-    """`(parameters, state, gradients, dx, i, j) -> (parameters, state, dx)`: layer i, whose state is row j, visited."""
-    # A rule without state, or with little, writes a layer in one fusion. One with moments would make those of all
-    # leaves before it writes any: its leaves are chained, each stored before the next one's update begins.
-    chained = _row_bytes(state) >= _row_bytes(trainable)
-    parts = [[name] for name in trainable] if chained else [list(trainable)]
-
-    def visited(
-        trainable: Leaves, state: Mapping[str, Any], grads: Leaves, dx: jax.Array, i: jax.Array, j: jax.Array
-    ) -> tuple[Any, Any, Any]:
-        for names in parts:
-            g = {name: grads[name][None] for name in names}
-            g, dx = _barrier((g, dx)) if chained else (g, dx)
-            params, slots = ({name: of[name] for name in names} for of in (trainable, state))
-            new, new_state = visit(take_row(params, i), g, take_row(slots, j), i[None])
-            new, new_state, dx = _barrier((new, new_state, dx))
-            trainable = {**trainable, **put_row(params, new, i)}
-            state = {**state, **put_row(slots, new_state, j)}
-            if chained:
-                trainable, state, dx = _barrier((trainable, state, dx))
-        return trainable, state, dx
-
-    return visited
-
-
-def squares_sweep(
-    block: Block, trainable: Leaves, frozen: Leaves, inputs: jax.Array, dx: jax.Array, micro: Any
-) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """The walk of `layer_sweep` without updates: `(gradient of the first layer's input, squares)`."""
-
-    def body(k: jax.Array, carry: Any) -> Any:
-        dx, total = carry
-        i = inputs.shape[0] - 1 - k
-        grads, dx = _layer_gradients(block, take(trainable, i), take(frozen, i), inputs[i], dx, micro)
-        return dx, _add_squares(total, grads)
-
-    return jax.lax.fori_loop(0, inputs.shape[0], body, (dx, _zero_squares(trainable)))
-
-
-def rows_sweep(
-    block: Block,
-    trainable: Leaves,
-    frozen: Leaves,
-    inputs: jax.Array,
-    dx: jax.Array,
-    micro: Any,
-    rows: jax.Array,
-    *,
-    to_bottom: bool,
-) -> tuple[Leaves, jax.Array]:
-    """The walk down with gradients of some layers alone: `({path: gradients [n, …]}, that of the first layer's input)`.
-
-    rows: `[n]` int32, distinct layers in rising order; they may be traced, so that others need no other program. The
-    layers between them are walked by an inner loop that has no gradient of weights: a `cond` in one loop would skip
-    it too, but hold each branch's operands and results apart.
-    to_bottom: whether the walk goes on below the lowest of them; if not, the second result is of its input.
-    """
-
-    def add(total: Leaves, grads: Leaves, dx: jax.Array, row: jax.Array, slot: jax.Array) -> tuple[Leaves, jax.Array]:
-        grads, dx = _barrier((grads, dx))
-        return put_row(total, jax.tree.map(lambda g: g[None], grads), slot), dx
-
-    of_layer = jax.eval_shape(
-        lambda dx: _layer_gradients(block, take(trainable, rows[0]), take(frozen, rows[0]), inputs[0], dx, micro)[0], dx
-    )
-    zeros = {name: jnp.zeros((rows.shape[0], *g.shape), g.dtype) for name, g in of_layer.items()}
-    walk = (block, lambda _: trainable, frozen, inputs, dx, micro, rows)
-    return _walk_rows(*walk, zeros, add, to_bottom=to_bottom)
-
-
-def rows_squares(
-    block: Block,
-    trainable: Leaves,
-    frozen: Leaves,
-    inputs: jax.Array,
-    dx: jax.Array,
-    micro: Any,
-    rows: jax.Array,
-    *,
-    to_bottom: bool,
-) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """The walk of `rows_sweep`, of which the squares are kept: `(gradient of the first layer's input, squares)`."""
-
-    def add(total: Any, grads: Leaves, dx: jax.Array, row: jax.Array, slot: jax.Array) -> tuple[Any, jax.Array]:
-        return _add_squares(total, grads), dx
-
-    walk = (block, lambda _: trainable, frozen, inputs, dx, micro, rows)
-    total, dx = _walk_rows(*walk, _zero_squares(trainable), add, to_bottom=to_bottom)
-    return dx, total
-
-
-def visited_rows_sweep(
-    block: Block,
-    trainable: Leaves,
-    frozen: Leaves,
-    inputs: jax.Array,
-    dx: jax.Array,
-    micro: Any,
-    rows: jax.Array,
-    *,
-    visit: Visit,
-    state: Mapping[str, Any],
-    slots: jax.Array,
-    to_bottom: bool,
-) -> tuple[Leaves, Mapping[str, Any], jax.Array, Mapping[str, jax.Array]]:
-    """`layer_sweep` that visits some layers alone. rows, to_bottom: see `rows_sweep`. slots: `[n]` int32, which row of
-    the state each of them has."""
-    visited = _visitor(visit, trainable, state)
-
-    def update(carry: Any, grads: Leaves, dx: jax.Array, row: jax.Array, slot: jax.Array) -> tuple[Any, jax.Array]:
-        trainable, state, total = carry
-        trainable, state, dx = visited(trainable, state, grads, dx, row, slots[slot])
-        return (trainable, state, _add_squares(total, grads)), dx
-
-    carry = (dict(trainable), dict(state), _zero_squares(trainable))
-    walk = (block, lambda carry: carry[0], frozen, inputs, dx, micro, rows)
-    (new, state, total), dx = _walk_rows(*walk, carry, update, to_bottom=to_bottom)
-    return new, state, dx, total
+    return jax.lax.fori_loop(0, depth, body, (visitor.carry, take(tops, chunks - 1, axis) if chunks > 1 else dx))
 
 
 def _walk_rows(
-    block: Block,
-    trainable_of: Callable[[Any], Leaves],
-    frozen: Leaves,
-    inputs: jax.Array,
-    dx: jax.Array,
-    micro: Any,
-    rows: jax.Array,
-    carry: Any,
-    at_row: Callable[..., tuple[Any, jax.Array]],
-    *,
-    to_bottom: bool,
+    model: Layers, frozen: Leaves, kept: Any, dx: jax.Array, visitor: Visitor, rows: jax.Array, *, to_bottom: bool
 ) -> tuple[Any, jax.Array]:
-    """The walk of `rows_sweep`: `(carry, dx)` after `at_row(carry, gradients, dx, row, slot) -> (carry, dx)` for each
-    row. trainable_of: the layers, of the carry.
-    """
-
     def skip(trainable: Leaves, i: jax.Array, low: jax.Array, dx: jax.Array) -> jax.Array:
         """Past the layers i, i − 1, …, low + 1."""
 
         def body(carry: Any) -> Any:
             i, dx = carry
-            return i - 1, _input_gradient(block, {**take(frozen, i), **take(trainable, i)}, inputs[i], dx, micro)
+            return i - 1, model.input_gradient(take(trainable, i), take(frozen, i), take(kept, i), dx)
 
         return jax.lax.while_loop(lambda carry: carry[0] > low, body, (i, dx))[1]
 
     def body(k: jax.Array, state: Any) -> Any:
         carry, i, dx = state
         slot = rows.shape[0] - 1 - k
-        row, trainable = rows[slot], trainable_of(carry)
+        row, trainable = rows[slot], visitor.trainable(carry)
         # The layer is computed again only once its output's gradient is there, or its activations would wait for it.
-        x, dx = _barrier((inputs[row], skip(trainable, i, row, dx)))
-        grads, dx = _layer_gradients(block, take(trainable, row), take(frozen, row), x, dx, micro)
-        carry, dx = at_row(carry, grads, dx, row, slot)
+        of_row, dx = _barrier((take(kept, row), skip(trainable, i, row, dx)))
+        grads, dx = model.gradients(take(trainable, row), take(frozen, row), of_row, dx)
+        carry, dx = visitor.at_layer(carry, grads, dx, row, slot)
         return carry, row - 1, dx
 
-    top = jnp.asarray(inputs.shape[0] - 1, rows.dtype)
-    carry, i, dx = jax.lax.fori_loop(0, rows.shape[0], body, (carry, top, dx))
-    return carry, skip(trainable_of(carry), i, jnp.asarray(-1, rows.dtype), dx) if to_bottom else dx
+    top = jnp.asarray(jax.tree.leaves(frozen)[0].shape[0] - 1, rows.dtype)
+    carry, i, dx = jax.lax.fori_loop(0, rows.shape[0], body, (visitor.carry, top, dx))
+    return carry, skip(visitor.trainable(carry), i, jnp.asarray(-1, rows.dtype), dx) if to_bottom else dx
 
 
-def _input_gradient(block: Block, layer: Leaves, x: jax.Array, dx: jax.Array, micro: Any) -> jax.Array:
-    """The gradient of a layer's input alone, `[M, B, T, D]`."""
-
-    def of_micro(x: jax.Array, dx: jax.Array, micro: Any) -> jax.Array:
-        return jax.vjp(lambda x: block(layer, x, micro), x)[1](dx)[0]
-
-    return _map_micro(of_micro, x, dx, micro)
+# Visitors
 
 
-def _layer_gradients(
-    block: Block, trainable: Leaves, frozen: Leaves, x: jax.Array, dx: jax.Array, micro: Any
-) -> tuple[Leaves, jax.Array]:
-    """One layer's gradients, summed over the micro-batches, and that of its input; the layer is computed again."""
+def squared(trainable: Leaves) -> Visitor:
+    """Sums the squares of the gradients, by path, and keeps nothing else."""
 
-    def of_micro(x: jax.Array, dx: jax.Array, micro: Any) -> tuple[Leaves, jax.Array]:
-        _, vjp = jax.vjp(lambda p, x: block({**frozen, **p}, x, micro), dict(trainable), x)
-        return vjp(dx)
+    def at_layer(total: Any, grads: Leaves, dx: jax.Array, i: jax.Array, slot: jax.Array) -> tuple[Any, jax.Array]:
+        return _add_squares(total, grads), dx
 
-    return sum_micro(of_micro, x, dx, micro)
+    return Visitor(_zero_squares(trainable), lambda _: trainable, at_layer)
 
 
-def sum_micro(f: Callable[..., tuple[Any, Any]], *args: Any) -> tuple[Any, Any]:
-    """`f(*args of a micro-batch) -> (total, each)` over all micro-batches: totals summed, the others stacked.
+def collected(model: Layers, trainable: Leaves, frozen: Leaves, kept: Any, dx: jax.Array, rows: jax.Array) -> Visitor:
+    """Keeps the gradients of the rows, `{path: [n, …]}`. frozen, kept, dx: of the sweep, for their shapes."""
 
-    Several totals are summed in at least float32; of one micro-batch nothing is cast.
+    def add(total: Leaves, grads: Leaves, dx: jax.Array, i: jax.Array, slot: jax.Array) -> tuple[Leaves, jax.Array]:
+        grads, dx = _barrier((grads, dx))
+        return put_row(total, jax.tree.map(lambda g: g[None], grads), slot), dx
+
+    of_layer = jax.eval_shape(lambda *one: model.gradients(*one)[0], *take((trainable, frozen, kept), rows[0]), dx)
+    zeros = {name: jnp.zeros((rows.shape[0], *g.shape), g.dtype) for name, g in of_layer.items()}
+    return Visitor(zeros, lambda _: trainable, add)
+
+
+def updated(
+    trainable: Leaves,
+    state: Mapping[str, Any],
+    visit: Visit,
+    index: jax.Array,
+    slots: jax.Array | None = None,
+    axis: int = 0,
+) -> Visitor:
+    """Updates each layer by `visit` in the place of the old one. Its carry ends as `(parameters, state, squares)`.
+
+    state: by path, a tree of the visitor's arrays for each trainable leaf, `[L, …]`, or with `slots` `[n]` int32 the
+    one at `slots[k]` for the k-th row. Arrays of the state that lie in the host's memory are brought row by row. index:
+    `[L]`, which layer each is. axis: see `sweep`; `visit` then sees the stages too.
     """
+    # A rule without state, or with little, writes a layer in one fusion. One with moments would make those of all
+    # leaves before it writes any: its leaves are chained, each stored before the next one's update begins.
+    chained = _row_bytes(state) >= _row_bytes(trainable)
+    parts = [[name] for name in trainable] if chained else [list(trainable)]
 
-    def one(args: Any) -> Any:
-        return jax.tree.map(lambda a: a[0], args)
+    def at_layer(carry: Any, grads: Leaves, dx: jax.Array, i: jax.Array, slot: jax.Array) -> tuple[Any, jax.Array]:
+        trainable, state, total = carry
+        j = slot if slots is None else slots[slot]
+        total = _add_squares(total, grads)
+        for names in parts:
+            g = {name: jnp.expand_dims(grads[name], axis) for name in names}
+            g, dx = _barrier((g, dx)) if chained else (g, dx)
+            params, rows = ({name: of[name] for name in names} for of in (trainable, state))
+            new, new_state = visit(take_row(params, i, axis), g, take_row(rows, j, axis), take_row(index, i, axis))
+            new, new_state, dx = _barrier((new, new_state, dx))
+            trainable = {**trainable, **put_row(params, new, i, axis)}
+            state = {**state, **put_row(rows, new_state, j, axis)}
+            if chained:
+                trainable, state, dx = _barrier((trainable, state, dx))
+        return (trainable, state, total), dx
 
-    if jax.tree.leaves(args)[0].shape[0] == 1:
-        total, each = f(*one(args))
-        return total, jax.tree.map(lambda a: a[None], each)
-
-    def add(total: Any, args: Any) -> tuple[Any, Any]:
-        new, each = f(*args)
-        return jax.tree.map(lambda t, a: t + a.astype(t.dtype), total, new), each
-
-    shapes = jax.eval_shape(f, *one(args))[0]
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, at_least_float32(a.dtype)), shapes)
-    return jax.lax.scan(add, zeros, args)
-
-
-def _map_micro(f: Callable[..., Any], *args: Any) -> Any:
-    return sum_micro(lambda *args: ((), f(*args)), *args)[1]
+    carry = (dict(trainable), dict(state), _zero_squares(trainable))
+    return Visitor(carry, lambda carry: carry[0], at_layer)
 
 
 def _zero_squares(trainable: Leaves) -> dict[str, jax.Array]:
@@ -298,19 +196,32 @@ def _add_squares(total: Mapping[str, jax.Array], grads: Leaves) -> dict[str, jax
     return {name: total[name] + of_layer[name] for name in total}
 
 
-def take(stacked: Any, i: jax.Array) -> Any:
+# Rows of stacks
+
+
+def take(stacked: Any, i: jax.Array | int, axis: int = 0) -> Any:
     """Layer `i` of a stack."""
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, axis, keepdims=False), stacked)
 
 
-def take_row(stacked: Any, i: jax.Array) -> Any:
-    """Layer `i` of a stack, as a stack of one."""
-    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), stacked)
+def take_row(stacked: Any, i: jax.Array, axis: int = 0) -> Any:
+    """Layer `i` of a stack, as a stack of one on the device."""
+
+    def row(a: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(a, i, 1, axis)
+        return to_device(row) if waits_on_host(a) else row
+
+    return jax.tree.map(row, stacked)
 
 
-def put_row(stacked: Any, row: Any, i: jax.Array) -> Any:
+def put_row(stacked: Any, row: Any, i: jax.Array, axis: int = 0) -> Any:
     """The stack with `row`, a stack of one, in place of layer `i`."""
-    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), i, 0), stacked, row)
+
+    def put(a: jax.Array, b: jax.Array) -> jax.Array:
+        b = b.astype(a.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(a, to_host(b) if waits_on_host(a) else b, i, axis)
+
+    return jax.tree.map(put, stacked, row)
 
 
 def _row_bytes(stacked: Any) -> int:

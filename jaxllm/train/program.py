@@ -23,7 +23,8 @@ from jaxllm.runs.train_config import Accumulation
 from jaxllm.step.batch import batch_shapes
 from jaxllm.step.build import build_step
 from jaxllm.step.compile import CompiledStep, compile_steps
-from jaxllm.step.sampled_layers import Draws, LisaOptimizer
+from jaxllm.step.layer_states import LayerStates
+from jaxllm.step.selection import Draws
 from jaxllm.step.state import TrainState, abstract_state, new_state
 from jaxllm.step.xla_options import Options, compiler_options
 
@@ -37,8 +38,9 @@ class Program:
 
     config: Config
     lm: LM
-    tx: optax.GradientTransformationExtraArgs | LisaOptimizer
+    tx: optax.GradientTransformationExtraArgs | LayerStates
     schedule: optax.Schedule
+    draws: Draws | None
     trainable: Any
     state: TrainState
 
@@ -48,15 +50,17 @@ class Program:
         not fit them."""
         tx, schedule = build(config.optim, steps, lm.padded)
         tx = config.peft.transform(scale_updates(tx, config.peft.rates()), lm, steps)
+        draws = None
         if chosen := config.peft.draws:
             draws = Draws(chosen.active_layers, chosen.interval, config.seed, chosen.state)
             rates = config.peft.rates()
-            tx = LisaOptimizer(lm, lambda rate: scale_updates(at_rate(config.optim, rate, lm.padded), rates), draws)
+            tx = LayerStates(lambda rate: scale_updates(at_rate(config.optim, rate, lm.padded), rates), schedule, draws)
         params, trainable = lm.abstract(), config.peft.mask(lm)
         train = config.train
-        how = dict(scattered=train.shard_optimizer, offloaded=train.offload_optimizer)
+        whole_layers = train.update == "fused" or draws is not None
+        how = dict(scattered=train.shard_optimizer, whole_layers=whole_layers, offloaded=train.offload_optimizer)
         state = abstract_state(params, trainable, tx, lm.layout, scale_loss=train.scales_loss(), **how)
-        return Program(config, lm, tx, schedule, trainable, state)
+        return Program(config, lm, tx, schedule, draws, trainable, state)
 
     def batch(self, accumulation: Accumulation, width: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of a batch whose rows have `width` places, abstractly."""
@@ -78,6 +82,7 @@ class Program:
             self.lm,
             self.tx,
             self.schedule,
+            draws=self.draws,
             update=train.update,
             remat=train.remat,
             unroll=train.unroll,

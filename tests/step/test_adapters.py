@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jaxllm.core import tree
-from jaxllm.models.stack import scan
 from jaxllm.optim.build import AdaLomo, AdamW, Lion
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.adalora import AdaLora
@@ -92,7 +91,7 @@ def check(name: str, optimizer: str, sizes: dict[str, int], micro_batches: int, 
 
 FUSED = dict(fused=True)
 PAIRS = [
-    ("dora", "adamw", dict(data=2, tensor=4), 4, dict(stack=scan("dots"))),
+    ("dora", "adamw", dict(data=2, tensor=4), 4, dict(remat="dots")),
     ("dora", "adamw", dict(fsdp=2, tensor=2), 4, FUSED),
     ("adalora", "adamw", dict(pipeline=2, data=2, tensor=2), 4, {}),
     ("token rows", "adamw", dict(fsdp=2, tensor=2), 2, {}),

@@ -8,14 +8,13 @@ import jax
 import pytest
 
 from jaxllm.core.errors import UserError
-from jaxllm.models.stack import scan
 from jaxllm.nn import chunks
 from jaxllm.optim.build import AdaLomo, AdamW, SophiaG
 from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
 from jaxllm.step.compile import CompiledStep
-from jaxllm.step.sampled_layers import Draws
+from jaxllm.step.selection import Draws
 from tests.support.families import mesh_layout
 from tests.support.small_runs import assert_trained_alike, llama, program, train
 
@@ -51,17 +50,17 @@ BOTH = dict(act_length=("context", "tensor"))
 CASES = {
     "fused": (GROUPED, dict(context=4, tensor=2), {}, dict(fused=True, optimizer=ADALOMO, micro_batches=2)),
     "dropout and sequence parallelism": ({}, dict(context=2, fsdp=2, tensor=2), BOTH, dict(dropout=0.2)),
-    "an adapter, computed again": (GROUPED, dict(data=2, fsdp=2, context=2), {}, dict(method=DORA, stack=scan("full"))),
+    "an adapter, computed again": (GROUPED, dict(data=2, fsdp=2, context=2), {}, dict(method=DORA, remat="full")),
     "a tied head, products kept": (
         dict(tie_word_embeddings=True),
         dict(fsdp=2, context=4),
         {},
-        dict(stack=scan("dots"), micro_batches=4),
+        dict(remat="dots", micro_batches=4),
     ),
     "angles by the length of documents": (DYNAMIC, dict(context=4, tensor=2), {}, {}),
     "some layers": ({}, dict(context=2, data=2), {}, dict(lisa=Draws(1, 5, 0), optimizer=FRESH)),
     "drawn targets": (GROUPED, dict(context=2, tensor=2), {}, dict(optimizer=SOPHIA, curvature=Curvature(2, 0.04))),
-    "every axis": (GROUPED, dict(pipeline=2, context=2, tensor=2), BOTH, dict(micro_batches=4, kept="stages")),
+    "every axis": (GROUPED, dict(pipeline=2, context=2, tensor=2), BOTH, dict(micro_batches=4, remat="full")),
 }
 
 
@@ -88,7 +87,7 @@ def long_program(length: int, parts: int) -> CompiledStep:
     config = llama(hidden_size=192, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_BYTES", 4 * 101 * 32)
-        return program(config, mesh_layout(context=parts), shape=(1, length), stack=scan("full")).compiled
+        return program(config, mesh_layout(context=parts), shape=(1, length), remat="full").compiled
 
 
 @pytest.mark.optimized

@@ -20,7 +20,7 @@ from jaxllm.models import FAMILIES
 from jaxllm.optim.build import AdamW
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
-from jaxllm.step.sampled_layers import Draws
+from jaxllm.step.selection import Draws
 from tests.support.families import mesh_layout
 from tests.support.small_runs import VOCAB, Program, Trained, assert_trained_alike, on_host, program, run
 

@@ -14,14 +14,13 @@ from safetensors.numpy import load_file
 from jaxllm.core import tree
 from jaxllm.core.errors import UserError
 from jaxllm.models import FAMILIES
-from jaxllm.models.stack import scan
 from jaxllm.optim.build import OPTIMIZERS, at_rate
 from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lisa import Lisa as LisaConfig
 from jaxllm.peft.lora import Lora
 from jaxllm.runs.config import Config
-from jaxllm.step.sampled_layers import Draws
+from jaxllm.step.selection import Draws
 from tests.support.families import mesh_layout
 from tests.support.small_runs import MAX_GRAD_NORM, assert_trained_alike, llama, program, ragged_batch, train
 from tests.support.tiers import representatives
@@ -120,7 +119,7 @@ def test_all_layers_kept_is_full_training():
     lisa = Draws(active=LAYERS, interval=3, seed=0, state="keep")
     with jax.enable_x64(True):
         ours = train(llama(**MODEL), optimizer=optimizer(), dtype="float64", lisa=lisa)
-        full = train(llama(**MODEL), optimizer=optimizer(), dtype="float64", stack=scan("full"))
+        full = train(llama(**MODEL), optimizer=optimizer(), dtype="float64", remat="full")
         assert_alike(parameters(ours.state), parameters(full.state))
         for name, values in full.metrics.items():
             np.testing.assert_allclose(ours.metrics[name], values, rtol=TOLERANCE, err_msg=name)
@@ -271,7 +270,7 @@ def test_memory_is_that_of_the_active_layers():
     layer, others = weights(config, "layers") / 24, weights(config, "embed", "norm", "head")
     options = dict(optimizer=optimizer(), shape=(1, 64))
     lisa = program(config, lisa=Draws(2, 20, 0), **options).compiled
-    full = program(config, stack=scan("full"), **options).compiled
+    full = program(config, remat="full", **options).compiled
     parameters = 24 * layer + others
     assert lisa.argument_bytes < parameters + 2 * (2 * layer + others) + 2**16
     assert full.argument_bytes > 3 * parameters
@@ -291,7 +290,7 @@ def test_a_fused_update_holds_one_of_the_active_layers():
     fused, ordinary = (program(config, fused=fused, **how).compiled for fused in (True, False))
     inputs, activations = 24 * 64 * 256 * 4, 16 * 64 * 1024 * 4
     assert fused.temp_bytes < inputs + activations + 2 * others + 3 * layer
-    assert ordinary.temp_bytes - fused.temp_bytes > 2 * 8 * layer
+    assert ordinary.temp_bytes - fused.temp_bytes > 8 * layer  # the gradients
 
 
 def products(jaxpr: Any, inside: bool = False) -> list[tuple[bool, tuple[int, ...]]]:
@@ -362,14 +361,7 @@ def test_a_run_goes_on_in_the_middle_of_an_interval(tmp_path, shared):
     assert losses[0] == losses[1][4:]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(remat="full"), "computes each layer again in its own way"),
-        (dict(compute_dtype="float16"), "does not scale the loss"),
-    ],
-)
-def test_what_cannot_go_together_is_refused(changes, message):
+def test_an_optimizer_of_the_whole_model_is_refused():
     values: dict[str, Any] = {
         "output_dir": "run",
         "model": {"path": "model"},
@@ -379,8 +371,6 @@ def test_what_cannot_go_together_is_refused(changes, message):
         "train": {"steps": 10, "batch_size": 32},
     }
     Config.model_validate(values)
-    with pytest.raises((ValueError, UserError), match=message):
-        Config.model_validate({**values, "train": {**values["train"], **changes}})
     with pytest.raises((ValueError, UserError), match="gives each layer an optimizer of its own"):
         Config.model_validate({**values, "optim": {"type": "prodigy"}})
 

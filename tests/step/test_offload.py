@@ -185,21 +185,6 @@ def test_checkpoints_of_pipelines_with_chunks(place):
 # What it cannot do.
 
 
-@pytest.mark.parametrize("changes", [dict(train={"update": "fused"}), dict(peft={"type": "lisa"})], ids=str)
-def test_what_takes_the_state_within_the_backward_pass_is_refused(changes):
-    sections: dict[str, Any] = {
-        "output_dir": "run",
-        "model": {"path": "model"},
-        "data": {"sources": [{"path": "text.jsonl"}], "seq_len": 128},
-        "optim": {"type": "adamw", "learning_rate": 1e-3},
-        "train": {"steps": 10, "batch_size": 32, "offload_optimizer": True},
-    }
-    Config.model_validate(sections)
-    refused = {name: {**sections.get(name, {}), **values} for name, values in changes.items()}
-    with pytest.raises(ValueError, match=r"train\.offload_optimizer .* fused or LISA .*; set offload_optimizer to fal"):
-        Config.model_validate(sections | refused)
-
-
 def test_a_device_without_such_memory_is_refused():
     device = SimpleNamespace(device_kind="Toy", addressable_memories=lambda: [SimpleNamespace(kind="device")])
     without, with_it = (TrainConfig(steps=1, batch_size=1, offload_optimizer=offload) for offload in (False, True))

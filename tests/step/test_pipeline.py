@@ -48,16 +48,16 @@ def one_device(model: dict[str, Any], how: dict[str, Any]) -> Trained:
     return _references[key]
 
 
-def check(model: dict[str, Any], sizes: dict[str, int], micro_batches: int, kept: Any = "layers", **how: Any) -> None:
+def check(model: dict[str, Any], sizes: dict[str, int], micro_batches: int, remat: Any = "none", **how: Any) -> None:
     with jax.enable_x64(True):
         layout = mesh_layout(**sizes)
-        ours = train(llama(**model), layout, micro_batches=micro_batches, kept=kept, dtype="float64", **how)
+        ours = train(llama(**model), layout, micro_batches=micro_batches, remat=remat, dtype="float64", **how)
         assert_trained_alike(ours, one_device(model, how), TOLERANCE)
 
 
 # The batches are ragged and packed, and the first micro-batch of eight trains nothing.
 def test_data_and_tensor_parallel_stages_with_tied_heads():
-    check(TIED, dict(pipeline=2, data=2, tensor=2), 8, "stages")
+    check(TIED, dict(pipeline=2, data=2, tensor=2), 8, "full")
 
 
 def test_sharded_stages_with_dropout():
@@ -82,7 +82,7 @@ MESHES = [
 def test_every_mesh(sizes):
     """Tied and untied models, what is kept, and the number of micro-batches in turn."""
     turn = MESHES.index(sizes)
-    check((TIED, LAYERS)[turn % 2], sizes, (4, 8)[turn // 2 % 2], ("layers", "stages")[turn // 3 % 2])
+    check((TIED, LAYERS)[turn % 2], sizes, (4, 8)[turn // 2 % 2], ("none", "full")[turn // 3 % 2])
 
 
 @pytest.mark.full
@@ -146,15 +146,15 @@ def compiled(micro_batches: int, **how: Any) -> Any:
 
 
 @cache
-def compiled_twice(kept: Any) -> list[Any]:
-    return [compiled(micro_batches, kept=kept) for micro_batches in (5, 13)]
+def compiled_twice(remat: Any) -> list[Any]:
+    return [compiled(micro_batches, remat=remat) for micro_batches in (5, 13)]
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("kept", ["layers", pytest.param("stages", marks=pytest.mark.full)])
-def test_memory_does_not_grow_with_the_micro_batches(kept):
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.full)])
+def test_memory_does_not_grow_with_the_micro_batches(remat):
     """But for the ids of the batch's tokens, which are laid out anew: no activation of all micro-batches is kept."""
-    few, many = compiled_twice(kept)
+    few, many = compiled_twice(remat)
     batch = many.argument_bytes - few.argument_bytes
     assert 0 <= many.temp_bytes - few.temp_bytes <= batch / 4
 
@@ -163,7 +163,7 @@ def test_memory_does_not_grow_with_the_micro_batches(kept):
 @pytest.mark.optimized
 def test_less_is_kept_of_stages_than_of_layers():
     """Seven inputs of 16 × 32 tokens, over fsdp, for one layer of two."""
-    layers, stages = (compiled_twice(kept)[0].temp_bytes for kept in ("layers", "stages"))
+    layers, stages = (compiled_twice(remat)[0].temp_bytes for remat in ("none", "full"))
     ring = 7 * 16 * 32 * DEEP["hidden_size"] * 4 / 2
     assert layers - stages == pytest.approx(ring, rel=0.5)
 
@@ -172,7 +172,7 @@ def test_less_is_kept_of_stages_than_of_layers():
 @pytest.mark.optimized
 def test_frozen_layers_have_no_gradients():
     lora = compiled(5, method=Lora(type="lora", r=1))
-    everything = compiled_twice("layers")[0]
+    everything = compiled_twice("none")[0]
     params = sum(leaf.size for leaf in jax.tree.leaves(small_lm(llama(**DEEP)).abstract()))
     assert everything.temp_bytes - lora.temp_bytes > 4 * params / 8
 
@@ -180,7 +180,7 @@ def test_frozen_layers_have_no_gradients():
 @pytest.mark.optimized
 def test_the_ticks_are_those_of_the_schedule():
     """The trip counts of the compiled loops: three of ticks, and those over the two layers of a stage."""
-    for micro_batches, step in zip((5, 13), compiled_twice("layers"), strict=True):
+    for micro_batches, step in zip((5, 13), compiled_twice("none"), strict=True):
         trips = [int(n) for n in re.findall(r'known_trip_count":\{"n":"(\d+)"', step.run.as_text())]
         ticks = Schedule(stages=4, micro_batches=micro_batches)
         assert sorted(n for n in trips if n > 2) == sorted([ticks.warm_up, ticks.steady, ticks.cool_down])

@@ -17,6 +17,7 @@ from jaxllm.models.stack import scan
 from jaxllm.objectives.base import Losses
 from jaxllm.optim.build import build
 from jaxllm.step import state as state_module
+from jaxllm.step.at_once import AtOnce
 from jaxllm.step.gradient import accumulated
 from jaxllm.step.state import SMALLEST_LOSS_SCALE, LossScale, TrainState, new_state
 from jaxllm.step.update import make_step
@@ -71,7 +72,9 @@ class Slope:
 def slope_step(tx: Any) -> Any:
     # Else XLA computes neighbouring float16 operations in float32, where nothing overflows.
     exact = {"xla_allow_excess_precision": False}
-    return jax.jit(make_step(Slope(), tx, lambda step: 1.0, gradient=accumulated(scan())), compiler_options=exact)
+    return jax.jit(
+        make_step(Slope(), tx, lambda step: 1.0, backward=AtOnce(accumulated(scan()))), compiler_options=exact
+    )
 
 
 def slope_batch(x: Any) -> dict[str, np.ndarray]:

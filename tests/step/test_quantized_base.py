@@ -10,7 +10,6 @@ import pytest
 
 from jaxllm.core import tree
 from jaxllm.models.quantized import Quantization
-from jaxllm.models.stack import scan
 from jaxllm.nn.quantized import STORED
 from jaxllm.peft.adalora import AdaLora
 from jaxllm.peft.ia3 import Ia3
@@ -41,7 +40,7 @@ def as_floats(base: str, method: str, steps: int) -> Trained:
 
 FUSED = dict(fused=True)
 CASES = [
-    ("nf4", "dora", dict(fsdp=2, tensor=2), dict(micro_batches=4, stack=scan("dots"))),
+    ("nf4", "dora", dict(fsdp=2, tensor=2), dict(micro_batches=4, remat="dots")),
     *(
         pytest.param(*case, marks=pytest.mark.full)
         for case in (
@@ -51,7 +50,7 @@ CASES = [
             ("nf4 single", "lora", dict(fsdp=4, tensor=2), {}),
             ("nf4", "ia3", dict(fsdp=8), {}),
             ("nf4", "adalora", dict(fsdp=2, tensor=2), {}),
-            ("int8", "dora", dict(pipeline=2, fsdp=2, tensor=2), dict(micro_batches=2, kept="stages")),
+            ("int8", "dora", dict(pipeline=2, fsdp=2, tensor=2), dict(micro_batches=2, remat="full")),
         )
     ),
 ]
@@ -78,7 +77,7 @@ def large(**how: Any) -> Any:
     "how",
     [
         pytest.param({}, id="ordinary"),
-        pytest.param(dict(stack=scan("dots")), id="dots", marks=pytest.mark.full),
+        pytest.param(dict(remat="dots"), id="dots", marks=pytest.mark.full),
         pytest.param(FUSED, id="fused", marks=pytest.mark.full),
     ],
 )

@@ -5,7 +5,6 @@ import optax
 import pytest
 
 from jaxllm.core.errors import UserError
-from jaxllm.models.stack import scan
 from jaxllm.optim.build import build
 from jaxllm.peft.lora import Lora
 from jaxllm.peft.prefix import PrefixTuning
@@ -62,7 +61,7 @@ ENCODED = PrefixTuning(type="prefix_tuning", num_virtual_tokens=3, prefix_projec
         # Attention is a shard_map here, whose gradients JAX would sum over the devices that are mapped over.
         pytest.param(dict(fsdp=2, context=2), dict(steps=5), marks=pytest.mark.full),
         # Weights that do not train, and masks of each sequence.
-        pytest.param(dict(fsdp=4), dict(method=LOW_RANK, stack=scan("dots"), steps=5), marks=pytest.mark.full),
+        pytest.param(dict(fsdp=4), dict(method=LOW_RANK, remat="dots", steps=5), marks=pytest.mark.full),
         # Keys and values of every layer that are computed from one parameter.
         pytest.param(dict(fsdp=4), dict(method=ENCODED, steps=5), marks=pytest.mark.full),
     ],
@@ -80,7 +79,7 @@ def test_late_sums_take_the_memory_of_whole_layers():
     """A device holds the sum and a micro-batch's gradient of all layers in float32, where it held its parts of both."""
     config = llama(hidden_size=128, intermediate_size=512, num_hidden_layers=4, head_dim=16)
     layout = mesh_layout(fsdp=4)
-    each, late = (program(config, layout, micro_batches=4, late=late, stack=scan("full")) for late in (False, True))
+    each, late = (program(config, layout, micro_batches=4, late=late, remat="full") for late in (False, True))
     whole = sum(4 * leaf.size for leaf in jax.tree.leaves(late.lm.abstract()["layers"]))
     more = late.compiled.temp_bytes - each.compiled.temp_bytes
     assert more == pytest.approx(2 * whole * 3 / 4, rel=0.15)
@@ -97,18 +96,9 @@ def test_gradients_summed_in_bfloat16(micro_batches):
     assert all(2**-12 < miss < 2**-6 for miss in gradients)
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"shard_optimizer": True}, r"shard_optimizer splits .*train\.update fused .*set shard"),
-        ({"reduce": "late"}, r"reduce is late, .*all layers .*train\.update fused .*set reduce to each"),
-        ({"reduce_dtype": "bfloat16"}, r"reduce_dtype is bfloat16, .*train\.update fused .*remove reduce_dtype"),
-    ],
-    ids=str,
-)
-def test_what_takes_a_layer_at_a_time_is_refused(setting, message):
-    with pytest.raises((ValueError, UserError), match=message):
-        Config.model_validate(sections(update="fused", **setting))
+def test_late_sums_of_one_layer_at_a_time_are_refused():
+    with pytest.raises((ValueError, UserError), match=r"reduce is late, .*all layers .*fused .*set reduce to each"):
+        Config.model_validate(sections(update="fused", reduce="late"))
 
 
 def test_late_sums_of_a_pipeline_are_refused():

@@ -5,7 +5,6 @@ import pytest
 
 from jaxllm.core.errors import UserError
 from jaxllm.core.mesh import Layout
-from jaxllm.models.stack import scan
 from jaxllm.optim.build import AdaLomo
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.peft.lora import Lora
@@ -43,7 +42,7 @@ def test_it_takes_less_memory():
     """Of each layer its input is kept, and each of four devices has a fourth of that."""
     wide = llama(vocab_size=64, hidden_size=256, num_hidden_layers=8)
     whole, parts = (
-        program(wide, layout, shape=(64, 32), stack=scan("full")).compiled.temp_bytes
+        program(wide, layout, shape=(64, 32), remat="full").compiled.temp_bytes
         for layout in (mesh_layout(tensor=4), split(mesh_layout(tensor=4)))
     )
     kept = 8 * 64 * 32 * 256 * 4

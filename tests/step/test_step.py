@@ -21,6 +21,7 @@ from jaxllm.models.stack import NamedTensors, Remat, check_offload, loop, scan
 from jaxllm.nn.checkpoint_names import TENSOR_NAMES
 from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective
 from jaxllm.optim.build import build
+from jaxllm.step.at_once import AtOnce
 from jaxllm.step.batch import batch_shapes
 from jaxllm.step.compile import CompiledStep, compile_steps
 from jaxllm.step.gradient import accumulated
@@ -232,7 +233,7 @@ def one_line(
     trainable: Any = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """One step on such a loss."""
-    step = make_step(OneLine(loss), tx, schedule, gradient=accumulated(scan()), max_grad_norm=max_grad_norm)
+    step = make_step(OneLine(loss), tx, schedule, backward=AtOnce(accumulated(scan())), max_grad_norm=max_grad_norm)
     chosen = jax.tree.map(lambda _: True, params) if trainable is None else trainable
     state, metrics = jax.jit(step)(new_state(params, chosen, tx), batch)
     return state, jax.tree.map(float, metrics)

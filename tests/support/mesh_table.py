@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxllm.peft.lora import Lora
-from jaxllm.step.sampled_layers import Draws
+from jaxllm.step.selection import Draws
 from tests.support.families import mesh_layout
 from tests.support.optimizers import section
 from tests.support.small_runs import Trained, llama, misses, train

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from jaxllm.models import FAMILIES, LM
 from jaxllm.models.family import FamilyConfig
 from jaxllm.models.fit_layout import fit_layout
 from jaxllm.models.quantized import Quantization
-from jaxllm.models.stack import Stack, scan
+from jaxllm.models.stack import RematConfig, Stack
 from jaxllm.objectives.base import CROSS_ENTROPY, Objective
 from jaxllm.optim.build import AdamW, at_rate, build
 from jaxllm.optim.config import OptimizerConfig
@@ -25,15 +24,13 @@ from jaxllm.optim.curvature import Curvature
 from jaxllm.optim.schedule_config import Cosine
 from jaxllm.optim.wrappers import scale_updates
 from jaxllm.peft import PeftConfig
+from jaxllm.step.at_once import AtOnce
 from jaxllm.step.batch import BATCH_AXES, batch_shapes
+from jaxllm.step.build import build_step
 from jaxllm.step.compile import CompiledStep, compile_step
-from jaxllm.step.deferred_reduction import accumulated_late
-from jaxllm.step.fused_lisa import make_fused_lisa_step
 from jaxllm.step.gradient import accumulated
-from jaxllm.step.layerwise_step import make_fused_step
-from jaxllm.step.pipeline_1f1b import Kept, pipelined
-from jaxllm.step.reduction import reduced_once
-from jaxllm.step.sampled_layers import Draws, LisaOptimizer, make_lisa_step
+from jaxllm.step.layer_states import LayerStates
+from jaxllm.step.selection import Draws
 from jaxllm.step.state import Step, TrainState, abstract_state, new_state
 from jaxllm.step.update import make_step
 from tests.support.families import draw_params, on_layout, quantized, read_back, small_lm
@@ -118,8 +115,9 @@ def program(
     scattered: bool = False,
     offloaded: bool = False,
     reduce_dtype: str | None = None,
+    remat: RematConfig = "none",
+    unroll: int = 1,
     stack: Stack | None = None,
-    kept: Kept = "layers",
     virtual_stages: int = 1,
     max_grad_norm: float | None = MAX_GRAD_NORM,
     max_grad_value: float | None = None,
@@ -133,13 +131,11 @@ def program(
 ) -> Program:
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
 
-    tx, schedule: in place of `optimizer`'s own. by_layer: see `make_step`; None = as a run of `optimizer` does.
-    frozen: patterns of the parameters that do not train. method: of
-    fine-tuning, whose leaves are drawn at random all of them. quantization: of the layers' matrices; as_floats: those
-    that it reads back are parameters as they are. dtype: of parameters, and of the computation where no
-    other is given; float16 scales the loss. stack, kept: of the ordinary step on a mesh without a pipeline, and with
-    one, whose stages have `virtual_stages` chunks of layers each. shape: sequences in a whole batch, and tokens in
-    each.
+    tx, schedule: in place of `optimizer`'s own. by_layer: see `build_step`; None = as a run of `optimizer` does.
+    frozen: patterns of the parameters that do not train. method: of fine-tuning, all of whose leaves are drawn at random.
+    quantization: of the layers' matrices; as_floats: those that it reads back are parameters as they are. dtype:
+    of parameters, and of the computation where no other is given; float16 scales the loss. stack: in place of what
+    `build_step` makes of `remat` and `unroll`. shape: sequences in a whole batch, and tokens in each.
     """
     lm = replace(small_lm(config, dtype=dtype), compute_dtype=jnp.dtype(compute_dtype or dtype), dropout=dropout)
     scale_loss = compute_dtype == "float16"
@@ -161,23 +157,31 @@ def program(
         chosen, tx = method.mask(moved), method.transform(scale_updates(tx, method.rates()), moved, STEPS)
     if lisa is not None:
         rates = method.rates() if method is not None else {}
-        tx = LisaOptimizer(moved, lambda rate: scale_updates(at_rate(optimizer, rate, moved.padded), rates), lisa)
-    placed = dict(scattered=scattered, offloaded=offloaded)
+        rated = lambda rate: scale_updates(at_rate(optimizer, rate, moved.padded), rates)  # noqa: E731
+        tx = LayerStates(rated, schedule, lisa)
+    placed = dict(scattered=scattered, offloaded=offloaded, whole_layers=fused or lisa is not None)
     abstract = abstract_state(moved.abstract(), chosen, tx, layout, scale_loss=scale_loss, **placed)
     options = dict(objective=objective, max_grad_norm=max_grad_norm, max_grad_value=max_grad_value)
     options |= dict(stochastic_rounding=stochastic_rounding, seed=seed)
-    if lisa is not None:
-        step = (make_fused_lisa_step if fused else make_lisa_step)(tx, schedule, **options)
+    if stack is not None:
+        step = make_step(moved, tx, schedule, backward=AtOnce(accumulated(stack)), **options)
     else:
-        walked = accumulated_late(stack or scan(), reduce_dtype) if late else accumulated(stack or scan())
-        gradient = pipelined(kept) if layout.stages > 1 else walked
-        gradient = reduced_once(gradient, scattered=scattered, dtype=reduce_dtype)
-        penalty = None if method is None else method.penalty(moved)
-        whole_matrices = optimizer.needs_whole_matrices if by_layer is None else by_layer
-        how = dict(curvature=curvature, penalty=penalty, by_layer=whole_matrices, scattered=scattered)
-        ordinary = partial(make_step, gradient=gradient, **how)
-        make = make_fused_step if fused else ordinary
-        step = make(moved, tx, schedule, **options)
+        step = build_step(
+            moved,
+            tx,
+            schedule,
+            draws=lisa,
+            update="fused" if fused else "ordinary",
+            remat=remat,
+            unroll=unroll,
+            reduce="late" if late else "each",
+            reduce_dtype=reduce_dtype,
+            shard_optimizer=scattered,
+            curvature=curvature,
+            penalty=None if method is None else method.penalty(moved),
+            by_layer=optimizer.needs_whole_matrices if by_layer is None else by_layer,
+            **options,
+        )
     rows, length = shape
     batch = batch_shapes((micro_batches, rows // micro_batches, length), layout)
     compiled = compile_step(step, abstract, batch, layout)
