@@ -1,7 +1,7 @@
 """Walks over a stack of equal blocks: the same block, executed in different ways."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol
 
 import jax
 from pydantic import Discriminator, Tag, model_validator
@@ -73,10 +73,7 @@ class Stack(Protocol):
     ) -> Walked: ...
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def rematerialised(block: F, remat: Remat) -> F:
+def rematerialised(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """`block`, whose backward pass finds what `remat` keeps and recomputes the rest."""
     if remat == "none":
         return block

@@ -44,13 +44,9 @@ class TrainConfig(Section):
     offload_optimizer: Annotated[bool, OnResume.NOTED] = False
     """the optimizer's state waits in the host's pinned memory: the device has it for the update alone, a parameter's at
     a time, or with update fused a layer's, and not beside the activations; each step moves it there and back"""
-    reduce: Annotated[Literal["each", "late"], OnResume.NOTED] = "each"
-    """when the gradients of layers are summed over mesh.fsdp. each: in every micro-batch; a device holds only its part
-    of the gradients. late: once a step; this sends less, but a device holds the gradients of whole layers, for the sum
-    and for one micro-batch. Over mesh.data gradients are always summed once a step"""
     reduce_dtype: Annotated[Literal["bfloat16"] | None, OnResume.NOTED] = None
-    """dtype in which gradients are summed over mesh.data, and over mesh.fsdp if reduce is late. bfloat16 sends half as
-    much as float32. Default: float32 with several micro-batches, compute_dtype with a single one"""
+    """dtype in which gradients are summed over mesh.data. bfloat16 sends half as much as float32. Default: float32 with
+    several micro-batches, compute_dtype with a single one"""
     remat: Annotated[RematConfig, OnResume.NOTED] = "none"
     """what the backward pass recomputes to save memory. none: nothing. dots: everything except matrix products, which
     are stored. offload_dots: as dots, but the products are stored in the host's memory. full: everything. {save:
@@ -93,6 +89,19 @@ class TrainConfig(Section):
     max_bad_steps: Annotated[PositiveInt, OnResume.NOTED] = 3
     """the run stops after this number of steps in a row whose loss, gradient or parameter norm is not finite; they
     change no parameter"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_reduce(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "reduce" not in values:
+            return values
+        if values["reduce"] != "each":
+            raise ValueError(
+                f"train.reduce is {values['reduce']}, which this version does not have: it held 7 to 11 bytes more for "
+                "each parameter of the layers than each, and mesh.data across nodes saves more; remove reduce, and set "
+                "mesh: {data: the number of nodes, fsdp: -1}, or a larger train.micro_batch_size"
+            )
+        return {name: value for name, value in values.items() if name != "reduce"}
 
     @field_validator("xla")
     @classmethod

@@ -12,19 +12,12 @@ from jaxllm.runs.train_config import TrainConfig
 def step_conflicts(train: TrainConfig, optim: OptimizerConfig, peft: PeftConfig) -> Iterator[Conflict]:
     """What contradicts a setting of the step."""
     fused = train.update == "fused"
-    layerwise = fused or peft.draws is not None
     if fused and (shared := peft.shared_part):
         yield Conflict(
             f"train.update is fused, which sees one layer at a time, and {shared.description}",
             f"set update to ordinary, or {shared.without}",
         )
     yield from _dtype_conflicts(train)
-    if train.reduce == "late" and layerwise:
-        yield Conflict(
-            "train.reduce is late, which keeps the gradients of all layers to the end, and train.update fused or LISA "
-            "takes one layer at a time",
-            "set reduce to each",
-        )
     if train.stochastic_rounding and train.param_dtype != "bfloat16":
         yield Conflict(
             f"train.stochastic_rounding rounds bfloat16 parameters, and train.param_dtype is {train.param_dtype}",
@@ -72,11 +65,6 @@ def pipeline_conflicts(train: TrainConfig, mesh: MeshConfig, peft: PeftConfig) -
         yield Conflict(
             f"{pipeline}, whose stages see their own layers alone, and {shared.description}",
             f"set {shared.without}, or pipeline to 1",
-        )
-    if train.reduce == "late":
-        yield Conflict(
-            f"{pipeline}, whose stages add to their parts of the gradients at every tick, and train.reduce is late",
-            "set reduce to each",
         )
     if train.remat not in ("none", "full") or train.unroll != "auto":
         yield Conflict(

@@ -13,7 +13,6 @@ from jaxllm.objectives.base import CROSS_ENTROPY, Objective
 from jaxllm.optim.curvature import Curvature
 from jaxllm.step.at_once import AtOnce
 from jaxllm.step.backward import Backward
-from jaxllm.step.deferred_reduction import accumulated_late
 from jaxllm.step.gradient import Gradient, accumulated, penalised
 from jaxllm.step.layer_by_layer import LayerByLayer, sampled
 from jaxllm.step.layer_states import LayerStates
@@ -39,7 +38,6 @@ def build_step(
     update: Literal["ordinary", "fused"] = "ordinary",
     remat: RematConfig = "none",
     unroll: Unroll = "auto",
-    reduce: Literal["each", "late"] = "each",
     reduce_dtype: str | None = None,
     shard_optimizer: bool = False,
     objective: Objective = CROSS_ENTROPY,
@@ -53,15 +51,15 @@ def build_step(
 ) -> Step:
     """The training step of `lm` under `tx`.
 
-    draws: which layers train when, if not all do; `tx` then has a state for each. update, remat, unroll, reduce,
-    reduce_dtype, shard_optimizer, max_grad_norm, max_grad_value, stochastic_rounding: as in the section `train` of a
+    draws: which layers train when, if not all do; `tx` then has a state for each. update, remat, unroll, reduce_dtype,
+    shard_optimizer, max_grad_norm, max_grad_value, stochastic_rounding: as in the section `train` of a
     config. seed: of what the step draws. curvature, penalty, by_layer: of the ordinary step, see `AtOnce` and
     `penalised`.
     """
     how = How(remat, _forward_unroll(unroll), reduce_dtype, shard_optimizer)
 
     def at_once() -> Backward:
-        plain = _gradient(lm, how, draws, unroll, reduce)
+        plain = _gradient(lm, how, draws, unroll)
         gradient = plain if penalty is None else penalised(plain, penalty)
         one_by_one = by_layer and draws is None  # of sampled layers it is few matrices anyway
         return AtOnce(gradient, plain, curvature, one_by_one, shard_optimizer, seed, max_grad_norm)
@@ -80,14 +78,13 @@ def build_step(
     )
 
 
-def _gradient(lm: LM, how: How, draws: Draws | None, unroll: Unroll, reduce: Literal["each", "late"]) -> Gradient:
+def _gradient(lm: LM, how: How, draws: Draws | None, unroll: Unroll) -> Gradient:
     if lm.layout.stages > 1:
         gradient = pipelined("stages" if how.remat == "full" else "layers")
     elif draws is not None:
         return sampled(how)  # it sums over the replicas itself, one layer after the other
     else:
-        stack = _stack(lm, how.remat, unroll)
-        gradient = accumulated_late(stack, how.dtype) if reduce == "late" else accumulated(stack)
+        gradient = accumulated(_stack(lm, how.remat, unroll))
     return reduced_once(gradient, scattered=how.scattered, dtype=how.dtype)
 
 

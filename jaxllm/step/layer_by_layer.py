@@ -25,8 +25,9 @@ from jaxllm.step.layerwise import RECOMPUTED, How, Layerwise
 from jaxllm.step.leaf_states import leaf_states
 from jaxllm.step.leaf_update import Limits
 from jaxllm.step.norms import squares
+from jaxllm.step.staged_walks import Staged, StagedRows
 from jaxllm.step.state import Metrics, TrainState
-from jaxllm.step.walks import Unstaged, Walk, walk
+from jaxllm.step.walks import Unstaged, Walk
 
 _barrier = jax.lax.optimization_barrier
 
@@ -61,7 +62,14 @@ class LayerByLayer:
         self, lm: LM, tx: Any, state: TrainState, batch: Batch, objective: Objective, rows: jax.Array | None
     ) -> "InWalk":
         model = Layerwise.of(lm, self.how, state, batch, objective)
-        return InWalk(lm, tx, state, rows, model, walk(lm, model, state, rows))
+        return InWalk(lm, tx, state, rows, model, _walk(lm, model, state, rows))
+
+
+def _walk(lm: LM, model: Layerwise, state: TrainState, rows: jax.Array | None) -> Walk:
+    """The walk of the model's layout through the layers at `rows`, or through all."""
+    if lm.layout.stages == 1:
+        return Unstaged.of(model, state, rows)
+    return Staged.of(lm, model, state) if rows is None else StagedRows.of(lm, model, state, rows)
 
 
 class InWalk:

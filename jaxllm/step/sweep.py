@@ -90,8 +90,8 @@ def sweep(
         i = depth - 1 - k
         if chunks > 1:
             dx = jnp.where((i + 1) % of_chunk == 0, take(tops, i // of_chunk, axis), dx)
-        of_layer = take((visitor.trainable(carry), frozen, kept), i, axis)
-        grads, dx = model.gradients(*of_layer, dx)
+        trainable, others, own = take((visitor.trainable(carry), frozen, kept), i, axis)
+        grads, dx = model.gradients(trainable, others, own, dx)
         return visitor.at_layer(carry, grads, dx, i, i)
 
     return jax.lax.fori_loop(0, depth, body, (visitor.carry, take(tops, chunks - 1, axis) if chunks > 1 else dx))

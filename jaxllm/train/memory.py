@@ -137,7 +137,6 @@ def remedies(config: Config, micro_batch_size: int, mesh: Mapping[str, int] | No
     """
     train, optim = config.train, config.optim
     asked = {
-        "train.reduce": (train.reduce == "late", "each"),
         "train.virtual_stages": (train.virtual_stages > 1, 1),
         "train.attention": (train.attention == "xla", "auto"),
         "train.unroll": (train.unroll != "auto", "auto"),
@@ -148,9 +147,8 @@ def remedies(config: Config, micro_batch_size: int, mesh: Mapping[str, int] | No
     if train.update == "ordinary":
         if train.remat != "full":
             found.append(Remedy({"train.remat": "full"}))
-        walked = {"train.remat": (train.remat, "none"), "train.unroll": (train.unroll, "auto")}
-        others = {key: default for key, (value, default) in walked.items() if value != default}
-        found.append(Remedy({"train.update": "fused", **others}))
+        recomputed = {} if train.remat == "none" else {"train.remat": "none"}
+        found.append(Remedy({"train.update": "fused", **recomputed}))
     if micro_batch_size > 1:
         found.append(Remedy({"train.micro_batch_size": 1}))
     found += [Remedy({f"mesh.{axis}": 2 * mesh[axis]}) for axis in ("fsdp", "tensor") if mesh is not None]

@@ -86,7 +86,6 @@ class Program:
             update=train.update,
             remat=train.remat,
             unroll=train.unroll,
-            reduce=train.reduce,
             reduce_dtype=train.reduce_dtype,
             shard_optimizer=train.shard_optimizer,
             objective=CrossEntropy(train.label_smoothing, train.z_loss),

@@ -36,14 +36,11 @@ def main() -> None:
     from jaxllm.core.mesh import Layout
     from jaxllm.core.versions import environment
     from jaxllm.models import FAMILIES, LM
-    from jaxllm.models.stack import scan
     from jaxllm.optim.build import OPTIMIZERS, build
     from jaxllm.step.batch import batch_shapes
+    from jaxllm.step.build import build_step
     from jaxllm.step.compile import compile_step
-    from jaxllm.step.gradient import accumulated
-    from jaxllm.step.layerwise_step import make_fused_step
     from jaxllm.step.state import abstract_state, new_state
-    from jaxllm.step.update import make_step
 
     family, size = FAMILIES["llama"], SIZES[asked.size]
     bf16 = jnp.bfloat16
@@ -53,11 +50,8 @@ def main() -> None:
     section = {"type": asked.optimizer, "learning_rate": 1e-4, "schedule": {"type": "constant", "warmup": 0}}
     tx, schedule = build(OPTIMIZERS[asked.optimizer].model_validate(section), asked.steps)
     everything = jax.tree.map(lambda _: True, lm.abstract())
-    clip = {"max_grad_norm": asked.max_grad_norm}
-    if asked.update == "fused":
-        step = make_fused_step(lm, tx, schedule, **clip)
-    else:
-        step = make_step(lm, tx, schedule, gradient=accumulated(scan("full")), **clip)
+    how = {"update": asked.update, "remat": "full", "unroll": 1, "max_grad_norm": asked.max_grad_norm}
+    step = build_step(lm, tx, schedule, **how)
     state = abstract_state(lm.abstract(), everything, tx, lm.layout)
     compiled = compile_step(step, state, batch_shapes((1, 1, asked.tokens), lm.layout), lm.layout)
     current = jax.jit(lambda params: new_state(params, everything, tx), donate_argnums=0)(lm.init(jax.random.key(0)))

@@ -12,15 +12,13 @@ from job import Engine, Job, serve
 import jaxllm
 from jaxllm.core.hardware import peak_flops
 from jaxllm.kernels.attention_choice import choose_attention
-from jaxllm.models.stack import scan
 from jaxllm.optim.build import AdamW, build
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.processes.environment import prepare_backends
 from jaxllm.step.batch import BATCH_AXES, batch_shapes
+from jaxllm.step.build import build_step
 from jaxllm.step.compile import compile_step
-from jaxllm.step.gradient import accumulated
 from jaxllm.step.state import abstract_state, new_state
-from jaxllm.step.update import make_step
 from jaxllm.train.metrics import flops_per_token
 
 
@@ -45,8 +43,7 @@ class WithJaxllm(Engine):
         tx, schedule = build(config, 1)
         everything = jax.tree.map(lambda _: True, params)
         shapes = abstract_state(lm.abstract(), everything, tx, lm.layout)
-        stack = scan(unroll="all" if lm.layout.platform == "cpu" else 1)
-        step = make_step(lm, tx, schedule, gradient=accumulated(stack), max_grad_norm=job.max_grad_norm)
+        step = build_step(lm, tx, schedule, max_grad_norm=job.max_grad_norm)
         _, rows, ids = batches.shape
         compiled = compile_step(step, shapes, batch_shapes((1, rows, ids - 1), lm.layout), lm.layout)
         self._run = compiled.run

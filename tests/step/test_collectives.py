@@ -196,26 +196,6 @@ def test_hybrid_sharding(tmp_path):
 
 @pytest.mark.full
 @on_linux
-def test_gradients_of_layers_summed_late(tmp_path):
-    """Over fsdp each kind of matrix is scattered once a step, that of all layers together. What a micro-batch scatters
-    are tokens."""
-    found = on_gpus(tmp_path, "mesh={data: 2, fsdp: 4}", "train.reduce=late")
-    budget = {
-        "all-gather fsdp": (2 * MATRICES + 8, 0),
-        "reduce-scatter fsdp": (5, 7),
-        "all-reduce fsdp": (2, 3),
-        "all-reduce data": (0, 12),
-        "all-reduce data fsdp": (0, 1),
-    }
-    assert_within(found, 2, budget)
-    assert_reduced_once(found)
-    scattered = [(one.times, shape) for one in found if one.kind == "reduce-scatter" for _, shape in one.arrays]
-    assert [times for times, shape in scattered if LAYERS in shape] == 7 * [1]
-    assert not [shape for _, shape in scattered if shape[-1] in (128, 768) and LAYERS not in shape]  # no one matrix
-
-
-@pytest.mark.full
-@on_linux
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_gradients_sent_in_bfloat16(tmp_path, micro_batches):
     """Also where there is one micro-batch."""

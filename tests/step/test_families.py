@@ -55,20 +55,23 @@ class Way(NamedTuple):
 
 WAYS = {method: Way(method, {}, {}) for method in METHODS} | {
     "everything, fused, mesh": Way("everything", MESH, dict(fused=True)),
-    "everything, reduced late, mesh": Way("everything", MESH, dict(late=True, micro_batches=4)),
+    "everything, fused, sharded optimizer, mesh": Way(
+        "everything", MESH, dict(fused=True, scattered=True, micro_batches=2)
+    ),
     "everything, pipeline": Way("everything", STAGES, dict(micro_batches=2)),
     "everything, sharded optimizer, pipeline": Way(
         "everything", dict(pipeline=2, data=2), dict(scattered=True, micro_batches=2)
     ),
     "lisa, mesh": Way("lisa", MESH, dict(micro_batches=2)),
     "lisa, fused, mesh": Way("lisa", MESH, dict(fused=True)),
+    "lisa, fused, pipeline": Way("lisa", STAGES, dict(fused=True, micro_batches=2)),
     "lora, pipeline": Way("lora", STAGES, dict(micro_batches=2)),
 }
 # A run that began one way resumes in another.
 RESUMED = [
-    ("everything, sharded optimizer, pipeline", "everything, reduced late, mesh"),
+    ("everything, sharded optimizer, pipeline", "everything, fused, sharded optimizer, mesh"),
     ("everything, fused, mesh", "everything, pipeline"),
-    ("lisa, fused, mesh", "lisa"),
+    ("lisa, fused, mesh", "lisa, fused, pipeline"),
     ("lora, pipeline", "lora"),
 ]
 FAMILY = ["gemma2", *(pytest.param(name, marks=pytest.mark.full) for name in [*TRAITS][1:])]

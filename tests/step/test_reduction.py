@@ -1,4 +1,4 @@
-"""How gradients are summed over devices: in parts (`train.shard_optimizer`), late (`train.reduce`), in bfloat16."""
+"""How gradients are summed over devices: in parts (`train.shard_optimizer`), in bfloat16."""
 
 import jax
 import optax
@@ -6,13 +6,11 @@ import pytest
 
 from jaxllm.core.errors import UserError
 from jaxllm.optim.build import build
-from jaxllm.peft.lora import Lora
-from jaxllm.peft.prefix import PrefixTuning
 from jaxllm.plan.plan import bytes_on_a_device
 from jaxllm.runs.config import Config
 from jaxllm.step.state import abstract_state
 from tests.support.families import mesh_layout, small_lm
-from tests.support.small_runs import OPTIMIZER, STEPS, assert_trained_alike, llama, misses, program, train
+from tests.support.small_runs import OPTIMIZER, STEPS, assert_trained_alike, llama, misses, train
 
 # Two programs that mean the same, in float64, of each leaf's largest value after 20 steps (DESIGN, section 5).
 TOLERANCE = 1e-10
@@ -50,41 +48,6 @@ def test_each_replica_has_a_part(sizes):
     assert bytes_on_a_device(part.opt_state) - counters == pytest.approx(of_moments / sizes["data"], rel=0.01)
 
 
-LOW_RANK = Lora(type="lora", r=3, lora_alpha=6, lora_dropout=0.1, target_modules=("q_proj", "down_proj"))
-ENCODED = PrefixTuning(type="prefix_tuning", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=12)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "how"),
-    [
-        (dict(data=2, fsdp=2, tensor=2), {}),
-        # Attention is a shard_map here, whose gradients JAX would sum over the devices that are mapped over.
-        pytest.param(dict(fsdp=2, context=2), dict(steps=5), marks=pytest.mark.full),
-        # Weights that do not train, and masks of each sequence.
-        pytest.param(dict(fsdp=4), dict(method=LOW_RANK, remat="dots", steps=5), marks=pytest.mark.full),
-        # Keys and values of every layer that are computed from one parameter.
-        pytest.param(dict(fsdp=4), dict(method=ENCODED, steps=5), marks=pytest.mark.full),
-    ],
-    ids=["hybrid", "context", "lora", "prefix"],
-)
-def test_summed_late_they_are_the_same_as_one_devices(sizes, how):
-    with jax.enable_x64(True):
-        how = dict(dtype="float64", **how)
-        ours = train(llama(), mesh_layout(**sizes), micro_batches=4, late=True, **how)
-        assert_trained_alike(ours, train(llama(), **how), TOLERANCE)
-
-
-@pytest.mark.full
-def test_late_sums_take_the_memory_of_whole_layers():
-    """A device holds the sum and a micro-batch's gradient of all layers in float32, where it held its parts of both."""
-    config = llama(hidden_size=128, intermediate_size=512, num_hidden_layers=4, head_dim=16)
-    layout = mesh_layout(fsdp=4)
-    each, late = (program(config, layout, micro_batches=4, late=late, remat="full") for late in (False, True))
-    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(late.lm.abstract()["layers"]))
-    more = late.compiled.temp_bytes - each.compiled.temp_bytes
-    assert more == pytest.approx(2 * whole * 3 / 4, rel=0.15)
-
-
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_gradients_summed_in_bfloat16(micro_batches):
     """They are off by its rounding: of each replica's part, and of the sum."""
@@ -96,14 +59,13 @@ def test_gradients_summed_in_bfloat16(micro_batches):
     assert all(2**-12 < miss < 2**-6 for miss in gradients)
 
 
-def test_late_sums_of_one_layer_at_a_time_are_refused():
-    with pytest.raises((ValueError, UserError), match=r"reduce is late, .*all layers .*fused .*set reduce to each"):
-        Config.model_validate(sections(update="fused", reduce="late"))
-
-
-def test_late_sums_of_a_pipeline_are_refused():
-    with pytest.raises((ValueError, UserError), match=r"pipeline is 2, .*reduce is late; set reduce to each"):
-        Config.model_validate({**sections(reduce="late"), "mesh": {"pipeline": 2}})
+def test_late_sums_are_gone():
+    """A config that an older version resolved says `each`, and is read; what `late` did is not done in silence."""
+    assert not hasattr(Config.model_validate(sections(reduce="each")).train, "reduce")
+    with pytest.raises(
+        (ValueError, UserError), match=r"train\.reduce is late, which this version .*; remove reduce, and"
+    ):
+        Config.model_validate(sections(reduce="late"))
 
 
 def sections(**train):

@@ -111,7 +111,6 @@ def program(
     quantization: Quantization | None = None,
     as_floats: bool = False,
     micro_batches: int = 1,
-    late: bool = False,
     scattered: bool = False,
     offloaded: bool = False,
     reduce_dtype: str | None = None,
@@ -132,7 +131,7 @@ def program(
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
 
     tx, schedule: in place of `optimizer`'s own. by_layer: see `build_step`; None = as a run of `optimizer` does.
-    frozen: patterns of the parameters that do not train. method: of fine-tuning, all of whose leaves are drawn at random.
+    frozen: patterns of the parameters that do not train. method: of fine-tuning, whose leaves are all drawn at random.
     quantization: of the layers' matrices; as_floats: those that it reads back are parameters as they are. dtype:
     of parameters, and of the computation where no other is given; float16 scales the loss. stack: in place of what
     `build_step` makes of `remat` and `unroll`. shape: sequences in a whole batch, and tokens in each.
@@ -174,7 +173,6 @@ def program(
             update="fused" if fused else "ordinary",
             remat=remat,
             unroll=unroll,
-            reduce="late" if late else "each",
             reduce_dtype=reduce_dtype,
             shard_optimizer=scattered,
             curvature=curvature,

@@ -52,9 +52,9 @@ def changes(chosen: Config) -> list[str]:
 
 def test_what_is_refused_or_set_already_is_no_remedy():
     assert "train.update: fused" in changes(config())
-    late = changes(config(reduce="late", remat="full"))
-    assert late[0] == "train.reduce: each"
-    assert not [remedy for remedy in late if "fused" in remedy or "remat" in remedy]
+    unrolled = changes(config(unroll="all", remat="full"))
+    assert unrolled[0] == "train.unroll: auto"
+    assert not [remedy for remedy in unrolled if remedy.startswith("train.remat")]
     assert "train.update: fused, train.remat: none" in changes(config(remat="full"))
     sophia = config().model_dump(mode="json") | {"optim": {"type": "sophia_g", "learning_rate": 1e-4}}
     assert not [remedy for remedy in changes(Config.model_validate(sophia)) if "fused" in remedy]
@@ -64,33 +64,33 @@ def test_what_is_refused_or_set_already_is_no_remedy():
 
 def test_a_remedy_is_compiled_and_the_best_comes_first():
     """But what the config itself asks for is named before all others, and what saves next to nothing is not named."""
-    sizes = {"remat": 40, "micro_batch_size": 60, "param_dtype": 70, "seq_len": 99}
+    sizes = {"remat": 40, "update": 98, "micro_batch_size": 60, "param_dtype": 70, "seq_len": 99}
     seen = []
 
     def compile_peak(changed: Config) -> int:
-        train, before = changed.train, config(reduce="late").train
+        train, before = changed.train, config(unroll="all").train
         if changed.optim.type != "adamw":
             raise UserError("a run would refuse it")
-        differing = [name for name in ("reduce", *sizes) if getattr(train, name, None) != getattr(before, name, None)]
+        differing = [name for name in ("unroll", *sizes) if getattr(train, name, None) != getattr(before, name, None)]
         seen.append(name := next(iter(differing), "seq_len"))
         return sizes.get(name, 80) * GIB
 
-    late = config(reduce="late")
-    found, left = tried(remedies(late, 8), late, 100 * GIB, compile_peak, seconds=60)
+    unrolled = config(unroll="all")
+    found, left = tried(remedies(unrolled, 8), unrolled, 100 * GIB, compile_peak, seconds=60)
     assert not left
     assert [str(remedy) for remedy in found] == [
-        "train.reduce: each (80.00 GiB)",
+        "train.unroll: auto (80.00 GiB)",
         "train.remat: full (40.00 GiB)",
         "train.micro_batch_size: 1 (60.00 GiB)",
         "train.param_dtype: bfloat16 (70.00 GiB)",
     ]
-    assert seen == ["reduce", "remat", "micro_batch_size", "param_dtype", "seq_len"]
-    assert tried(remedies(late, 8), late, 100 * GIB, compile_peak, seconds=-1) == ([], remedies(late, 8))
+    assert seen == ["unroll", "remat", "update", "micro_batch_size", "param_dtype", "seq_len"]
+    assert tried(remedies(unrolled, 8), unrolled, 100 * GIB, compile_peak, seconds=-1) == ([], remedies(unrolled, 8))
 
 
 def test_without_time_to_compile_the_causes_come_first():
-    text = untried_advice(config(reduce="late"), 8)
-    assert text.startswith("What may help: train.reduce: each; train.remat: full; ")
+    text = untried_advice(config(unroll="all"), 8)
+    assert text.startswith("What may help: train.unroll: auto; train.remat: full; ")
     assert "GiB" not in text
 
 
