@@ -15,8 +15,9 @@ from jaxllm.step.batch import ROUNDING, Batch, step_key, with_dropout
 from jaxllm.step.layer_states import LayerStates
 from jaxllm.step.leaf_update import Limits
 from jaxllm.step.norms import norms, squares
-from jaxllm.step.selection import EVERYTHING, Selection, take_active
+from jaxllm.step.selection import EVERYTHING, Selection
 from jaxllm.step.state import SMALLEST_LOSS_SCALE, Metrics, Step, TrainState
+from jaxllm.step.sweep import take
 
 
 def make_step(
@@ -62,7 +63,7 @@ def make_step(
         batch = with_dropout(lm, batch, seed, state.step)
         rows = selection.rows(state.step)
         back = backward(lm, tx, state, batch, objective, rows)
-        param_squares = _squares_of_active(state, rows)
+        param_squares = _squares_of_active(lm, state, rows)
         sound = jnp.isfinite(back.losses.objective) & jnp.isfinite(sum(param_squares.values()))
         good, coefficient = sound & back.finite, None
         if backward.knows_norm or max_grad_norm is not None:
@@ -85,12 +86,16 @@ def make_step(
     return step
 
 
-def _squares_of_active(state: TrainState, rows: jax.Array | None) -> dict[str, jax.Array]:
+def _squares_of_active(lm: LM, state: TrainState, rows: jax.Array | None) -> dict[str, jax.Array]:
     """The squares of what trains in a step, without a copy of the layers that do."""
     if rows is None:
         return squares(state.params)
-    one_by_one = jax.lax.map(lambda row: squares(take_active(state.params, row)["layers"]), rows)
-    of_layers = {f"layers/{path}": jnp.sum(each) for path, each in one_by_one.items()}
+    layers = state.params["layers"]
+    if lm.layout.stages == 1:
+        by_row = jax.lax.map(lambda row: squares(take(layers, row)), rows)
+    else:  # one row after the other would be brought from its stage to all
+        by_row = {path: each[rows] for path, each in jax.vmap(squares)(layers).items()}
+    of_layers = {f"layers/{path}": jnp.sum(each) for path, each in by_row.items()}
     return {**squares({**state.params, "layers": None}), **of_layers}
 
 

@@ -63,7 +63,7 @@ MARKS = {
     **{
         f"train.{name}": OnResume.NOTED
         for name in (
-            *("steps", "epochs", "micro_batch_size", "update", "reduce", "reduce_dtype", "shard_optimizer"),
+            *("steps", "epochs", "micro_batch_size", "update", "reduce_dtype", "shard_optimizer"),
             *("offload_optimizer", "remat", "virtual_stages", "compute_dtype", "max_bad_steps", "unroll"),
             *("attention", "deterministic", "xla"),
         )

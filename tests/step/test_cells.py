@@ -131,6 +131,24 @@ def test_each_replica_has_a_part_of_every_layers_state(how, leading):
         assert 4 * leaf.addressable_shards[0].data.size == leaf.size, path  # data × fsdp
 
 
+@pytest.mark.full
+@pytest.mark.optimized
+def test_a_fused_stage_holds_the_gradient_of_one_drawn_layer():
+    """Four more layers of 32 that train: their inputs and the gradients of their outputs, and no gradients."""
+    sizes = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
+    layer, activation = 4 * (4 * 128**2 + 3 * 128 * 512), 4 * 16 * 128 * 4
+
+    def temporaries(active: int, fused: bool) -> int:
+        how: dict[str, Any] = dict(micro_batches=4, shape=(16, 16), optimizer=section("lomo"), max_grad_norm=None)
+        config = llama(num_hidden_layers=32, **sizes)
+        return program(
+            config, mesh_layout(pipeline=4), lisa=Draws(active, 20, 0), fused=fused, **how
+        ).compiled.temp_bytes
+
+    assert temporaries(8, True) - temporaries(4, True) <= 4 * 4 * 2 * activation + layer / 8
+    assert temporaries(8, False) - temporaries(4, False) > 2 * 4 * layer
+
+
 SECTIONS: dict[str, Any] = {
     "output_dir": "run",
     "model": {"path": "model"},
