@@ -165,7 +165,7 @@ def _advance(
     slots = ahead + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     positions = jnp.maximum(slots - rows.padding, 0)
     ctx = lm.context(positions, cache=CachePosition(progress.offset, rows.segments), begins=begins)
-    x, cache = lm.hidden(params, tokens, ctx, cache=progress.cache)
+    x, _, cache = lm.hidden(params, tokens, ctx, cache=progress.cache)
     assert cache is not None
     seen = progress.seen
     if seen is not None:

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import flax.linen as nn
-import jax
 from jax.typing import DTypeLike
 from pydantic import AfterValidator, PositiveFloat, PositiveInt, model_validator
 
@@ -13,7 +12,7 @@ from jaxllm.core.config import ByType, Section
 from jaxllm.core.registry import Registry
 from jaxllm.kernels.attention_spec import PLAIN, AttentionSpec
 from jaxllm.models.rules import Rule
-from jaxllm.nn.cache import LayerCache
+from jaxllm.models.stack import Output as Output  # what the calls of blocks return
 from jaxllm.nn.context import LayerData
 from jaxllm.nn.embed import Embed
 from jaxllm.nn.head import Head
@@ -84,18 +83,6 @@ class FamilyConfig(Section):
     def _defined_rope(self) -> "FamilyConfig":
         self.rope.check(self.rotation)
         return self
-
-
-class Output(NamedTuple):
-    """What a block returns.
-
-    x: `[B, T, D]`. aux: statistics whose sums over layers and micro-batches are exact, such as the tokens of each
-    expert; None where a block has none. cache: with this pass's keys and values written into it.
-    """
-
-    x: jax.Array
-    aux: Mapping[str, jax.Array] | None = None
-    cache: LayerCache | None = None
 
 
 def token_embedding(config: Any, dtype: DTypeLike) -> nn.Module:

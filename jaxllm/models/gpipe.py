@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.core.mesh import Layout
-from jaxllm.models.stack import Block, Remat, Stack, Walked, scan
+from jaxllm.models.stack import Block, Output, Remat, Stack, scan
 from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import Context
 
@@ -43,13 +43,13 @@ def pipeline(layout: Layout, remat: Remat = "none", virtual: int = 1) -> Stack:
     if virtual > 1:
         return _circular(layout, virtual)
 
-    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Walked:
+    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Output:
         stages = jnp.arange(layout.stages)
         micro_batches = 1 if cache is not None else x.shape[0] // layout.size("batch")
         layers, cache = in_stages(stacked, layout), in_stages(cache, layout)
         inputs, contexts = _cut(x, ctx, micro_batches)
 
-        def stage(layers: Any, x: jax.Array, ctx: Context, cache: LayerCache | None) -> Walked:
+        def stage(layers: Any, x: jax.Array, ctx: Context, cache: LayerCache | None) -> Output:
             return scan(remat)(block, layers, x, ctx, cache)
 
         def tick(carry: tuple[jax.Array, LayerCache | None], t: jax.Array):
@@ -57,18 +57,18 @@ def pipeline(layout: Layout, remat: Remat = "none", virtual: int = 1) -> Stack:
             x = jnp.where(of_stage(0, x), inputs[jnp.minimum(t, micro_batches - 1)], x)
             micro = t - stages
             ctx = jax.tree.map(lambda a: a[jnp.clip(micro, 0, micro_batches - 1)], contexts)
-            y, written = on_stages(stage, layout)(layers, layout.constrain(x, *STAGE_AXES), ctx, cache)
+            y, aux, written = on_stages(stage, layout)(layers, layout.constrain(x, *STAGE_AXES), ctx, cache)
             works = (micro >= 0) & (micro < micro_batches)
             cache = jax.tree.map(lambda new, old: jnp.where(_like(works, new), new, old), written, cache)
             y = layout.constrain(y, *STAGE_AXES)
-            return (jnp.roll(y, 1, 0), cache), y[-1]
+            return (jnp.roll(y, 1, 0), cache), (y[-1], _of_working(works, aux))
 
         inputs = layout.constrain(inputs, "micro", *STAGE_AXES[1:])
         first = jnp.broadcast_to(inputs[0], (layout.stages, *inputs.shape[1:]))
         ticks = jnp.arange(micro_batches + layout.stages - 1)
-        (_, cache), outputs = jax.lax.scan(tick, (first, cache), ticks)
-        y = _whole(outputs[layout.stages - 1 :])
-        return layout.constrain(y, "batch", "act_length", "act_embed"), out_of_stages(cache)
+        (_, cache), (outputs, aux) = jax.lax.scan(tick, (first, cache), ticks)
+        y = layout.constrain(_whole(outputs[layout.stages - 1 :]), "batch", "act_length", "act_embed")
+        return Output(y, jax.tree.map(lambda a: jnp.sum(a, 0), aux), out_of_stages(cache))
 
     return walk
 
@@ -78,7 +78,7 @@ def _circular(layout: Layout, virtual: int) -> Stack:
     of v m + p − 1 ticks, each of one chunk of its layers."""
     stages = layout.stages
 
-    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Walked:
+    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Output:
         if cache is not None:
             raise ValueError("there is no cache in a pipeline of virtual stages; walk in the layers' own order")
         layers = in_stages(stacked, layout)
@@ -86,12 +86,14 @@ def _circular(layout: Layout, virtual: int) -> Stack:
         micro_batches = x.shape[0] // layout.size("batch")
         inputs, contexts = _cut(x, ctx, micro_batches)
 
-        def stage(layers: Any, chunk: jax.Array, x: jax.Array, ctx: Context) -> jax.Array:
-            def body(x: jax.Array, k: jax.Array) -> tuple[jax.Array, None]:
+        def stage(layers: Any, chunk: jax.Array, x: jax.Array, ctx: Context) -> tuple[jax.Array, Any]:
+            def body(x: jax.Array, k: jax.Array) -> tuple[jax.Array, Any]:
                 layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, chunk * depth + k, 0, False), layers)
-                return block(layer, x, ctx, None)[0], None
+                x, aux, _ = block(layer, x, ctx, None)
+                return x, dict(aux)
 
-            return jax.lax.scan(body, x, jnp.arange(depth))[0]
+            x, aux = jax.lax.scan(body, x, jnp.arange(depth))
+            return x, jax.tree.map(lambda a: jnp.sum(a, 0), aux)
 
         def tick(carry: tuple[jax.Array, jax.Array], t: jax.Array):
             x, outputs = carry
@@ -99,19 +101,21 @@ def _circular(layout: Layout, virtual: int) -> Stack:
             first = of_stage(0, x) & (chunks[0] == 0)
             x = jnp.where(first, inputs[jnp.minimum(micro[0], micro_batches - 1)], x)
             ctx = jax.tree.map(lambda a: a[jnp.clip(micro, 0, micro_batches - 1)], contexts)
-            y = on_stages(stage, layout)(layers, chunks, layout.constrain(x, *STAGE_AXES), ctx)
+            y, aux = on_stages(stage, layout)(layers, chunks, layout.constrain(x, *STAGE_AXES), ctx)
             y = layout.constrain(y, *STAGE_AXES)
+            works = (t >= jnp.arange(stages)) & (micro < micro_batches)
             # What is not of the last chunk has no place, nor what no micro-batch is behind.
             done = (chunks[-1] == virtual - 1) & (micro[-1] >= 0)
             outputs = outputs.at[jnp.where(done, micro[-1], micro_batches)].set(y[-1], mode="drop")
-            return (jnp.roll(y, 1, 0), outputs), None
+            return (jnp.roll(y, 1, 0), outputs), _of_working(works, aux)
 
         inputs = layout.constrain(inputs, "micro", *STAGE_AXES[1:])
         first = jnp.broadcast_to(inputs[0], (stages, *inputs.shape[1:]))
         rounds = -(-micro_batches // stages)
         ticks = jnp.arange(rounds * stages * virtual + stages - 1)
-        (_, outputs), _ = jax.lax.scan(tick, (first, jnp.zeros_like(inputs)), ticks)
-        return layout.constrain(_whole(outputs), "batch", "act_length", "act_embed"), None
+        (_, outputs), aux = jax.lax.scan(tick, (first, jnp.zeros_like(inputs)), ticks)
+        y = layout.constrain(_whole(outputs), "batch", "act_length", "act_embed")
+        return Output(y, jax.tree.map(lambda a: jnp.sum(a, 0), aux))
 
     return walk
 
@@ -139,6 +143,11 @@ def on_stages(f: Any, layout: Layout) -> Any:
 def of_stage(stage: int, x: jax.Array) -> jax.Array:
     """A mask for x `[p, …]`: True at `stage`."""
     return _like(jnp.arange(x.shape[0]) == stage, x)
+
+
+def _of_working(works: jax.Array, aux: Any) -> Any:
+    """The sums over the stages that work; what is computed in a bubble may be anything."""
+    return jax.tree.map(lambda a: jnp.sum(jnp.where(_like(works, a), a, 0), 0), aux)
 
 
 def _like(of_stages: jax.Array, x: jax.Array) -> jax.Array:

@@ -16,13 +16,13 @@ from jax.typing import DTypeLike
 from jaxllm.core import tree
 from jaxllm.core.fit import check_fits
 from jaxllm.core.mesh import Layout
-from jaxllm.core.tree import Params
+from jaxllm.core.tree import Leaves, Params
 from jaxllm.kernels.attention import AttentionForm
 from jaxllm.kernels.attention_choice import AttentionNeeds
-from jaxllm.models.family import Family, FamilyConfig, Output
+from jaxllm.models.family import Family, FamilyConfig
 from jaxllm.models.gpipe import order_of_layers, pipeline
 from jaxllm.models.quantized import Quantization
-from jaxllm.models.stack import Stack, scan
+from jaxllm.models.stack import Output, Stack, scan
 from jaxllm.models.token_arrays import check_token_arrays
 from jaxllm.nn.attention import VIRTUAL
 from jaxllm.nn.cache import LayerCache
@@ -32,7 +32,7 @@ from jaxllm.nn.embed import BESIDE
 from jaxllm.nn.loss import loss_chunks, token_scores
 from jaxllm.nn.prefix import FOLDER, projected_prefix
 from jaxllm.nn.rope import rope_tables
-from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective, reads_mean_logit
+from jaxllm.objectives.base import CROSS_ENTROPY, Losses, Objective, TokenScores, reads_mean_logit
 
 
 @dataclass(frozen=True)
@@ -272,14 +272,29 @@ class LM:
         module = self.family.embed(self._in_memory, self.compute_dtype)
         return ctx.drop(_apply(module, params["embed"], tokens, ctx))
 
-    def block(
-        self, layer: Params, x: jax.Array, ctx: Context, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
+    def block(self, layer: Params, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Output:
         """One layer: `[B, T, D]` → `[B, T, D]`. `layer` is a slice of `params["layers"]`."""
-        out: Output = _apply(self._block, layer, x, ctx, cache)
-        if out.aux:
-            raise NotImplementedError(f"{self.family.model_type}: no training step sums the statistics of a block yet")
-        return out.x, out.cache
+        return _apply(self._block, layer, x, ctx, cache)
+
+    @property
+    def aux(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the statistics that a block returns, see `Output.aux`; {} where it returns none."""
+        return self._aux_shapes(self.family, cast(Hashable, self.config), jnp.dtype(self.compute_dtype))
+
+    @staticmethod
+    @lru_cache(maxsize=32)
+    def _aux_shapes(
+        family: Family, config: FamilyConfig, compute_dtype: np.dtype[Any]
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        plain = LM(family, config, Layout.single(), compute_dtype=compute_dtype)
+        layer = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), plain.abstract()["layers"])
+
+        def of_block(layer: Params) -> Any:
+            x = jnp.zeros((1, 1, config.hidden_size), compute_dtype)
+            ctx = replace(plain.context(jnp.zeros((1, 1), jnp.int32), begins=False), attention="xla")
+            return dict(plain.block(layer, x, ctx.of_layer(jnp.int32(0))).aux)
+
+        return jax.eval_shape(of_block, layer)
 
     def head(self, params: Params, x: jax.Array) -> jax.Array:
         """`[B, T, D]` → logits `[B, T, padded V]` in at least float32; those of the padding are −inf."""
@@ -297,8 +312,9 @@ class LM:
         ctx: Context,
         stack: Stack | None = None,
         cache: LayerCache | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """What the head reads, `[B, T, D]`: the embedding walked through every block by `stack`.
+    ) -> Output:
+        """What the head reads, `[B, T, D]`: the embedding walked through every block by `stack`; and the sums of the
+        statistics of all blocks.
 
         stack: by default a scan, or the pipeline that the layout has.
 
@@ -316,8 +332,8 @@ class LM:
         if FOLDER in params:
             k, v = projected_prefix(params[FOLDER])
             layers = tree.insert(layers, {"attn/prefix_k": k, "attn/prefix_v": v})
-        x, cache = walk(block, (layers, jnp.asarray(self.layer_order)), x, ctx, cache)
-        return _behind_prompt(x, tokens), cache
+        out = walk(block, (layers, jnp.asarray(self.layer_order)), x, ctx, cache)
+        return out._replace(x=_behind_prompt(out.x, tokens))
 
     def logits(
         self,
@@ -338,7 +354,7 @@ class LM:
         check_token_arrays(tokens, {"positions": positions, "segments": segments}, self.config.vocab_size)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x, _ = self.hidden(params, tokens, self.context(positions, segments))
+        x = self.hidden(params, tokens, self.context(positions, segments)).x
         return self.head(params, x)[..., : self.config.vocab_size]
 
     def losses(
@@ -354,8 +370,8 @@ class LM:
         `dropout_keys`, `[B]` random keys, where something is dropped. Keys as `targets` draw them from the model (see
         `token_scores`).
         """
-        x, _ = self.hidden(params, batch["tokens"], self.batch_context(batch), stack)
-        return self.head_losses(params, x, batch, objective)
+        out = self.hidden(params, batch["tokens"], self.batch_context(batch), stack)
+        return self.head_losses(params, out.x, batch, objective, out.aux)
 
     def head_losses(
         self,
@@ -363,12 +379,20 @@ class LM:
         x: jax.Array,
         batch: Mapping[str, jax.Array],
         objective: Objective = CROSS_ENTROPY,
+        aux: Leaves | None = None,
     ) -> Losses:
-        """`losses` from what the head reads, `[B, T, D]`; of `params`, what is not the head's may be missing."""
+        """`losses` from what the head reads, `[B, T, D]`, and the sums of the statistics of all blocks; of `params`,
+        what is not the head's may be missing."""
+        return objective(self.scores(params, x, batch, objective), batch, aux or None)
+
+    def scores(
+        self, params: Params, x: jax.Array, batch: Mapping[str, jax.Array], objective: Objective = CROSS_ENTROPY
+    ) -> TokenScores:
+        """The scores of a batch's targets that `objective` reads, from what the head reads, `[B, T, D]`."""
         x = _behind_prompt(x, batch["targets"])
         batch_size, length, _ = x.shape
         chunks = loss_chunks(batch_size, length, self.vocab_padded, self.layout)
-        scores = token_scores(
+        return token_scores(
             lambda x: self.head(params, x),
             x,
             batch["targets"],
@@ -377,7 +401,6 @@ class LM:
             chunks=chunks,
             mean=reads_mean_logit(objective),
         )
-        return objective(scores, batch, None)
 
     def new_cache(self, batch: int, slots: int) -> LayerCache:
         """An empty key-value cache for `batch` sequences of up to `slots` tokens."""

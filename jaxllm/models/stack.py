@@ -1,9 +1,10 @@
 """Walks over a stack of equal blocks: the same block, executed in different ways."""
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from pydantic import Discriminator, Tag, model_validator
 
 from jaxllm.core.config import Section
@@ -57,9 +58,19 @@ def check_offload(remat: Remat, device: Any) -> None:
         check_host_memory(device, "train.remat keeps results", "use dots or full")
 
 
-Walked = tuple[jax.Array, LayerCache | None]
+class Output(NamedTuple):
+    """What a block returns, or a walk through several.
 
-Block = Callable[[Any, jax.Array, Context, LayerCache | None], Walked]
+    x: `[B, T, D]`. aux: statistics that add up over layers and micro-batches, such as the tokens of each expert, float;
+    of a walk their sums over the layers. cache: with this pass's keys and values written into it.
+    """
+
+    x: jax.Array
+    aux: Mapping[str, jax.Array] = {}
+    cache: LayerCache | None = None
+
+
+Block = Callable[[Any, jax.Array, Context, LayerCache | None], Output]
 
 
 class Stack(Protocol):
@@ -70,7 +81,7 @@ class Stack(Protocol):
 
     def __call__(
         self, block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None
-    ) -> Walked: ...
+    ) -> Output: ...
 
 
 def rematerialised(block: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
@@ -91,13 +102,16 @@ def scan(remat: Remat = "none", unroll: int | Literal["all"] = 1) -> Stack:
     unroll: how many blocks the body of the loop has, at the compile time of as many; "all" leaves no loop.
     """
 
-    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Walked:
+    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Output:
         step = rematerialised(lambda layer, x, cache: block(layer, x, ctx, cache), remat)
 
-        def body(x: jax.Array, layer: tuple[Any, LayerCache | None]):
-            return step(layer[0], x, layer[1])
+        def body(x: jax.Array, layer: tuple[Any, LayerCache | None]) -> tuple[jax.Array, Any]:
+            x, aux, written = step(layer[0], x, layer[1])
+            return x, (dict(aux), written)
 
-        return jax.lax.scan(body, x, (stacked, cache), unroll=True if unroll == "all" else unroll)
+        whole = True if unroll == "all" else unroll
+        x, (aux, cache) = jax.lax.scan(body, x, (stacked, cache), unroll=whole)
+        return Output(x, jax.tree.map(lambda a: jnp.sum(a, 0), aux), cache)
 
     return walk
 
@@ -105,13 +119,14 @@ def scan(remat: Remat = "none", unroll: int | Literal["all"] = 1) -> Stack:
 def loop(remat: Remat = "none") -> Stack:
     """The blocks written out one after the other: the plain meaning of a stack, for tests and for debugging."""
 
-    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Walked:
+    def walk(block: Block, stacked: Any, x: jax.Array, ctx: Context, cache: LayerCache | None = None) -> Output:
         step = rematerialised(lambda layer, x, cache: block(layer, x, ctx, cache), remat)
-        caches = []
+        caches, total = [], {}
         for i in range(jax.tree.leaves(stacked)[0].shape[0]):
             layer = jax.tree.map(lambda a, i=i: a[i], (stacked, cache))
-            x, written = step(layer[0], x, layer[1])
+            x, aux, written = step(layer[0], x, layer[1])
             caches.append(written)
-        return x, None if cache is None else jax.tree.map(lambda *a: jax.numpy.stack(a), *caches)
+            total = {name: total.get(name, 0) + a for name, a in aux.items()}
+        return Output(x, total, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *caches))
 
     return walk

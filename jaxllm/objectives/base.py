@@ -37,8 +37,10 @@ class Objective(Protocol):
 
     scores: of its tokens. batch: its arrays, `loss_mask` `[B, T]` among them, which is 1 where a target is trained. The
     step divides the sums by the trained tokens of the whole batch, so a sum over tokens does not depend on how the
-    batch is cut; anything else is of one micro-batch. aux: additive statistics of the model's layers; None where it has
-    none. A function that lacks `reads_mean_logit` is given `scores.mean_logit`.
+    batch is cut; anything else is of one micro-batch. aux: the statistics of the model's layers, summed over these and
+    over the whole batch, in a pipeline over one micro-batch; None where it has none. A term of them that is multiplied
+    by the micro-batch's trained tokens counts once in the mean. A function that lacks `reads_mean_logit` is given
+    `scores.mean_logit`.
     """
 
     def __call__(

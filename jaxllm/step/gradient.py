@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
-from jaxllm.core.tree import Params
+from jaxllm.core.tree import Leaves, Params
 from jaxllm.models.lm import LM
 from jaxllm.models.stack import Stack
-from jaxllm.objectives.base import Losses, Objective
+from jaxllm.objectives.base import Losses, Objective, TokenScores
 from jaxllm.step.batch import Batch, sum_micro, trained_tokens
 from jaxllm.step.state import TrainState
 
@@ -30,10 +31,43 @@ def accumulated(stack: Stack) -> Gradient:
         lm: LM, state: TrainState, batch: Batch, objective: Objective, rows: jax.Array | None
     ) -> tuple[Losses, Params]:
         assert rows is None, "a stack differentiates all layers"
+        if lm.aux and batch["tokens"].shape[0] > 1:
+            return over_micro_batches(_with_statistics(lm, stack, state, batch, objective), state.params, batch)
         means = mean_losses(lm, state, batch, objective)
         return over_micro_batches(lambda params, micro: means(params, micro, stack), state.params, batch)
 
     return gradient
+
+
+def _with_statistics(
+    lm: LM, stack: Stack, state: TrainState, batch: Batch, objective: Objective
+) -> Callable[[Params, Batch], tuple[jax.Array, Losses]]:
+    """`mean_losses` of an objective that reads the statistics of the whole batch.
+
+    A forward pass beforehand sums them and keeps the scores; so what the objective's derivative for the sums is, which
+    every micro-batch adds to by its own statistics, is known before the first one is differentiated.
+    """
+    trained, factor = trained_tokens(batch), loss_factor(state)
+
+    def forward(params: Params, micro: Batch) -> tuple[Leaves, TokenScores]:
+        whole = tree.combine(params, state.frozen)
+        out = lm.hidden(whole, micro["tokens"], lm.batch_context(micro), stack)
+        return out.aux, lm.scores(whole, out.x, micro, objective)
+
+    total, scores = sum_micro(lambda micro: forward(state.params, micro), dict(batch))
+
+    def of_sums(aux: Leaves) -> jax.Array:
+        losses = jax.vmap(lambda scores, micro: objective(scores, micro, aux))(scores, dict(batch))
+        return jnp.sum(losses.objective) / trained * factor
+
+    of_total = jax.grad(of_sums)(total)
+
+    def of_micro(params: Params, micro: Batch) -> tuple[jax.Array, Losses]:
+        aux, scores = forward(params, micro)
+        means = jax.tree.map(lambda total: total / trained, objective(scores, micro, total))
+        return means.objective * factor + sum(jnp.vdot(of_total[name], a) for name, a in aux.items()), means
+
+    return of_micro
 
 
 def penalised(gradient: Gradient, penalty: Callable[[Params], jax.Array]) -> Gradient:

@@ -1,7 +1,7 @@
 """A model taken apart at its layers, for walks that see one layer at a time, over all micro-batches of a batch."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -55,7 +55,8 @@ class Layerwise:
 
     Activations are `[M, B, T, D]`, or where replicas sum gradients of their own `[R, M, B / R, T, D]`, and so lies the
     `batch`. lm: the model as one replica computes with it. rest: all parameters but the layers'; trainable: which of
-    them train. trained: the trained tokens of the whole batch. factor: of the objective that is differentiated.
+    them train. trained: the trained tokens of the whole batch. factor: of the objective that is differentiated. of_aux:
+    of each micro-batch, `[M, …]`, the derivative of the objective for the statistics of its layers, once it is known.
     """
 
     lm: LM
@@ -67,6 +68,7 @@ class Layerwise:
     objective: Objective
     trained: jax.Array
     factor: Any
+    of_aux: Leaves = field(default_factory=dict)
 
     @staticmethod
     def of(lm: LM, how: How, state: TrainState, batch: Batch, objective: Objective, factor: Any = 1) -> "Layerwise":
@@ -81,50 +83,54 @@ class Layerwise:
 
     # One layer, see `sweep.Layers`
 
-    def forward(self, trainable: Leaves, frozen: Leaves, x: jax.Array) -> tuple[jax.Array, Any]:
+    def forward(self, trainable: Leaves, frozen: Leaves, x: jax.Array) -> tuple[jax.Array, Any, Leaves]:
+        """`(the layer's output, what is kept for its backward pass, its statistics [M, …])`."""
+
         def of_micro(x: jax.Array, micro: Batch) -> Any:
             if self._recomputes:
-                return (), (self._block(trainable, frozen, micro, x), x)
-            y, vjp = jax.vjp(rematerialised(self._block, self.how.remat), trainable, frozen, micro, x)
+                y, aux = self._block(trainable, frozen, micro, x)
+                return (), (y, x, aux)
+            (y, aux), vjp = jax.vjp(rematerialised(self._block, self.how.remat), trainable, frozen, micro, x)
             vjp.args_res = [None, None, None, x]  # weights and batch are there in the backward pass too
-            return (), (y, vjp)
+            return (), (y, vjp, aux)
 
         return self._over_batch(of_micro, x, self.batch)[1]
 
     def gradients(self, trainable: Leaves, frozen: Leaves, kept: Any, dy: jax.Array) -> tuple[Leaves, jax.Array]:
-        def of_micro(kept: Any, dy: jax.Array, micro: Batch) -> Any:
+        def of_micro(kept: Any, dy: tuple[jax.Array, Leaves], micro: Batch) -> Any:
             if not self._recomputes:
                 grads, *_, dx = self._pulled(trainable, frozen, kept, micro, dy)
                 return grads, dx
             _, vjp = jax.vjp(lambda p, x: self._block(p, frozen, micro, x), dict(trainable), kept)
             return vjp(dy)
 
-        grads, dx = self._over_batch(of_micro, kept, dy, self.batch)
+        grads, dx = self._over_batch(of_micro, kept, (dy, self.of_aux), self.batch)
         return self._scattered(grads, self._of_a_layer), dx
 
     def input_gradient(self, trainable: Leaves, frozen: Leaves, kept: Any, dy: jax.Array) -> jax.Array:
-        def of_micro(kept: Any, dy: jax.Array, micro: Batch) -> Any:
+        def of_micro(kept: Any, dy: tuple[jax.Array, Leaves], micro: Batch) -> Any:
             if not self._recomputes:
                 return (), self._pulled(trainable, frozen, kept, micro, dy)[-1]
             return (), jax.vjp(lambda x: self._block(trainable, frozen, micro, x), kept)[1](dy)[0]
 
-        return self._over_batch(of_micro, kept, dy, self.batch)[1]
+        return self._over_batch(of_micro, kept, (dy, self.of_aux), self.batch)[1]
 
     @property
     def _recomputes(self) -> bool:
         return self.how.remat in ("none", "full")
 
-    def _pulled(self, trainable: Leaves, frozen: Leaves, vjp: Any, micro: Batch, dy: jax.Array) -> Any:
+    def _pulled(self, trainable: Leaves, frozen: Leaves, vjp: Any, micro: Batch, dy: Any) -> Any:
         """The gradients of the arguments of `_block`, by the `vjp` that `forward` kept."""
         vjp.args_res = [dict(trainable), dict(frozen), dict(micro), vjp.args_res[-1]]
         return vjp(dy)
 
-    def _block(self, trainable: Leaves, frozen: Leaves, micro: Batch, x: jax.Array) -> jax.Array:
+    def _block(self, trainable: Leaves, frozen: Leaves, micro: Batch, x: jax.Array) -> tuple[jax.Array, Leaves]:
         layer = {**frozen, **trainable}
         ctx = self.lm.batch_context(micro).of_layer(layer[INDEX])
         # Their gradients then lie as they do: else those of which only squares are taken would be summed whole.
         laid_out = {name: jax.lax.with_sharding_constraint(layer[name], s) for name, s in self._of_a_layer.items()}
-        return self.lm.block(self.nested(laid_out)["layers"], x, ctx)[0]
+        out = self.lm.block(self.nested(laid_out)["layers"], x, ctx)
+        return out.x, dict(out.aux)
 
     @cached_property
     def _of_a_layer(self) -> dict[str, NamedSharding]:
@@ -145,22 +151,26 @@ class Layerwise:
     def _embed(self, leaves: Leaves, micro: Batch) -> jax.Array:
         return self.lm.embed(self.nested({**self.rest, **leaves}), micro["tokens"], self.lm.batch_context(micro))
 
-    def head(self, output: jax.Array) -> tuple[Losses, Leaves, jax.Array]:
-        """The mean losses, the gradients of all that the head reads, and that of the last layer's output."""
+    def head(self, output: jax.Array, aux: Leaves) -> tuple[Losses, Leaves, jax.Array, Leaves]:
+        """The mean losses, the gradients of all that the head reads, that of the last layer's output, and `of_aux`.
+
+        aux: the sums of the statistics over layers and micro-batches.
+        """
         tied = self.lm.config.tie_word_embeddings
         chosen = {name: self.rest[name] for name in self.trainable if tied or not in_embedding(name)}
 
         def of_micro(x: jax.Array, micro: Batch) -> Any:
-            def loss(leaves: Leaves, x: jax.Array) -> tuple[jax.Array, Losses]:
-                sums = self.lm.head_losses(self.nested({**self.rest, **leaves}), x, micro, self.objective)
+            def loss(leaves: Leaves, x: jax.Array, aux: Leaves) -> tuple[jax.Array, Losses]:
+                sums = self.lm.head_losses(self.nested({**self.rest, **leaves}), x, micro, self.objective, aux)
                 means = jax.tree.map(lambda total: total / self.trained, sums)
                 return means.objective * self.factor, means
 
-            (_, means), (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(chosen, x)
-            return grads, (means, dx)
+            (_, means), (grads, dx, of_aux) = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(chosen, x, aux)
+            return grads, (means, dx, of_aux)
 
-        grads, (means, dx) = self._over_batch(of_micro, output, self.batch)
-        return jax.tree.map(jnp.sum, means), self.scattered_rest(grads), dx
+        grads, (means, dx, of_aux) = self._over_batch(of_micro, output, self.batch)
+        of_aux = jax.tree.map(lambda a: jnp.broadcast_to(jnp.sum(a, 0), a.shape), of_aux)  # each reads the same sums
+        return jax.tree.map(jnp.sum, means), self.scattered_rest(grads), dx, of_aux
 
     def embed_gradients(self, dx: jax.Array, of_head: Leaves) -> Leaves:
         """The gradients of the embedding from that of its output, and from `of_head` where the head is tied to it."""

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxllm.core import tree
 from jaxllm.core.dtypes import at_least_float32
-from jaxllm.core.tree import Params
+from jaxllm.core.tree import Leaves, Params
 from jaxllm.models.gpipe import STAGE_AXES, in_stages, of_pass, of_stage, on_stages, out_of_stages
 from jaxllm.models.lm import LM
 from jaxllm.models.pipeline_schedule import Schedule
@@ -29,6 +29,7 @@ from jaxllm.nn.context import Context
 from jaxllm.objectives.base import Losses, Objective, TokenScores
 from jaxllm.step.batch import BATCH_AXES, Batch, trained_tokens
 from jaxllm.step.gradient import Gradient, loss_factor
+from jaxllm.step.selection import OwnRows, SortedRows, rows_of_parts
 from jaxllm.step.state import TrainState
 from jaxllm.step.sweep import take
 
@@ -47,13 +48,15 @@ class Passed(NamedTuple):
     losses: the means. grads: of the trainable half, the layers in stages, or the rows of them, `[p, n, …]`, zero in
     stages that do not have them. inputs, dy: where all is kept, the inputs of the layers, `[p, L/p, m, B, T, D]`, and
     the gradients of what each of v chunks of a stage gives, `[p, v, m, B, T, D]`; where rows are, of each of them the
-    input and the gradient of the output, `[p, n, m, B, T, D]`, in the stage that has it.
+    input and the gradient of the output, `[p, n, m, B, T, D]`, in the stage that has it. of_aux: of each micro-batch,
+    `[m, …]`, the derivative of the objective for the statistics of its layers.
     """
 
     losses: Losses
     grads: Params
     inputs: jax.Array
     dy: jax.Array
+    of_aux: Leaves
 
 
 def pipelined(kept: Kept = "layers") -> Gradient:
@@ -131,31 +134,33 @@ class _Pipeline:
         params = tree.combine(leaves, {name: self.frozen[name] for name in leaves})
         return self.lm.embed(params, micro["tokens"], self.lm.batch_context(micro))
 
-    def loss(self, leaves: Params, x: jax.Array, micro: Batch) -> tuple[jax.Array, Losses]:
+    def loss(self, leaves: Params, x: jax.Array, aux: Leaves, micro: Batch) -> tuple[jax.Array, Losses]:
         """The objective times `factor`, and the parts of the mean losses, of what the last stage gives."""
         params = tree.combine(leaves, {name: self.frozen[name] for name in leaves})
-        sums = self.lm.head_losses(params, x, micro, self.objective)
+        sums = self.lm.head_losses(params, x, micro, self.objective, aux)
         means = jax.tree.map(lambda total: total / self.trained, sums)
         return means.objective * self.factor, means
 
     def forward_stage(
         self, chunk: Any, layers: Params, frozen: Params, x: jax.Array, micro: Batch
-    ) -> tuple[jax.Array, jax.Array]:
-        """A chunk of one stage: `(its output, what is kept)`."""
-        y, inputs = self.run_stage(chunk, layers, frozen, x, micro)
-        return y, x[None] if self.kept == "stages" else inputs
+    ) -> tuple[jax.Array, Leaves, jax.Array]:
+        """A chunk of one stage: `(its output, its statistics, what is kept)`."""
+        y, aux, inputs = self.run_stage(chunk, layers, frozen, x, micro)
+        return y, aux, x[None] if self.kept == "stages" else inputs
 
     def run_stage(
         self, chunk: Any, layers: Params, frozen: Params, x: jax.Array, micro: Batch
-    ) -> tuple[jax.Array, jax.Array]:
-        """`(the output of a chunk of one stage, the inputs of its layers [L/pv, B, T, D])`."""
+    ) -> tuple[jax.Array, Leaves, jax.Array]:
+        """`(the output of a chunk of one stage, its statistics, the inputs of its layers [L/pv, B, T, D])`."""
         ctx = self.lm.batch_context(micro)
 
         # The layers are not scanned over: of all stages at a time that would be a transposition of their weights.
-        def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self.block(take(layers, i), take(frozen, i), x, ctx), x
+        def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
+            y, aux = self.block(take(layers, i), take(frozen, i), x, ctx)
+            return y, (aux, x)
 
-        return jax.lax.scan(body, x, chunk * self.depth + jnp.arange(self.depth))
+        y, (aux, inputs) = jax.lax.scan(body, x, chunk * self.depth + jnp.arange(self.depth))
+        return y, jax.tree.map(lambda a: jnp.sum(a, 0), aux), inputs
 
     def backward_stage(
         self,
@@ -167,11 +172,12 @@ class _Pipeline:
         micro: Batch,
         counts: jax.Array,
         dy: jax.Array,
+        of_aux: Leaves,
     ) -> tuple[Params, jax.Array]:
         """A chunk of one stage: its gradients added to `totals` if it `counts`, layer by layer; and that of its
         input."""
         ctx = self.lm.batch_context(micro)
-        inputs = self.run_stage(chunk, layers, frozen, kept[0], micro)[1] if self.kept == "stages" else kept
+        inputs = self.run_stage(chunk, layers, frozen, kept[0], micro)[2] if self.kept == "stages" else kept
 
         def body(k: jax.Array, carry: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
             totals, dx = carry
@@ -179,7 +185,7 @@ class _Pipeline:
             i = chunk * self.depth + of_chunk
             of_frozen = take(frozen, i)
             _, vjp = jax.vjp(lambda layer, x: self.block(layer, of_frozen, x, ctx), take(layers, i), inputs[of_chunk])
-            grads, dx = vjp(dx)
+            grads, dx = vjp((dx, of_aux))
 
             def add(total: jax.Array, grad: jax.Array) -> jax.Array:
                 # What a stage computes in a bubble may be anything, even not finite.
@@ -192,7 +198,7 @@ class _Pipeline:
 
     def backward_rows(
         self,
-        rows: "SortedRows",
+        rows: SortedRows,
         most: jax.Array,
         chunk: Any,
         layers: Params,
@@ -202,7 +208,8 @@ class _Pipeline:
         micro: Batch,
         counts: jax.Array,
         dy: jax.Array,
-        own: "OwnRows",
+        of_aux: Leaves,
+        own: OwnRows,
         number: jax.Array,
     ) -> tuple[Params, jax.Array]:
         """`backward_stage` with the gradients of those layers alone that train; with `kept` of rows, what these need.
@@ -211,12 +218,12 @@ class _Pipeline:
         micro-batch.
         """
         ctx = self.lm.batch_context(micro)
-        inputs = self.run_stage(chunk, layers, frozen, kept[0], micro)[1] if self.kept == "stages" else kept
+        inputs = self.run_stage(chunk, layers, frozen, kept[0], micro)[2] if self.kept == "stages" else kept
 
         def down(dx: jax.Array, of_chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
             i = chunk * self.depth + of_chunk
             _, vjp = jax.vjp(lambda x: self.block(take(layers, i), take(frozen, i), x, ctx), inputs[of_chunk])
-            return vjp(dx)[0], dx
+            return vjp((dx, of_aux))[0], dx
 
         dx, of_outputs = jax.lax.scan(down, dy, jnp.arange(self.depth), reverse=True)
 
@@ -233,18 +240,20 @@ class _Pipeline:
             def add(total: jax.Array, grad: jax.Array) -> jax.Array:
                 return total.at[slot].add(jnp.where(is_own, grad, 0).astype(total.dtype))
 
-            return jax.tree.map(add, totals, vjp(dy)[0])
+            return jax.tree.map(add, totals, vjp((dy, of_aux))[0])
 
         return jax.lax.fori_loop(0, most, of_row, totals), dx
 
-    def block(self, layer: Params, frozen: Params, x: jax.Array, ctx: Context) -> jax.Array:
+    def block(self, layer: Params, frozen: Params, x: jax.Array, ctx: Context) -> tuple[jax.Array, Leaves]:
         whole = tree.combine(layer, frozen)
-        return self.lm.block(whole["params"], x, ctx.of_layer(whole["index"]))[0]
+        out = self.lm.block(whole["params"], x, ctx.of_layer(whole["index"]))
+        return out.x, dict(out.aux)
 
     # What happens in a tick
 
-    def forward(self, t: jax.Array, x: jax.Array, ring: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Stage s makes its pass number t − s: `(the stages' outputs, the ring with what is kept)`."""
+    def forward(self, t: jax.Array, x: jax.Array, aux: Leaves, ring: jax.Array) -> tuple[jax.Array, Leaves, jax.Array]:
+        """Stage s makes its pass number t − s: `(the stages' outputs, their statistics and those of the stages before,
+        the ring with what is kept)`."""
         layout, stages = self.lm.layout, jnp.arange(self.lm.layout.stages)
         chunks, micro = self.of_pass(t - stages)
 
@@ -254,15 +263,17 @@ class _Pipeline:
 
         x = layout.constrain(self.where(chunks[0] == 0, embedded, lambda: x), *STAGE_AXES)
         args = (self.trainable["layers"], self.frozen["layers"], x, self.micro_of_stages(micro))
-        y, kept = self.on_chunks(self.forward_stage, chunks, *args)
+        y, of_chunks, kept = self.on_chunks(self.forward_stage, chunks, *args)
+        begins = chunks[0] == 0
+        aux = {name: jnp.where(of_stage(0, a) & begins, 0, a) + of_chunks[name] for name, a in aux.items()}
         if self.kept == "all":
             ring = self.noted(ring, kept, chunks * self.depth, micro)
         else:
             ring = jax.lax.dynamic_update_index_in_dim(ring, kept, t % ring.shape[2], 2)
-        return layout.constrain(y, *STAGE_AXES), ring
+        return layout.constrain(y, *STAGE_AXES), aux, ring
 
     def backward(
-        self, t: jax.Array, dy: jax.Array, ring: jax.Array, totals: Params, noted: jax.Array
+        self, t: jax.Array, dy: jax.Array, of_aux: Leaves, ring: jax.Array, totals: Params, noted: jax.Array
     ) -> tuple[jax.Array, Params, jax.Array]:
         """Stage s makes its pass back number t − vp − p + 2 + s: `(the gradients of the inputs, totals, noted)`."""
         layout, stages = self.lm.layout, jnp.arange(self.lm.layout.stages)
@@ -280,7 +291,7 @@ class _Pipeline:
             of_chunk = partial(jax.lax.dynamic_slice_in_dim, slice_size=self.depth)
             kept = jax.vmap(of_chunk)(kept, chunks * self.depth)
         args = (self.trainable["layers"], self.frozen["layers"], totals["layers"], kept)
-        args = (*args, self.micro_of_stages(micro), works, dy)
+        args = (*args, self.micro_of_stages(micro), works, dy, of_aux)
         if self.rows is None:
             of_layers, dx = self.on_chunks(self.backward_stage, chunks, *args)
         else:
@@ -336,43 +347,60 @@ class _Pipeline:
             assert self.rows is not None
             totals["layers"] = {name: room(len(self.rows), self.micro_batches) for name in ("x", "dy")}
 
+        def shifted(by: int, of_stages: Any) -> Any:
+            return jax.tree.map(lambda a: jnp.roll(a, by, 0), of_stages)
+
         def warm_up(t: jax.Array, carry: Any) -> Any:
-            y, ring = self.forward(t, *carry)
-            return jnp.roll(y, 1, 0), ring
+            y, aux, ring = self.forward(t, *carry)
+            return *shifted(1, (y, aux)), ring
 
         def steady(t: jax.Array, carry: Any) -> Any:
-            x, dy, ring, totals, noted, losses = carry
-            y, ring = self.forward(t, x, ring)
+            x, aux, (dy, of_aux, ring, totals, noted), (losses, of_batch) = carry
+            y, aux, ring = self.forward(t, x, aux, ring)
             chunk, micro = self.of_pass(t - last)
 
-            def with_loss() -> tuple[jax.Array, Params, Losses]:
-                loss = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)
-                (_, means), (of_head, dlast) = loss(self.read_by_head, y[-1], take(self.batch, micro))
-                of_last = layout.constrain(jnp.where(of_stage(last, dy), dlast, dy), *STAGE_AXES)
-                return of_last, _added(totals, of_head), jax.tree.map(jnp.add, losses, means)
+            def with_loss() -> tuple[jax.Array, Leaves, Params, tuple[Losses, Leaves]]:
+                of_last = {name: a[-1] for name, a in aux.items()}
+                loss = jax.value_and_grad(self.loss, argnums=(0, 1, 2), has_aux=True)
+                (_, means), (of_head, *new) = loss(self.read_by_head, y[-1], of_last, take(self.batch, micro))
+
+                def at_last(new: jax.Array, of_stages: jax.Array) -> jax.Array:
+                    return jnp.where(of_stage(last, of_stages), new, of_stages)
+
+                new_dy, new_of_aux = jax.tree.map(at_last, tuple(new), (dy, of_aux))
+                noted_aux = {name: a.at[micro].set(new[1][name]) for name, a in of_batch.items()}
+                new_dy = layout.constrain(new_dy, *STAGE_AXES)
+                return new_dy, new_of_aux, _added(totals, of_head), (jax.tree.map(jnp.add, losses, means), noted_aux)
 
             is_last = chunk == self.lm.virtual_stages - 1
-            dy, totals, losses = self.where(is_last, with_loss, lambda: (dy, totals, losses))
-            dx, totals, noted = self.backward(t, dy, ring, totals, noted)
-            return jnp.roll(y, 1, 0), jnp.roll(dx, -1, 0), ring, totals, noted, losses
+            before = dy, of_aux, totals, (losses, of_batch)
+            dy, of_aux, totals, of_losses = self.where(is_last, with_loss, lambda: before)
+            dx, totals, noted = self.backward(t, dy, of_aux, ring, totals, noted)
+            back = *shifted(-1, (dx, of_aux)), ring, totals, noted
+            return *shifted(1, (y, aux)), back, of_losses
 
         def cool_down(t: jax.Array, carry: Any) -> Any:
-            dy, ring, totals, noted = carry
-            dx, totals, noted = self.backward(t, dy, ring, totals, noted)
-            return jnp.roll(dx, -1, 0), ring, totals, noted
+            dy, of_aux, ring, totals, noted = carry
+            dx, totals, noted = self.backward(t, dy, of_aux, ring, totals, noted)
+            return *shifted(-1, (dx, of_aux)), ring, totals, noted
 
-        x, ring = jax.lax.fori_loop(0, ticks.warm_up, warm_up, (x, ring))
-        carry = (x, jnp.zeros_like(x), ring, totals, noted, self.no_losses(at_least_float32(first.dtype)))
+        def no_aux(count: int) -> Leaves:
+            return {name: jnp.zeros((count, *a.shape), a.dtype) for name, a in self.lm.aux.items()}
+
+        x, aux, ring = jax.lax.fori_loop(0, ticks.warm_up, warm_up, (x, no_aux(layout.stages), ring))
+        back = jnp.zeros_like(x), no_aux(layout.stages), ring, totals, noted
+        of_losses = self.no_losses(at_least_float32(first.dtype)), no_aux(self.micro_batches)
         start, end = ticks.warm_up, ticks.warm_up + ticks.steady
-        _, *carry, losses = jax.lax.fori_loop(start, end, steady, carry)
-        _, ring, totals, noted = jax.lax.fori_loop(end, end + ticks.cool_down, cool_down, tuple(carry))
-        return Passed(losses, totals, ring, noted)
+        *_, back, (losses, of_batch) = jax.lax.fori_loop(start, end, steady, (x, aux, back, of_losses))
+        *_, ring, totals, noted = jax.lax.fori_loop(end, end + ticks.cool_down, cool_down, back)
+        return Passed(losses, totals, ring, noted, of_batch)
 
     def no_losses(self, dtype: DTypeLike) -> Losses:
         """What the losses are added to."""
         micro = take(self.batch, jnp.zeros((), jnp.int32))
         scores = TokenScores(*(jnp.zeros(micro["tokens"].shape, dtype) for _ in TokenScores._fields))
-        return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: self.objective(scores, micro, None)))
+        aux = {name: jnp.zeros(a.shape, a.dtype) for name, a in self.lm.aux.items()}
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: self.objective(scores, micro, aux or None)))
 
     def zeros(self) -> Params:
         """What the gradients are added to."""
@@ -432,30 +460,6 @@ class _Pipeline:
         read = {name: self.batch[name] for name in _READ_BY_LAYERS if name in self.batch}
         axes = (STAGE_AXES[0], *BATCH_AXES[1:])
         return {name: self.lm.layout.constrain(a[chosen], *axes[: a.ndim]) for name, a in read.items()}
-
-
-class SortedRows(NamedTuple):
-    """The places of the layers that train in rising order, and the number of each among the rows as they are given."""
-
-    places: jax.Array
-    slots: jax.Array
-
-
-class OwnRows(NamedTuple):
-    """Of a part of the layers, the sorted rows `first, …, first + count − 1`, and the place of its first layer."""
-
-    first: jax.Array
-    count: jax.Array
-    offset: jax.Array
-
-
-def rows_of_parts(rows: jax.Array, parts: int, size: int) -> tuple[SortedRows, OwnRows]:
-    """Which of the rows lie in each of so many parts of `size` layers, one behind the other."""
-    slots = jnp.argsort(rows)
-    places = rows[slots]
-    offsets = size * jnp.arange(parts + 1, dtype=places.dtype)
-    bounds = jnp.searchsorted(places, offsets)
-    return SortedRows(places, slots), OwnRows(bounds[:-1], jnp.diff(bounds), offsets[:-1])
 
 
 _READ_BY_LAYERS = ("positions", "segments", "dropout_keys")

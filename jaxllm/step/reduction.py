@@ -36,7 +36,8 @@ class Replicas:
     def of(lm: LM, micro_batches: int, dtype: DTypeLike | None) -> "Replicas":
         """The replicas of the model's mesh. One micro-batch is reduced once in any case, beside its backward pass."""
         once_anyway = micro_batches == 1 and dtype is None
-        count = 1 if once_anyway or _splits_parameters(lm) else lm.layout.mesh.shape[REPLICAS]
+        # An objective of the whole batch's statistics must see those of all replicas.
+        count = 1 if once_anyway or lm.aux or _splits_parameters(lm) else lm.layout.mesh.shape[REPLICAS]
         return Replicas(lm.layout, count, dtype)
 
     def model(self, lm: LM) -> LM:

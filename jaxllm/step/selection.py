@@ -6,7 +6,7 @@ compiles nothing.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +80,27 @@ def put_active(params: Params, active: Params, rows: jax.Array | None) -> Params
         return active
     layers = jax.tree.map(lambda a, new: a.at[rows].set(new), params["layers"], active["layers"])
     return {**active, "layers": layers}
+
+
+class SortedRows(NamedTuple):
+    """The places of the layers that train in rising order, and the number of each among the rows as they are given."""
+
+    places: jax.Array
+    slots: jax.Array
+
+
+class OwnRows(NamedTuple):
+    """Of a part of the layers, the sorted rows `first, …, first + count − 1`, and the place of its first layer."""
+
+    first: jax.Array
+    count: jax.Array
+    offset: jax.Array
+
+
+def rows_of_parts(rows: jax.Array, parts: int, size: int) -> tuple[SortedRows, OwnRows]:
+    """Which of the rows lie in each of so many parts of `size` layers, one behind the other."""
+    slots = jnp.argsort(rows)
+    places = rows[slots]
+    offsets = size * jnp.arange(parts + 1, dtype=places.dtype)
+    bounds = jnp.searchsorted(places, offsets)
+    return SortedRows(places, slots), OwnRows(bounds[:-1], jnp.diff(bounds), offsets[:-1])

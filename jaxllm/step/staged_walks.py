@@ -12,7 +12,7 @@ a few layers train, a stage keeps the inputs of these, and the gradients of thei
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,7 +27,8 @@ from jaxllm.models.lm import LM
 from jaxllm.objectives.base import Losses
 from jaxllm.step.batch import Batch
 from jaxllm.step.layerwise import INDEX, Layerwise, layers_and_rest
-from jaxllm.step.pipeline_1f1b import OwnRows, Passed, pass_through, rows_of_parts
+from jaxllm.step.pipeline_1f1b import Passed, pass_through
+from jaxllm.step.selection import OwnRows, rows_of_parts
 from jaxllm.step.state import TrainState
 from jaxllm.step.sweep import Visit, Visitor, squared, sweep, take, updated
 from jaxllm.step.walks import layers_of
@@ -53,7 +54,7 @@ def _passed(model: Layerwise, state: TrainState, rows: jax.Array | None) -> Pass
         return jnp.moveaxis(a, 0, 2)  # behind the stages and the layers
 
     losses, grads = replicas.sum_losses(passed.losses), replicas.sum(passed.grads)
-    return Passed(losses, grads, inside(passed.inputs), inside(passed.dy))
+    return Passed(losses, grads, inside(passed.inputs), inside(passed.dy), passed.of_aux)
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,6 @@ class OnStages:
 
     model: Layerwise
     layout: Layout
-
-    def forward(self, trainable: Leaves, frozen: Leaves, x: jax.Array) -> tuple[jax.Array, Any]:
-        return on_stages(self.model.forward, self.layout)(trainable, frozen, x)
 
     def gradients(self, trainable: Leaves, frozen: Leaves, kept: Any, dy: jax.Array) -> tuple[Leaves, jax.Array]:
         return on_stages(self.model.gradients, self.layout)(trainable, frozen, kept, dy)
@@ -90,6 +88,7 @@ class Staged:
     @staticmethod
     def of(lm: LM, model: Layerwise, state: TrainState) -> "Staged":
         passed = _passed(model, state, None)
+        model = replace(model, of_aux=passed.of_aux)
         layers, frozen = in_stages(layers_of(lm, state), lm.layout)
         known = model.scattered_rest(tree.flatten(passed.grads))
         return Staged(lm, model, layers, frozen, passed.losses, known, passed.inputs, passed.dy)
@@ -136,6 +135,7 @@ class StagedRows:
     @staticmethod
     def of(lm: LM, model: Layerwise, state: TrainState, rows: jax.Array) -> "StagedRows":
         passed = _passed(model, state, rows)
+        model = replace(model, of_aux=passed.of_aux)
         layers, frozen = in_stages(layers_of(lm, state), lm.layout)
         known = model.scattered_rest(tree.flatten(passed.grads))
         return StagedRows(lm, model, layers, frozen, rows, passed.losses, known, passed.inputs, passed.dy)

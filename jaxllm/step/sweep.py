@@ -28,11 +28,7 @@ _barrier = jax.lax.optimization_barrier
 
 class Layers(Protocol):
     """What a sweep needs of a model: one layer over a whole batch. trainable, frozen: the two halves of its parameters,
-    whose leaves may lie in a stack's slice. kept: what `forward` left for the backward pass."""
-
-    def forward(self, trainable: Leaves, frozen: Leaves, x: jax.Array) -> tuple[jax.Array, Any]:
-        """`(the layer's output, what is kept)`."""
-        ...
+    kept: what its forward pass left for the backward pass."""
 
     def gradients(self, trainable: Leaves, frozen: Leaves, kept: Any, dy: jax.Array) -> tuple[Leaves, jax.Array]:
         """The gradients of the trainable half, summed over the batch, and the gradient of the layer's input."""

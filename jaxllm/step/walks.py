@@ -5,7 +5,7 @@ see `staged_walks`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -78,10 +78,12 @@ class Unstaged:
         layers, frozen = layers_of(model.lm, state)
 
         def body(x: jax.Array, halves: tuple[Leaves, Leaves]) -> tuple[jax.Array, Any]:
-            return model.forward(*halves, x)
+            y, kept, aux = model.forward(*halves, x)
+            return y, (kept, aux)
 
-        output, kept = jax.lax.scan(body, model.embed(), (layers, frozen), unroll=model.how.unroll)
-        losses, of_head, dx = model.head(output)
+        output, (kept, aux) = jax.lax.scan(body, model.embed(), (layers, frozen), unroll=model.how.unroll)
+        losses, of_head, dx, of_aux = model.head(output, jax.tree.map(lambda a: jnp.sum(a, (0, 1)), aux))
+        model = replace(model, of_aux=of_aux)
         return Unstaged(model, layers, frozen, rows, losses, of_head, kept, dx)
 
     @property

@@ -59,7 +59,7 @@ def test_the_greedy_text(name, opened):
         positions = offset + jnp.arange(length)[None]
         segments = (jnp.arange(slots)[None] < offset + length).astype(jnp.int32)
         ctx = lm.context(positions, cache=CachePosition(offset, segments))
-        x, cache = lm.hidden(params, tokens, ctx, cache=cache)
+        x, _, cache = lm.hidden(params, tokens, ctx, cache=cache)
         return jnp.argmax(lm.head(params, x[:, -1:]), axis=-1).astype(jnp.int32), cache
 
     @jax.jit

@@ -216,7 +216,7 @@ def loss_of(lm, stack):
 
     def loss(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, _ = lm.hidden(params, tokens, lm.context(positions), stack)
+        x, *_ = lm.hidden(params, tokens, lm.context(positions), stack)
         return jnp.mean(jnp.square(lm.head(params, x)))
 
     return loss
@@ -246,7 +246,7 @@ def test_a_pipeline_is_the_loop_in_value_and_gradient(family, sizes, double):
         def loss(params, tokens):
             logits = lm.logits(params, tokens)
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            x, _ = lm.hidden(params, tokens, lm.context(positions), stack)
+            x, *_ = lm.hidden(params, tokens, lm.context(positions), stack)
             return jnp.mean(jnp.square(lm.head(params, x)[..., : lm.config.vocab_size])), logits
 
         return jax.value_and_grad(loss, has_aux=True)
@@ -271,7 +271,7 @@ def test_prefill_and_decode_are_the_full_forward_pass(family, sizes, double):
     @jax.jit
     def part(params, tokens, positions, offset, segments, cache):
         ctx = lm.context(positions, cache=CachePosition(offset, segments))
-        x, cache = lm.hidden(params, tokens, ctx, cache=cache)
+        x, _, cache = lm.hidden(params, tokens, ctx, cache=cache)
         return lm.head(params, x)[..., : lm.config.vocab_size], cache
 
     shifted = np.stack([np.roll(row, pad) for row, pad in zip(tokens, padding, strict=True)])

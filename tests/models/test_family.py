@@ -1,31 +1,11 @@
 """What a family may say of its model, and what is not dropped in silence."""
 
-from dataclasses import replace
-
-import flax.linen as nn
-import jax.numpy as jnp
 import pytest
 
 from jaxllm.core.errors import UserError
 from jaxllm.hf.config import parse_config, write_config
-from jaxllm.models.family import Output
 from jaxllm.models.layer_types import ALL, windows
-from tests.support.families import draw_config, small_lm
-
-
-class Counting(nn.Module):
-    """A block with statistics, and no parameters."""
-
-    def __call__(self, x, ctx, cache=None):
-        return Output(x, aux={"tokens": jnp.ones(())}, cache=cache)
-
-
-def test_statistics_of_a_block_are_not_dropped():
-    lm = small_lm(draw_config("llama", 0))
-    counting = replace(lm, family=replace(lm.family, block=lambda config, dtype: Counting()))
-    x = jnp.zeros((1, 2, lm.config.hidden_size))
-    with pytest.raises(NotImplementedError, match="llama: no training step sums the statistics"):
-        counting.block({}, x, lm.context(jnp.zeros((1, 2), jnp.int32)))
+from tests.support.families import draw_config
 
 
 def test_a_field_goes_by_its_name_in_the_file_both_ways():

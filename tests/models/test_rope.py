@@ -197,7 +197,9 @@ def decoded(lm, params, tokens, prompt):
 
     @jax.jit
     def part(tokens, positions, offset, segments, cache):
-        x, cache = lm.hidden(params, tokens, lm.context(positions, cache=CachePosition(offset, segments)), cache=cache)
+        x, _, cache = lm.hidden(
+            params, tokens, lm.context(positions, cache=CachePosition(offset, segments)), cache=cache
+        )
         return lm.head(params, x), cache
 
     batch, length = tokens.shape

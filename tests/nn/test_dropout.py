@@ -73,12 +73,12 @@ def test_every_sublayer_of_every_layer_is_dropped(model):
     for i in range(3):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
         silent = jax.tree.map(jnp.zeros_like, layer["mlp"]["down"])
-        attended, _ = lm.block({**layer, "mlp": {**layer["mlp"], "down": silent}}, x, plain)
+        attended, *_ = lm.block({**layer, "mlp": {**layer["mlp"], "down": silent}}, x, plain)
         x = x + dropout.at(i + 1).at(0)(attended - x)
         silent = jax.tree.map(jnp.zeros_like, layer["attn"]["o"])
-        fed, _ = lm.block({**layer, "attn": {**layer["attn"], "o": silent}}, x, plain)
+        fed, *_ = lm.block({**layer, "attn": {**layer["attn"], "o": silent}}, x, plain)
         x = x + dropout.at(i + 1).at(1)(fed - x)
-    ours, _ = lm.hidden(params, micro["tokens"], ctx)
+    ours, *_ = lm.hidden(params, micro["tokens"], ctx)
     np.testing.assert_allclose(ours, x, atol=1e-5 * float(jnp.abs(x).max()))
 
 

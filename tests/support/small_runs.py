@@ -127,6 +127,7 @@ def program(
     stochastic_rounding: bool = False,
     seed: int = 0,
     shape: tuple[int, int] = (ROWS, LENGTH),
+    block: Any = None,
 ) -> Program:
     """The compiled step of a small model, by default with AdamW on one device; the same weights on any layout.
 
@@ -134,11 +135,14 @@ def program(
     frozen: patterns of the parameters that do not train. method: of fine-tuning, whose leaves are all drawn at random.
     quantization: of the layers' matrices; as_floats: those that it reads back are parameters as they are. dtype:
     of parameters, and of the computation where no other is given; float16 scales the loss. stack: in place of what
-    `build_step` makes of `remat` and `unroll`. shape: sequences in a whole batch, and tokens in each.
+    `build_step` makes of `remat` and `unroll`. shape: sequences in a whole batch, and tokens in each. block: in place
+    of the family's.
     """
     lm = replace(small_lm(config, dtype=dtype), compute_dtype=jnp.dtype(compute_dtype or dtype), dropout=dropout)
     scale_loss = compute_dtype == "float16"
     layout = fit_layout(config, layout or Layout.single())
+    if block is not None:
+        lm = replace(lm, family=replace(lm.family, block=block))
     if method is not None:
         lm = method.add(lm)
     moved, params = on_layout(lm, layout, draw_params(lm))
