@@ -59,8 +59,14 @@ class Replicas:
         return f(*args) if self.count == 1 else jax.vmap(f, spmd_axis_name=REPLICAS)(*args)
 
     def sum(self, parts: Any) -> Any:
-        """The sums of gradients over the replicas."""
-        return parts if self.count == 1 else jax.tree.map(lambda a: sum_of_parts(a, 0, self.dtype), parts)
+        """The sums of gradients over the replicas, in the dtypes that they have."""
+
+        def total(parts: jax.Array) -> jax.Array:
+            # jnp.sum would add, and send, at least float32.
+            sent = parts.astype(self.dtype or parts.dtype)
+            return jax.lax.reduce(sent, np.zeros((), sent.dtype), jax.lax.add, (0,)).astype(parts.dtype)
+
+        return parts if self.count == 1 else jax.tree.map(total, parts)
 
     def sum_losses(self, parts: Losses) -> Losses:
         """The sums of scalars over the replicas, never in fewer bits."""
@@ -124,13 +130,6 @@ def without_layers(sharding: jax.sharding.NamedSharding) -> jax.sharding.NamedSh
     """Where some layers of a stack lie: as a stack does, but on the devices of every stage."""
     spec = jax.sharding.PartitionSpec(None, *sharding.spec[1:])
     return jax.sharding.NamedSharding(sharding.mesh, spec)
-
-
-def sum_of_parts(parts: jax.Array, axis: int, dtype: DTypeLike | None) -> jax.Array:
-    """The sum over `axis`, in the dtype of `parts`. dtype: of what is sent and added, by default the same."""
-    # jnp.sum would add, and send, at least float32.
-    sent = parts.astype(dtype or parts.dtype)
-    return jax.lax.reduce(sent, np.zeros((), sent.dtype), jax.lax.add, (axis,)).astype(parts.dtype)
 
 
 def _splits_parameters(lm: LM) -> bool:
