@@ -18,6 +18,7 @@ from jaxllm.models import FAMILIES, LM
 from jaxllm.models.stack import scan
 from jaxllm.objectives.base import CrossEntropy
 from jaxllm.optim.build import OPTIMIZERS, build
+from jaxllm.optim.config import OptimizerConfig
 from jaxllm.optim.schedule_config import Constant
 from jaxllm.runs.config import Config
 from jaxllm.step.at_once import AtOnce
@@ -46,16 +47,22 @@ from tests.support.tiers import representatives
 TOLERANCE = 1e-10
 
 
+def optimizer(name: str) -> OptimizerConfig:
+    """A fresh AdamW's first update is the sign of the gradient, and a small eps lets the last bits of the smallest
+    entries grow."""
+    return section(name, **({"eps": 1e-3} if name == "adamw" else {}))
+
+
 @cache
 def ordinary(name: str, model: tuple[tuple[str, Any], ...], how: tuple[tuple[str, Any], ...]) -> Trained:
     """On one device, the whole batch at once."""
-    return train(llama(**dict(model)), optimizer=section(name), dtype="float64", **dict(how))
+    return train(llama(**dict(model)), optimizer=optimizer(name), dtype="float64", **dict(how))
 
 
 def check(name: str, model: dict[str, Any], sizes: dict[str, int], micro_batches: int, **how: Any) -> None:
     with jax.enable_x64(True):
         layout = mesh_layout(**sizes) if sizes else Layout.single()
-        options = dict(optimizer=section(name), micro_batches=micro_batches, dtype="float64", fused=True)
+        options = dict(optimizer=optimizer(name), micro_batches=micro_batches, dtype="float64", fused=True)
         ours = train(llama(**model), layout, **options, **how)
         theirs = ordinary(name, tuple(model.items()), tuple(how.items()))
         assert_trained_alike(ours, theirs, TOLERANCE)

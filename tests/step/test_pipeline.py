@@ -118,7 +118,7 @@ def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
     params = lm.abstract()
     state = abstract_state(params, jax.tree.map(lambda _: True, params), optax.sgd(1.0), lm.layout)
     batch = batch_shapes((4, 2, 8), lm.layout)
-    _, grads = jax.eval_shape(lambda state, batch: pipelined()(lm, state, batch, CROSS_ENTROPY), state, batch)
+    _, grads = jax.eval_shape(lambda state, batch: pipelined()(lm, state, batch, CROSS_ENTROPY, None), state, batch)
     assert {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(grads)} == {
         (leaf.shape, "float32") for leaf in jax.tree.leaves(params)
     }
@@ -266,10 +266,6 @@ SIZES: dict[str, Any] = {
     [
         ({"train": {"remat": "dots"}}, r"mesh\.pipeline is 2, .*train\.remat or unroll is set; set remat to none"),
         ({"train": {"unroll": 2}}, r"mesh\.pipeline is 2, .*train\.remat or unroll is set; .* remove unroll"),
-        (
-            {"peft": {"type": "lisa"}, "train": {"update": "fused"}},
-            r"mesh\.pipeline is 2, peft\.type is lisa, and train\.update is fused, .*; set update to ordinary",
-        ),
         (
             {"peft": {"type": "prefix_tuning", "num_virtual_tokens": 2, "prefix_projection": True}},
             r"mesh\.pipeline is 2, .*peft\.prefix_projection .*; set prefix_projection to false",

@@ -62,6 +62,7 @@ class Slope:
     """The loss `4 w · x` in float16, whose gradient overflows where a batch and the scale are large."""
 
     dropout = adapter_dropout = 0.0
+    aux = None
 
     def losses(self, params: Any, batch: Any, stack: Any, objective: Any) -> Losses:
         w, x = (a.astype(jnp.float16) for a in (params["w"], batch["x"]))

@@ -130,7 +130,7 @@ def test_a_curvature_that_is_not_finite_changes_nothing(monkeypatch):
     def not_finite(batch: Any, key: jax.Array) -> dict[str, jax.Array]:
         return {**with_drawn_targets(batch, key), "loss_mask": jnp.full_like(batch["loss_mask"], jnp.nan)}
 
-    monkeypatch.setattr("jaxllm.step.update.with_drawn_targets", not_finite)
+    monkeypatch.setattr("jaxllm.step.at_once.with_drawn_targets", not_finite)
     made = program(llama(), optimizer=OPTIM, curvature=CURVATURE)
     state, metrics = made.compiled.run(made.start(), made.place(ragged_batch(0)))
     assert metrics["bad"] == 0

@@ -215,6 +215,7 @@ class OneLine(NamedTuple):
     loss: Callable[[Any, Any], jax.Array]
     dropout: float = 0.0
     adapter_dropout: float = 0.0
+    aux: Any = None
 
     def losses(self, params: Any, batch: Any, stack: Any, objective: Objective) -> Losses:
         assert objective == CROSS_ENTROPY
