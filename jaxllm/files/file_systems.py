@@ -100,8 +100,8 @@ def _what_failed(url: str, error: Exception) -> str:
     reason = " ".join(reason.split()).replace(url, public(url))
     if isinstance(error, ImportError):
         return (
-            f"a package that reads {protocol_of(url)}:// is missing ({reason}); `pip install 'jaxllm[remote]'` brings "
-            "those of https, s3 and gs"
+            f"the package that reads {protocol_of(url)}:// is not installed ({reason}); `pip install 'jaxllm[remote]'` "
+            "installs the packages for https, s3 and gs"
         )
     if isinstance(error, TimeoutError):
         return f"the server has sent nothing for {STALL_SECONDS} seconds; check the network"

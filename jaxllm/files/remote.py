@@ -112,9 +112,11 @@ def copy(files: Sequence[RemoteFile], folder: Sequence[RemoteFile] | None = None
     root.mkdir(parents=True, exist_ok=True)
     needed, free = sum(file.size or 0 for file, _ in missing), shutil.disk_usage(root).free
     if needed > free:
+        others = len(missing) - 1
+        more = f" and {others} other file{'s' if others > 1 else ''} take" if others else " takes"
         raise UserError(
-            f"{public(missing[0][0].url)} and {len(missing) - 1} other files take {decimal(needed)}, and the disk of "
-            f"the cache {root} has {decimal(free)} free; set JAXLLM_CACHE to a folder on a larger disk"
+            f"{public(missing[0][0].url)}{more} {decimal(needed)}, and the disk of the cache {root} has "
+            f"{decimal(free)} free; set JAXLLM_CACHE to a folder on a larger disk"
         )
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)

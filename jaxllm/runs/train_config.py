@@ -33,8 +33,8 @@ class TrainConfig(Section):
     batch_size: Annotated[PositiveInt, OnResume.NEW_FOLDER]
     """sequences in an update, over all devices"""
     micro_batch_size: Annotated[PositiveInt | None, OnResume.NOTED] = None
-    """sequences on one data-parallel device at a time; default: its whole share of the batch, or with a pipeline so
-    few that there is a micro-batch for each stage. The rest of the batch is accumulated"""
+    """sequences on one data-parallel device at a time. Default: the device's whole share of the batch; with a pipeline,
+    a number small enough to give each stage a micro-batch. The rest of the batch is accumulated"""
     update: Annotated[Literal["ordinary", "fused"], OnResume.NOTED] = "ordinary"
     """fused: each layer is updated inside the backward pass, so that the gradient of one layer exists at a time; it
     computes each layer again, and with max_grad_norm walks back twice. With a pipeline each stage does so with its own
@@ -42,8 +42,9 @@ class TrainConfig(Section):
     shard_optimizer: Annotated[bool, OnResume.NOTED] = False
     """the devices along mesh.data split the optimizer's state, which each has whole otherwise (ZeRO-1)"""
     offload_optimizer: Annotated[bool, OnResume.NOTED] = False
-    """the optimizer's state waits in the host's pinned memory: the device has it for the update alone, a parameter's at
-    a time, or with update fused a layer's, and not beside the activations; each step moves it there and back"""
+    """the optimizer's state is kept in the host's pinned memory. The device holds it only during the update, for one
+    parameter at a time (with update fused, one layer), so it takes no memory beside the activations. Each step moves
+    the state to the device and back"""
     reduce_dtype: Annotated[Literal["bfloat16"] | None, OnResume.NOTED] = None
     """dtype in which gradients are summed over mesh.data. bfloat16 sends half as much as float32. Default: float32 with
     several micro-batches, compute_dtype with a single one"""
@@ -97,8 +98,8 @@ class TrainConfig(Section):
             return values
         if values["reduce"] != "each":
             raise ValueError(
-                f"train.reduce is {values['reduce']}, which this version does not have: it held 7 to 11 bytes more for "
-                "each parameter of the layers than each, and mesh.data across nodes saves more; remove reduce, and set "
+                f"train.reduce is {values['reduce']}, which this version does not have: it held 7 to 11 bytes more per "
+                "layer parameter than reduce: each, and mesh.data across nodes saves more; remove reduce, and set "
                 "mesh: {data: the number of nodes, fsdp: -1}, or a larger train.micro_batch_size"
             )
         return {name: value for name, value in values.items() if name != "reduce"}

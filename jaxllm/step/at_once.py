@@ -118,11 +118,12 @@ class Tree:
         order = jnp.asarray(self.lm.layer_order)
         return order if self.rows is None else order[self.rows]
 
-    def _updates(self, limits: Limits, params: Params, opt_state: optax.OptState) -> tuple[optax.Updates, Any]:
+    def _updates(self, limits: Limits, params: Params, opt_state: Any) -> tuple[optax.Updates, Any]:
         """The updates, and the state of the optimizer after them."""
         grads, step = limits.of(self.grads), self.state.step
         if isinstance(self.tx, LayerStates):
-            return self.tx.update(grads, opt_state, params, step, self.rows)  # pyright: ignore[reportArgumentType]
+            assert self.rows is not None, "an optimizer with a state for each layer needs the layers that train"
+            return self.tx.update(grads, opt_state, params, step, self.rows)
         updates, after = self.tx.update(grads, opt_state, params)
         if (curvature := self.how.curvature) is None:
             return updates, after

@@ -32,9 +32,9 @@ def accumulated(stack: Stack) -> Gradient:
     ) -> tuple[Losses, Params]:
         assert rows is None, "a stack differentiates all layers"
         if lm.aux and batch["tokens"].shape[0] > 1:
-            return over_micro_batches(_with_statistics(lm, stack, state, batch, objective), state.params, batch)
-        means = mean_losses(lm, state, batch, objective)
-        return over_micro_batches(lambda params, micro: means(params, micro, stack), state.params, batch)
+            return _over_micro_batches(_with_statistics(lm, stack, state, batch, objective), state.params, batch)
+        means = _mean_losses(lm, state, batch, objective)
+        return _over_micro_batches(lambda params, micro: means(params, micro, stack), state.params, batch)
 
     return gradient
 
@@ -42,7 +42,7 @@ def accumulated(stack: Stack) -> Gradient:
 def _with_statistics(
     lm: LM, stack: Stack, state: TrainState, batch: Batch, objective: Objective
 ) -> Callable[[Params, Batch], tuple[jax.Array, Losses]]:
-    """`mean_losses` of an objective that reads the statistics of the whole batch.
+    """`_mean_losses` of an objective that reads the statistics of the whole batch.
 
     A forward pass beforehand sums them and keeps the scores; so what the objective's derivative for the sums is, which
     every micro-batch adds to by its own statistics, is known before the first one is differentiated.
@@ -91,7 +91,7 @@ def loss_factor(state: TrainState) -> Any:
     return 1 if state.loss_scale is None else state.loss_scale.scale
 
 
-def mean_losses(
+def _mean_losses(
     lm: LM, state: TrainState, batch: Batch, objective: Objective
 ) -> Callable[[Params, Batch, Stack], tuple[jax.Array, Losses]]:
     """What a micro-batch of `batch` adds to the mean losses of that, by a walk, at any trainable parameters; and in
@@ -106,7 +106,7 @@ def mean_losses(
     return of_micro
 
 
-def over_micro_batches(
+def _over_micro_batches(
     loss: Callable[[Any, Batch], tuple[jax.Array, Losses]], params: Any, batch: Batch
 ) -> tuple[Losses, Any]:
     """The losses of one micro-batch after the other, and the gradients for `params` of what `loss` has in front of

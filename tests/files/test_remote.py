@@ -48,7 +48,6 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
 
 @pytest.fixture
 def http() -> Iterator[Files]:
-    pytest.importorskip("aiohttp", reason="needs aiohttp: pip install -e '.[test]'")
     with serving(CONTENT) as files:
         yield files
 
@@ -178,7 +177,7 @@ def test_a_server_that_falls_silent(http: Files, cache: Path, monkeypatch: pytes
 def test_a_disk_that_is_too_small(memory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5))
     message = said("memory://data/train/*.jsonl")
-    assert message.startswith("memory://data/train/a.jsonl and 1 other files take 28 bytes, and the disk of the cache")
+    assert message.startswith("memory://data/train/a.jsonl and 1 other file take 28 bytes, and the disk of the cache")
     assert "has 5 bytes free; set JAXLLM_CACHE" in message
 
 
@@ -220,7 +219,9 @@ def test_a_name_that_would_leave_the_cache(memory):
 
 def test_a_protocol_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    assert said("s3://bucket/a.jsonl").startswith("s3://bucket/a.jsonl: a package that reads s3:// is missing (Import")
+    assert said("s3://bucket/a.jsonl").startswith(
+        "s3://bucket/a.jsonl: the package that reads s3:// is not installed (Import"
+    )
     assert "`pip install 'jaxllm[remote]'`" in said("s3://bucket/a.jsonl")
 
 

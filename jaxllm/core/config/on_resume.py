@@ -14,9 +14,9 @@ class OnResume(Enum):
     """
 
     REFUSED = "the state, or the order of the data, means something else"
-    NEW_FOLDER = "it trains in another way: refused, but for a new run that goes on from another's checkpoint"
+    NEW_FOLDER = "training changes: refused, except for a new run that continues from another run's checkpoint"
     NOTED = "the training is the same, but for rounding"
-    FREE = "where the run is, where it goes on from, and how its processes wait for one another"
+    FREE = "where the run is, which checkpoint it continues from, and how its processes wait for one another"
 
 
 def marks(
